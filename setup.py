@@ -1,0 +1,62 @@
+"""Packaging. The tools' settings are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+DATA = ["grain>=0.2.18", "array-record", "tensorflow-datasets"]
+DEMO = ["espeakng-loader>=0.2.4", "matplotlib"]
+EVAL = ["jiwer", "sacrebleu", "whisper-normalizer", "zhconv", "httpx"]
+NOTEBOOKS = [*DEMO, "nbclient", "nbformat", "ipykernel"]
+TEST = [
+    *NOTEBOOKS,
+    "beartype",
+    "hypothesis",
+    "psutil",
+    "pytest",
+    "pytest-cov",
+    "pytest-xdist",
+    "ruff==0.17.*",
+    "torch==2.13.0",  # exactly: a looser request pulls gigabytes of CUDA
+    "transformers==5.23.0",  # the reference that parity is measured against
+]
+
+setup(
+    name="qwen2audio_jax",
+    version="0.1.0",
+    description="Qwen2-Audio in JAX and Flax: hear, answer, train, and carry weights both ways.",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["qwen2audio_jax", "qwen2audio_jax.*"]),
+    package_data={"qwen2audio_jax": ["assets/tiny/*", "py.typed"]},
+    entry_points={"console_scripts": ["qwen2audio = qwen2audio_jax.cli:main"]},
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "numpy",
+        "librosa>=0.11",
+        "soxr",
+        "soundfile",
+        "tokenizers",
+        "safetensors",
+        "huggingface-hub",
+        "jinja2",
+        "einops",
+        "jaxtyping",
+        "etils[epath]",
+        "tyro",
+        "tqdm",
+    ],
+    extras_require={
+        "data": DATA,
+        "demo": DEMO,
+        "eval": EVAL,
+        "notebooks": NOTEBOOKS,
+        "test": TEST,
+        "tpu": ["jax[tpu]"],
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
+    },
+)
