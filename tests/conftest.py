@@ -1,0 +1,33 @@
+"""What every test shares: fake devices, the real data's folder, made sound."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+SHARED = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """The folder of real audio, vocabulary and configurations; skips where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"the real data is not at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def chirp():
+    """Makes sound: `chirp(seconds, seed)` sweeps with noise, mono at 16 kHz, float32."""
+
+    def make(seconds: float, seed: int = 0) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        t = np.arange(round(seconds * 16_000)) / 16_000
+        low, high = rng.uniform(100, 600), rng.uniform(800, 4000)
+        tone = np.sin(2 * np.pi * (low * t + (high - low) * t**2 / (2 * max(seconds, 0.1))))
+        return (0.4 * tone + 0.02 * rng.standard_normal(len(t))).astype(np.float32)
+
+    return make
