@@ -1,0 +1,136 @@
+"""merged embeddings -> logits: Qwen2's decoder.
+
+Source: Qwen2 (arXiv:2407.10671), section 2.2; the 7B of Qwen2-Audio has Qwen-7B's geometry.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from qwen2audio_jax import layers
+from qwen2audio_jax.cache import Cache
+from qwen2audio_jax.config import DecoderConfig
+
+
+class Attention(nnx.Module):
+    """Every token looks at itself and at what came before it in its segment."""
+
+    def __init__(self, c: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.config = c
+        make = lambda heads: nnx.LinearGeneral(
+            c.width, (heads, c.head_width), param_dtype=dtype, rngs=rngs
+        )
+        self.query = make(c.heads)
+        self.key = make(c.kv_heads)
+        self.value = make(c.kv_heads)
+        self.out = nnx.LinearGeneral(
+            (c.heads, c.head_width),
+            c.width,
+            axis=(-2, -1),
+            use_bias=False,
+            param_dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, x, positions, segments, past, cache):
+        """Returns what was seen, and `past` with the tokens' own keys and values written."""
+        theta = self.config.rope_theta
+        q = layers.rotate(self.query(x), positions, theta)
+        k = layers.rotate(self.key(x), positions, theta)
+        v = self.value(x)
+        if cache is None:
+            k_segments, offset = segments, 0
+        else:
+            write = lambda into, x: jax.lax.dynamic_update_slice_in_dim(
+                into, x.astype(into.dtype), cache.length, axis=1
+            )
+            k, v = past = (write(past[0], k), write(past[1], v))
+            k_segments, offset = write(cache.segments, segments), cache.length
+        seen = layers.attend(q, k, v, q_segments=segments, k_segments=k_segments, offset=offset)
+        return self.out(seen), past
+
+
+class Block(nnx.Module):
+    """Attention, then a gated MLP, each behind its norm and beside a residual."""
+
+    def __init__(self, c: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.attention_norm = layers.RMSNorm(c.width, c.norm_eps, dtype=dtype)
+        self.attention = Attention(c, dtype=dtype, rngs=rngs)
+        self.mlp_norm = layers.RMSNorm(c.width, c.norm_eps, dtype=dtype)
+        self.mlp = layers.GatedMLP(c.width, c.hidden, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, positions, segments, past=None, cache=None):
+        seen, past = self.attention(self.attention_norm(x), positions, segments, past, cache)
+        x = x + seen
+        return x + self.mlp(self.mlp_norm(x)), past
+
+
+class Decoder(nnx.Module):
+    """Reads embeddings from left to right and says what it expects next."""
+
+    def __init__(
+        self, c: DecoderConfig, *, scan: bool = True, dtype: Any = jnp.float32, rngs: nnx.Rngs
+    ):
+        self.config = c
+        table = lambda: nnx.Embed(
+            c.vocabulary,
+            c.width,
+            embedding_init=nnx.initializers.normal(0.02),
+            param_dtype=dtype,
+            rngs=rngs,
+        )
+        self.embedding = table()
+        self.blocks = layers.stack(
+            lambda rngs: Block(c, dtype=dtype, rngs=rngs), c.layers, scan=scan, rngs=rngs
+        )
+        self.norm = layers.RMSNorm(c.width, c.norm_eps, dtype=dtype)
+        if not c.tied:
+            self.head = table()
+
+    def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        return self.embedding(tokens)
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        positions: Int[Array, "B L"],
+        segments: Int[Array, "B L"],
+        cache: Cache | None = None,
+        *,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "B L D"], Cache | None]:
+        """Reads `x`, after what the cache holds.
+
+        Args:
+          x: merged embeddings.
+          positions: each token's distance from the start of its segment.
+          segments: 0 for padding, 1 and up for the samples of a row; tokens see their own
+            segment only.
+          cache: the past, with room for L more; None: there is none, and none is kept.
+          remat: recompute each block in the backward pass rather than keep its activations.
+
+        Returns:
+          The last block's output, normed, and the cache with these tokens in it.
+        """
+        past = None if cache is None else cache.layers
+        step = lambda block, x, past: block(x, positions, segments, past, cache)
+        x, past = layers.run(self.blocks, jax.checkpoint(step) if remat else step, x, past)
+        if cache is not None:
+            cache = Cache(
+                layers=past,
+                segments=jax.lax.dynamic_update_slice_in_dim(
+                    cache.segments, segments, cache.length, axis=1
+                ),
+                length=cache.length + x.shape[1],
+            )
+        return self.norm(x), cache
+
+    def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Scores of every word, in float32."""
+        table = self.embedding if self.config.tied else self.head
+        return jnp.einsum(
+            "...D,VD->...V", x, table.embedding[...], preferred_element_type=jnp.float32
+        )

@@ -1,0 +1,144 @@
+"""log-mel -> audio states, pooled to 40 ms: Whisper's encoder with a pooling layer.
+
+Source: Whisper (arXiv:2212.04356), section 2.2; Qwen2-Audio (arXiv:2407.10759), section 2.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from qwen2audio_jax import layers
+from qwen2audio_jax.config import EncoderConfig
+
+
+def positions_of(frames: Int[Array, " C"]) -> Int[Array, " C"]:
+    """Encoder positions that a clip of so many mel frames fills."""
+    return (frames + 1) // 2
+
+
+def states_of(frames: Int[Array, " C"]) -> Int[Array, " C"]:
+    """Audio states, and so audio tokens, that a clip of so many mel frames becomes."""
+    return positions_of(frames) // 2
+
+
+def sinusoids(positions: int, width: int) -> Float[np.ndarray, "P E"]:
+    """Whisper's fixed position embedding: sines, then cosines."""
+    frequencies = np.exp(-np.log(10_000) / (width // 2 - 1) * np.arange(width // 2))
+    angles = np.arange(positions)[:, None] * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+
+class Attention(nnx.Module):
+    """Every position looks at every valid position."""
+
+    def __init__(self, c: EncoderConfig, *, dtype: Any, rngs: nnx.Rngs):
+        heads = (c.heads, c.head_width)
+        make = lambda bias: nnx.LinearGeneral(
+            c.width, heads, use_bias=bias, param_dtype=dtype, rngs=rngs
+        )
+        self.query = make(True)
+        self.key = make(False)  # Whisper: no bias
+        self.value = make(True)
+        self.out = nnx.LinearGeneral(heads, c.width, axis=(-2, -1), param_dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "C P E"], valid: Bool[Array, "C P"]
+    ) -> Float[Array, "C P E"]:
+        heard = layers.attend(
+            self.query(x),
+            self.key(x),
+            self.value(x),
+            # what lies after a clip looks at the clip too, as in the reference
+            q_segments=jnp.ones(valid.shape, jnp.int32),
+            k_segments=valid.astype(jnp.int32),
+        )
+        return self.out(heard)
+
+
+class Block(nnx.Module):
+    """Attention, then a two-layer MLP, each behind its norm and beside a residual."""
+
+    def __init__(self, c: EncoderConfig, *, dtype: Any, rngs: nnx.Rngs):
+        norm = lambda: nnx.LayerNorm(
+            c.width, epsilon=c.norm_eps, use_fast_variance=False, param_dtype=dtype, rngs=rngs
+        )
+        self.attention_norm = norm()
+        self.attention = Attention(c, dtype=dtype, rngs=rngs)
+        self.mlp_norm = norm()
+        self.up = nnx.Linear(c.width, c.hidden, param_dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(c.hidden, c.width, param_dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "C P E"], valid: Bool[Array, "C P"]
+    ) -> Float[Array, "C P E"]:
+        x = x + self.attention(self.attention_norm(x), valid)
+        return x + self.down(gelu(self.up(self.mlp_norm(x))))
+
+
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return jax.nn.gelu(x, approximate=False)
+
+
+class Encoder(nnx.Module):
+    """Two convolutions halve the frames, blocks look around, pooling halves them again."""
+
+    def __init__(
+        self, c: EncoderConfig, *, scan: bool = True, dtype: Any = jnp.float32, rngs: nnx.Rngs
+    ):
+        self.config = c
+        conv = lambda width, stride: nnx.Conv(
+            width, c.width, (3,), strides=stride, padding=((1, 1),), param_dtype=dtype, rngs=rngs
+        )
+        self.conv1 = conv(c.mels, 1)
+        self.conv2 = conv(c.width, 2)
+        # stored in checkpoints, never trained
+        self.positions = nnx.Param(jnp.asarray(sinusoids(c.positions, c.width), dtype))
+        self.blocks = layers.stack(
+            lambda rngs: Block(c, dtype=dtype, rngs=rngs), c.layers, scan=scan, rngs=rngs
+        )
+        self.norm = nnx.LayerNorm(
+            c.width, epsilon=c.norm_eps, use_fast_variance=False, param_dtype=dtype, rngs=rngs
+        )
+
+    def stem(self, mel: Float[Array, "C M T"]) -> Float[Array, "C P E"]:
+        """Convolutions and positions: what the first block reads."""
+        frames = mel.shape[-1]
+        if mel.shape[1] != self.config.mels:
+            raise ValueError(f"wanted {self.config.mels} mel bands, got {mel.shape[1]}")
+        if frames % 2 or not 4 <= frames <= 2 * self.config.positions:
+            raise ValueError(
+                f"wanted an even number of frames from 4 to {2 * self.config.positions}, "
+                f"got {frames}"
+            )
+        x = jnp.swapaxes(mel, 1, 2).astype(self.conv1.kernel.dtype)
+        x = gelu(self.conv2(gelu(self.conv1(x))))
+        return x + self.positions[: x.shape[1]]
+
+    def __call__(
+        self, mel: Float[Array, "C M T"], frames: Int[Array, " C"], *, remat: bool = False
+    ) -> Float[Array, "C A E"]:
+        """Hears clips.
+
+        Args:
+          mel: log-mel, T even. Exact for any T of at least 2 * positions_of(frames) + 2, or the
+            full 30 s, as long as the frames after a clip hold what padding to 30 s gives them.
+          frames: how many of each clip's frames are sound rather than padding.
+          remat: recompute each block in the backward pass rather than keep its activations.
+
+        Returns:
+          One state per 40 ms, of which the first states_of(frames) are valid.
+        """
+        x = self.stem(mel)
+        valid = jnp.arange(x.shape[1]) < positions_of(frames)[:, None]
+        step = lambda block, x, _: (block(x, valid), None)
+        x, _ = layers.run(self.blocks, jax.checkpoint(step) if remat else step, x, None)
+        return self.pool(x)
+
+    def pool(self, x: Float[Array, "C P E"]) -> Float[Array, "C A E"]:
+        """Means over pairs of positions, then the final norm."""
+        pairs = x[:, : x.shape[1] // 2 * 2].reshape(x.shape[0], -1, 2, x.shape[2])
+        return self.norm(pairs.mean(axis=2))

@@ -1,0 +1,161 @@
+"""Qwen2Audio: sound and text in, scores of the next word out."""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from qwen2audio_jax import encoder, merge
+from qwen2audio_jax.cache import Cache
+from qwen2audio_jax.config import Config
+from qwen2audio_jax.decoder import Decoder
+from qwen2audio_jax.encoder import Encoder
+from qwen2audio_jax.projector import Projector
+
+
+class Qwen2Audio(nnx.Module):
+    """The path encoder -> projector -> merge -> decoder.
+
+    Args:
+      config: sizes; `config.preset("tiny")` and others.
+      scan_layers: hold each tower's blocks as one stack with a leading layer axis, as training
+        does; False holds a list of blocks, which generates faster.
+      dtype: of the parameters, and so of the arithmetic between the float32 islands.
+      rngs: where random parameters come from.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        scan_layers: bool = True,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.scan_layers = scan_layers
+        self.encoder = Encoder(config.encoder, scan=scan_layers, dtype=dtype, rngs=rngs)
+        self.projector = Projector(config, dtype=dtype, rngs=rngs)
+        self.decoder = Decoder(config.decoder, scan=scan_layers, dtype=dtype, rngs=rngs)
+
+    @property
+    def dtype(self) -> Any:
+        return self.projector.kernel.dtype
+
+    def listen(
+        self,
+        input_features: Float[Array, "C M T"],
+        feature_attention_mask: Int[Array, "C T"],
+        *,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "C A D"], Int[Array, " C"]]:
+        """What was heard, in the decoder's terms, and how many states of each clip are valid."""
+        frames = feature_attention_mask.sum(axis=1).astype(jnp.int32)
+        states = self.encoder(input_features, frames, remat=remat)
+        return self.projector(states), encoder.states_of(frames)
+
+    def embed(
+        self,
+        input_ids: Int[Array, "B L"],
+        input_features: Float[Array, "C M T"] | None = None,
+        feature_attention_mask: Int[Array, "C T"] | None = None,
+        *,
+        remat: bool = False,
+    ) -> Float[Array, "B L D"]:
+        """Tokens' embeddings, with what was heard in the place of the audio tokens."""
+        x = self.decoder.embed(input_ids)
+        if input_features is None:
+            return x
+        states, counts = self.listen(input_features, feature_attention_mask, remat=remat)
+        return merge.merge(x, input_ids == self.config.audio_token, states, counts)
+
+    def hidden(
+        self,
+        input_ids: Int[Array, "B L"],
+        attention_mask: Int[Array, "B L"],
+        input_features: Float[Array, "C M T"] | None = None,
+        feature_attention_mask: Int[Array, "C T"] | None = None,
+        *,
+        cache: Cache | None = None,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "B L D"], Cache | None]:
+        """The decoder's last states, from which `decoder.logits` makes scores, and the cache."""
+        x = self.embed(input_ids, input_features, feature_attention_mask, remat=remat)
+        mask = attention_mask.astype(jnp.int32)
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        if cache is not None:
+            positions += cache.segments.sum(axis=1, keepdims=True)
+        return self.decoder(x, positions, mask, cache, remat=remat)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B L"] | Int[np.ndarray, "B L"],
+        attention_mask: Int[Array, "B L"] | Int[np.ndarray, "B L"] | None = None,
+        input_features: Float[Array, "C M T"] | Float[np.ndarray, "C M T"] | None = None,
+        feature_attention_mask: Int[Array, "C T"] | Int[np.ndarray, "C T"] | None = None,
+    ) -> Float[Array, "B L V"]:
+        """Scores of the next word after every token, in float32.
+
+        Args: what a `Processor` makes; the names and shapes are the reference's.
+
+        Raises:
+          ValueError: the audio tokens are not as many as the clips' audio states.
+        """
+        if attention_mask is None:
+            attention_mask = jnp.ones(input_ids.shape, jnp.int32)
+        self.check(input_ids, feature_attention_mask)
+        return _logits(self, input_ids, attention_mask, input_features, feature_attention_mask)
+
+    def check(self, input_ids, feature_attention_mask) -> None:
+        """Refuses a prompt whose audio tokens and audio states differ in number, where it can."""
+        if feature_attention_mask is None:
+            feature_attention_mask = np.zeros((0, 0), np.int32)
+        if merge.concrete(input_ids, feature_attention_mask):
+            frames = np.asarray(feature_attention_mask).sum(axis=1).astype(np.int32)
+            slots = np.asarray(input_ids) == self.config.audio_token
+            merge.check(slots, encoder.states_of(frames))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        *,
+        dtype: Any = None,
+        mesh: jax.sharding.Mesh | None = None,
+        scan_layers: bool = False,
+        progress: bool = False,
+    ) -> "Qwen2Audio":
+        """Loads `"tiny"`, a folder in Hugging Face's format or in ours, or a hub id.
+
+        Args:
+          dtype: of the parameters; None: float32 on CPUs, bfloat16 elsewhere.
+          mesh: spread the parameters over these devices.
+          scan_layers: as in the constructor.
+          progress: show a progress bar.
+
+        Raises:
+          FileNotFoundError: nothing is there.
+          ValueError: what is there is not a whole model; the message names every tensor that is
+            unknown, missing, of the wrong shape or cut short.
+        """
+        from qwen2audio_jax import weights  # weights know the model, not the model them
+
+        return weights.load(
+            source, dtype=dtype, mesh=mesh, scan_layers=scan_layers, progress=progress
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike, *, progress: bool = False) -> None:
+        """Writes config and weights in Hugging Face's format, which transformers loads."""
+        from qwen2audio_jax import weights
+
+        weights.save(self, folder, progress=progress)
+
+
+@jax.jit
+def _logits(model, input_ids, attention_mask, input_features, feature_attention_mask):
+    x, _ = model.hidden(input_ids, attention_mask, input_features, feature_attention_mask)
+    return model.decoder.logits(x)
