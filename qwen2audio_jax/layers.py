@@ -6,14 +6,18 @@ Nothing here knows which tower it stands in.
 from collections.abc import Callable
 from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-# On CPUs XLA's attention over all queries at once is several times slower than over blocks of
-# them: the scores of a block stay in the cache.
-QUERY_BLOCK = 128
+# On CPUs XLA computes attention three times faster head by head, some hundred queries at a time,
+# once all scores together outgrow the cache.
+CPU_SCORES = 4 * 1024**2
+CPU_QUERIES = 512
+
+_NEVER = jnp.finfo(jnp.float32).min
 
 
 class RMSNorm(nnx.Module):
@@ -76,39 +80,43 @@ def attend(
     Returns:
       The values seen by each query. A query that sees no key gets a finite, meaningless mean.
     """
-    heads = lambda q, q_segments, offset: _attend_block(q, k, v, q_segments, k_segments, offset)
-    length = q.shape[1]
-    if jax.default_backend() != "cpu" or length <= QUERY_BLOCK:
-        return heads(q, q_segments, offset)
-    blocks = -(-length // QUERY_BLOCK)
-    size = -(-length // blocks)  # even blocks: little is padded
-    pad = blocks * size - length
-    split = lambda x: jnp.moveaxis(
-        jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)).reshape(
-            x.shape[0], blocks, size, *x.shape[2:]
-        ),
-        1,
-        0,
-    )
-    starts = jnp.arange(blocks) * size
-    out = jax.lax.map(
-        lambda block: heads(block[0], block[1], None if offset is None else offset + block[2]),
-        (split(q), split(q_segments), starts),
-    )
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
-
-
-def _attend_block(q, k, v, q_segments, k_segments, offset):
-    B, L, N, H = q.shape
-    K = k.shape[2]
+    slots = k.shape[1]
     mask = q_segments[:, :, None] == k_segments[:, None, :]
     if offset is not None:
-        mask &= jnp.arange(k.shape[1]) <= offset + jnp.arange(L)[:, None]
-    q = q.reshape(B, L, K, N // K, H)
-    scores = jnp.einsum("BLKGH,BSKH->BKGLS", q, k, preferred_element_type=jnp.float32) * H**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        mask &= jnp.arange(slots) <= offset + jnp.arange(q.shape[1])[:, None]
+    q = einops.rearrange(q, "B L (K G) H -> B L K G H", K=k.shape[2])
+    if jax.default_backend() == "cpu" and q[..., 0].size * slots > CPU_SCORES:
+        out = _attend_by_head(q, k, v, mask)
+    else:
+        out = _attend(q, k, v, mask)
+    return einops.rearrange(out, "B L K G H -> B L (K G) H")
+
+
+def _attend(q, k, v, mask):
+    scores = jnp.einsum("BLKGH,BSKH->BKGLS", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores * q.shape[-1] ** -0.5, _NEVER)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGLS,BSKH->BLKGH", weights, v).reshape(B, L, N, H)
+    return jnp.einsum("BKGLS,BSKH->BLKGH", weights, v)
+
+
+def _attend_by_head(q, k, v, mask):
+    """As `_attend`, a head and a block of queries at a time."""
+    length, heads = q.shape[1:3]
+    blocks = -(-length // CPU_QUERIES)
+    size = -(-length // blocks)  # even blocks: little is padded
+    pad = ((0, 0), (0, blocks * size - length))
+    q = jnp.pad(q, (*pad, (0, 0), (0, 0), (0, 0)))
+    mask = jnp.pad(mask, (*pad, (0, 0)))
+
+    def one(i):
+        head, start = i // blocks, i % blocks * size
+        at = lambda x, axis, start, size: jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+        queries = at(at(q, 1, start, size), 2, head, 1)
+        return _attend(queries, at(k, 2, head, 1), at(v, 2, head, 1), at(mask, 1, start, size))
+
+    out = jax.lax.map(one, jnp.arange(heads * blocks))
+    out = einops.rearrange(out, "(K block) B L 1 G H -> B (block L) K G H", block=blocks)
+    return out[:, :length]
 
 
 def stack(
