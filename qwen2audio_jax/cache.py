@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -37,4 +38,15 @@ def empty(c: DecoderConfig, batch: int, slots: int, *, scan: bool, dtype: Any) -
         layers=pair(c.layers) if scan else [pair() for _ in range(c.layers)],
         segments=jnp.zeros((batch, slots), jnp.int32),
         length=jnp.zeros((), jnp.int32),
+    )
+
+
+def repeat(cache: Cache, n: int) -> Cache:
+    """Gives every row `n` copies, one after the other."""
+    if n == 1:
+        return cache
+    axis = 0 if isinstance(cache.layers, list) else 1
+    return cache.replace(
+        layers=jax.tree.map(lambda x: jnp.repeat(x, n, axis=axis), cache.layers),
+        segments=jnp.repeat(cache.segments, n, axis=0),
     )

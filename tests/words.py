@@ -23,6 +23,7 @@ CORPUS = [
     "You are a helpful assistant. system user assistant Audio 1: Audio 2:",
     "What is that sound? It is the sound of glass shattering, and it's over.",
     "What can you hear? A dog barks; somebody laughs. The weather is nice today.",
+    "yes\n\nno\n\nyes",
     "今天天气很好。那是什么声音？",
 ]
 

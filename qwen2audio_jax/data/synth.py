@@ -96,6 +96,7 @@ def _synthesise(
             if rate <= 0:
                 raise RuntimeError(f"espeak-ng does not start with its data at {data}")
             library.espeak_SetSynthCallback(collect)
+            library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # breath; else seeded by the clock
             if library.espeak_SetVoiceByName(voice.encode()):
                 raise ValueError(f"espeak-ng has no voice {voice!r}")
             for parameter, value in settings.items():
