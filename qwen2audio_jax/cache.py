@@ -1,5 +1,6 @@
 """Keys and values already computed, so that a token attends to its past at the cost of one."""
 
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -41,10 +42,9 @@ def empty(c: DecoderConfig, batch: int, slots: int, *, scan: bool, dtype: Any) -
     )
 
 
+@partial(jax.jit, static_argnames="n")
 def repeat(cache: Cache, n: int) -> Cache:
     """Gives every row `n` copies, one after the other."""
-    if n == 1:
-        return cache
     axis = 0 if isinstance(cache.layers, list) else 1
     return cache.replace(
         layers=jax.tree.map(lambda x: jnp.repeat(x, n, axis=axis), cache.layers),

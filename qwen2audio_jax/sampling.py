@@ -1,0 +1,145 @@
+"""logits -> the next token: the rules of choice, in the reference's order and meaning.
+
+Source: transformers 5.23, `generation/logits_process.py`.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+      temperature: divides the scores; 0 takes the best token (greedy), whatever top_k and top_p.
+      top_k: choose among the k best tokens, and those equal to the last of them; None: all.
+      top_p: choose among the fewest best tokens whose probabilities exceed this; None: all.
+      repetition_penalty: makes tokens of the prompt and of the answer so far less likely, if
+        above 1; also when greedy. Padding is no part of the prompt.
+      seed: where chance comes from. Every row draws by itself: it gets the same tokens alone or
+        in any batch.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be 1 or more, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+
+
+@flax.struct.dataclass
+class Rules:
+    """A choice as compiled programs read it: new numbers compile nothing; a rule that is None
+    is not computed."""
+
+    temperature: Any
+    top_p: Any
+    repetition_penalty: Any
+    min_new_tokens: Any
+    end_tokens: Int[Array, " ends"]
+    pad_token: Any
+    seed: Any
+    top_k: int | None = flax.struct.field(pytree_node=False)
+
+
+def rules_for(
+    sampling: Sampling, *, min_new_tokens: int, end_tokens: tuple[int, ...], pad_token: int
+) -> Rules:
+    sampled = sampling.temperature > 0
+    penalised = sampling.repetition_penalty != 1
+    return Rules(
+        temperature=sampling.temperature if sampled else None,
+        top_k=sampling.top_k if sampled else None,
+        top_p=sampling.top_p if sampled and sampling.top_p != 1 else None,
+        repetition_penalty=sampling.repetition_penalty if penalised else None,
+        min_new_tokens=min_new_tokens or None,
+        end_tokens=jnp.asarray(end_tokens, jnp.int32),
+        pad_token=pad_token,
+        seed=jnp.uint32(sampling.seed % 2**32),
+    )
+
+
+def choose(
+    logits: Float[Array, "B V"],
+    seen: Bool[Array, "B V"] | None,
+    step: Int[Array, ""],
+    draws: Int[Array, " B"],
+    rules: Rules,
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Chooses a token a row.
+
+    Args:
+      logits: the model's scores.
+      seen: tokens that the prompt or the answer holds; None unless repetition is penalised.
+      step: how many tokens the answer has.
+      draws: which of its prompt's samples each row is.
+
+    Returns:
+      The tokens, and their log-probabilities in the model's own distribution, before any rule.
+    """
+    scores = penalise(logits, seen, rules.repetition_penalty)
+    if rules.min_new_tokens is not None:
+        scores = forbid(scores, rules.end_tokens, step < rules.min_new_tokens)
+    if rules.temperature is None:
+        tokens = jnp.argmax(scores, axis=-1)
+    else:
+        scores = keep_top_p(keep_top_k(scores / rules.temperature, rules.top_k), rules.top_p)
+        key = jax.random.fold_in(jax.random.key(rules.seed), step)
+        # the row's place in the batch has no part in its chance
+        draw = lambda draw, scores: jax.random.categorical(jax.random.fold_in(key, draw), scores)
+        tokens = jax.vmap(draw)(draws, scores)
+    tokens = tokens.astype(jnp.int32)
+    own = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return tokens, own - jax.nn.logsumexp(logits, axis=-1)
+
+
+def penalise(
+    scores: Float[Array, "B V"], seen: Bool[Array, "B V"] | None, penalty: Any
+) -> Float[Array, "B V"]:
+    """Divides positive and multiplies negative scores of tokens that were seen."""
+    if penalty is None:
+        return scores
+    return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def forbid(
+    scores: Float[Array, "B V"], tokens: Int[Array, " ends"], now: Bool[Array, ""]
+) -> Float[Array, "B V"]:
+    """Makes tokens impossible, if `now`."""
+    return jnp.where(now, scores.at[:, tokens].set(-jnp.inf), scores)
+
+
+def keep_top_k(scores: Float[Array, "B V"], k: int | None) -> Float[Array, "B V"]:
+    """Makes all but the k best tokens, and those equal to the last of them, impossible."""
+    if k is None:
+        return scores
+    best, _ = jax.lax.top_k(scores, min(k, scores.shape[-1]))
+    return jnp.where(scores < best[:, -1:], -jnp.inf, scores)
+
+
+def keep_top_p(scores: Float[Array, "B V"], p: Any) -> Float[Array, "B V"]:
+    """Makes the least likely tokens impossible that together have a probability of 1 - p."""
+    if p is None:
+        return scores
+    ranked = jnp.argsort(scores, axis=-1)
+    ascending = jnp.take_along_axis(scores, ranked, axis=-1)
+    cumulative = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
+    kept = (cumulative > 1 - p).at[:, -1].set(True)
+    rows = jnp.arange(scores.shape[0])[:, None]
+    return jnp.where(jnp.zeros_like(kept).at[rows, ranked].set(kept), scores, -jnp.inf)
