@@ -56,6 +56,12 @@ CHAT_TEMPLATE = (
 )
 
 
+def transcription(language: str = "en") -> str:
+    """The base model's prompt for recognition, as the authors evaluate it; one clip, no chat."""
+    instruction = f"Detect the language and recognize the speech: <|{language}|>"
+    return f"{AUDIO_BOS}{AUDIO}{AUDIO_EOS}{instruction}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Segment:
     """A run of tokens of one kind."""

@@ -33,7 +33,7 @@ def locate(source: str | pathlib.Path, patterns: Sequence[str]) -> pathlib.Path:
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=patterns))
     except Exception as error:  # its HTTP client's errors share no base class with its own
-        reason = " ".join(str(error).split()).partition(". ")[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{str(source)!r} is neither a folder here nor a repository that the hub gave: {reason}"
         ) from error
