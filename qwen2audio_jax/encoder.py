@@ -15,12 +15,15 @@ from qwen2audio_jax import layers
 from qwen2audio_jax.config import EncoderConfig
 
 
-def positions_of(frames: Int[Array, " C"]) -> Int[Array, " C"]:
+Frames = Int[Array, " C"] | Int[np.ndarray, " C"]
+
+
+def positions_of(frames: Frames) -> Frames:
     """Encoder positions that a clip of so many mel frames fills."""
     return (frames + 1) // 2
 
 
-def states_of(frames: Int[Array, " C"]) -> Int[Array, " C"]:
+def states_of(frames: Frames) -> Frames:
     """Audio states, and so audio tokens, that a clip of so many mel frames becomes."""
     return positions_of(frames) // 2
 
