@@ -1,0 +1,128 @@
+"""Batches for training, made by other processes while the device computes."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from qwen2audio_jax import audio, mel
+from qwen2audio_jax.data import augment, lessons, synth
+from qwen2audio_jax.processor import Inputs, Processor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes that many batches share, so that few programs are compiled."""
+
+    clips: int  # one per row
+    frames: int  # the longest clip, in mel frames of 10 ms
+    tokens: int  # the longest prompt with its answer
+    words: tuple[int, int]  # how many are said, at least and at most
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Course:
+    """What is taught, in which order: every batch is a pure function of this and its number."""
+
+    processor: str  # a folder with a tokenizer
+    seed: int = 0
+    shapes: tuple[Shape, ...] = (
+        Shape(clips=48, frames=130, tokens=84, words=(1, 2)),
+        Shape(clips=24, frames=320, tokens=132, words=(3, 5)),
+    )
+    long_from: int = 0  # the first batch of the longer shape; before that only the first is used
+    voices: tuple[str, ...] = synth.TRAIN_VOICES
+    recordings: tuple[tuple[str, str], ...] = ()  # (audio, text) beside what is synthesised
+    recorded: float = 0.4  # of the clips, where there are recordings
+    pool: int = 6000  # utterances that recur, each time in another room; espeak-ng is slow
+    fresh: int = 8  # utterances that leave and enter the pool with every batch
+
+
+def make(course: Course, number: int) -> Inputs:
+    """The `number`th batch of a course, padded right, with labels."""
+    rng = np.random.default_rng((course.seed, number))
+    shape = course.shapes[int(rng.integers(len(course.shapes))) if number >= course.long_from else 0]
+    processor = _processor(course.processor)
+    chosen = []
+    while len(chosen) < shape.clips:
+        wave, text = draw(course, number, shape, rng)
+        lesson = lessons.make(processor, augment.augment(wave, rng), text, rng)
+        tokens = sum(len(segment.ids) for segment in lesson.prompt)
+        if mel.frames(len(lesson.wave)) <= shape.frames - 2 and tokens <= shape.tokens:
+            chosen.append(lesson)
+    inputs = processor.batch(
+        [lesson.prompt for lesson in chosen],
+        [lesson.wave for lesson in chosen],
+        padding_side="right",
+        labels=True,
+        frames=shape.frames,
+        length=shape.tokens,
+    )
+    for picture, valid in zip(
+        inputs["input_features"], inputs["feature_attention_mask"].sum(axis=1), strict=True
+    ):
+        picture[:, :valid] = augment.spec_augment(picture[:, :valid], rng)
+    return inputs
+
+
+def draw(
+    course: Course, number: int, shape: Shape, rng: np.random.Generator
+) -> tuple[Float[np.ndarray, " S"], str]:
+    """Something that is said in as many words as the shape has room for."""
+    few, many = shape.words
+    if course.recordings and rng.random() < course.recorded:
+        # recordings are single words more often than not: several, one after another, are a phrase
+        picked = rng.integers(len(course.recordings), size=rng.integers(few, many + 1))
+        waves, texts = zip(*(_recording(*course.recordings[i]) for i in picked), strict=True)
+        gaps = [np.zeros(int(rng.uniform(0, 0.15) * audio.SAMPLE_RATE), np.float32) for _ in waves]
+        parts = [part for pair in zip(waves, gaps, strict=True) for part in pair]
+        return np.concatenate(parts[:-1]), " ".join(texts)
+    while True:
+        said = _utterance(
+            (course.seed, int(rng.integers(course.pool)) + number * course.fresh), course.voices
+        )
+        if few <= len(said.text.split()) <= many:
+            return said.wave, said.text
+
+
+_processor = functools.lru_cache(maxsize=2)(Processor.from_pretrained)
+_utterance = functools.lru_cache(maxsize=8000)(synth.utterance)
+
+
+@functools.lru_cache(maxsize=5000)
+def _recording(path: str, text: str) -> tuple[Float[np.ndarray, " S"], str]:
+    return audio.load(path), text
+
+
+def ahead(
+    make: Callable[[int], Any], numbers: range, *, workers: int = 1, depth: int = 6
+) -> Iterator[Any]:
+    """`make(i)` for each number in order, up to `depth` of them ahead of time.
+
+    Args:
+      make: a picklable function; runs in `workers` processes of low priority.
+    """
+    context = multiprocessing.get_context("spawn")  # jax does not survive a fork
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _be_nice) as pool:
+        waiting = collections.deque()
+        try:
+            for number in numbers:
+                waiting.append(pool.submit(make, number))
+                if len(waiting) > depth:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _be_nice() -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator belongs to the trainer
+    os.nice(5)

@@ -1,0 +1,58 @@
+"""The plain loop: batches in, a trained model and its history out."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import tqdm
+from flax import nnx
+
+from qwen2audio_jax.model import Qwen2Audio
+from qwen2audio_jax.training import loss, step
+from qwen2audio_jax.training.optimizer import OptimizerConfig
+
+
+def train(
+    model: Qwen2Audio,
+    batches: Iterable[dict[str, Any]],
+    config: OptimizerConfig,
+    *,
+    every: Callable[[int, Qwen2Audio], None] | None = None,
+) -> tuple[Qwen2Audio, list[dict[str, float]]]:
+    """Moves a model's parameters by one step a batch.
+
+    Args:
+      batches: what a `Processor` makes with labels; as many as `config.steps`.
+      every: called after each step with the number of steps done and the model.
+
+    Returns:
+      The trained model, and per step: loss, accuracy, tokens, grad_norm, learning_rate, seconds.
+
+    Raises:
+      FloatingPointError: the loss is not finite; the message names the step.
+    """
+    graph, params = nnx.split(model)
+    optimizer = config.make()
+    state = step.start(params, optimizer)
+    schedule = config.schedule()
+    history = []
+
+    def next_token(params, batch):
+        return loss.next_token(nnx.merge(graph, params), batch)
+
+    with tqdm.tqdm(total=config.steps, unit="step", desc="training", mininterval=1) as bar:
+        for number, batch in enumerate(batches):
+            began = time.perf_counter()
+            state, metrics = step.update(state, batch, loss=next_token, optimizer=optimizer)
+            row = {name: float(x) for name, x in jax.device_get(metrics).items()}
+            row["learning_rate"] = float(schedule(number))
+            row["seconds"] = time.perf_counter() - began
+            if row["loss"] != row["loss"]:
+                raise FloatingPointError(f"the loss is not a number at step {number + 1}")
+            history.append(row)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.1%}")
+            bar.update()
+            if every is not None:
+                every(number + 1, nnx.merge(graph, state.params))
+    return nnx.merge(graph, state.params), history
