@@ -175,7 +175,8 @@ def _from_array(source: tuple | list) -> tuple[Float[np.ndarray, "S channels"], 
         full = 2.0 ** (8 * samples.dtype.itemsize - 1)
         samples = (samples - full * (samples.dtype.kind == "u")) / full
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinity, refused later
-        return samples.astype(np.float32).reshape(len(samples), -1), rate
+        samples = samples.astype(np.float32)
+    return samples if samples.ndim == 2 else samples[:, None], rate
 
 
 def _read(source: Source) -> bytes:
@@ -214,9 +215,9 @@ def _inline(url: str) -> bytes:
 
 
 def _fetch(url: str) -> bytes:
-    # Some servers refuse Python's own name.
-    request = urllib.request.Request(url, headers={"User-Agent": "qwen2audio_jax"})
     try:
+        # Some servers refuse Python's own name.
+        request = urllib.request.Request(url, headers={"User-Agent": "qwen2audio_jax"})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             data = answer.read(LARGEST + 1)
             missing = answer.length or 0  # what is left of the stated length
@@ -247,6 +248,19 @@ class _Forward(soundfile.SoundFile):
         return False
 
 
+class _Endless(io.BytesIO):
+    """Pretends to be a hundred times as long.
+
+    Of an mp3 without a length libsndfile guesses one from the file's size and the first frame's
+    bitrate, and stops there: after half of a clip if that frame was twice as large as the rest.
+    """
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_END and not offset:  # the size is asked for; before it are tags
+            return super().seek(100 * self.getbuffer().nbytes)
+        return super().seek(offset, whence)
+
+
 def _decode(data: bytes) -> tuple[Float[np.ndarray, "S channels"], float]:
     if not data:
         raise AudioError("is empty (0 bytes)")
@@ -255,30 +269,39 @@ def _decode(data: bytes) -> tuple[Float[np.ndarray, "S channels"], float]:
             data = _ffmpeg(data, kind)
             break
     _refuse_cut(data)
-    blocks, file = [], None
+    file, samples, log = _play(io.BytesIO(data))
+    if file.format == "MP3":
+        tag = XING.match(data, _after_id3(data))
+        if len(samples) == file.frames and not (tag and tag["fields"][0] & 1):
+            file, samples, log = _play(_Endless(data))
+    elif len(samples) < file.frames < UNKNOWN:
+        lengths = f"{file.frames} samples, {len(samples)} are there"
+        raise AudioError(f"truncated: its header says {lengths}")
+    if (cut := CUT.search(log)) and int(cut[2]) < int(cut[1]) < STREAMED:
+        raise AudioError(f"truncated: its header says {cut[1]} bytes of sound, {cut[2]} are there")
+    if not len(samples):
+        raise AudioError(f"holds no samples: its header says 0, in a file of {len(data)} bytes")
+    return samples, float(file.samplerate)
+
+
+def _play(data: io.BytesIO) -> tuple[_Forward, Float[np.ndarray, "S channels"], str]:
+    """Has libsndfile decode all there is; the file, closed, its samples, and what it logged."""
+    file, got = None, 0
     try:
-        with _quiet(), _Forward(io.BytesIO(data)) as file:
+        with _quiet(), _Forward(data) as file:
+            blocks = [np.empty((0, file.channels), np.float32)]
             while len(block := file.read(4096, dtype="float32", always_2d=True)):
                 blocks.append(block)
-            cut = CUT.search(file.extra_info)
+                got += len(block)
+            return file, np.concatenate(blocks), file.extra_info
     except soundfile.LibsndfileError as error:
         reason = error.error_string.rstrip(".").removeprefix("Error : ")
         if file is None:
             raise AudioError(REASONS.get(reason, f"cannot be decoded: {reason}")) from None
-        where = f"after {sum(map(len, blocks)) / file.samplerate:.2f}"
-        if file.frames < UNKNOWN:
-            where += f" of its {file.frames / file.samplerate:.2f}"
-        raise AudioError(f"corrupt or truncated: stops {where} s ({reason})") from None
-    if cut and int(cut[2]) < int(cut[1]) < STREAMED:
-        raise AudioError(f"truncated: its header says {cut[1]} bytes of sound, {cut[2]} are there")
-    if not blocks:
-        raise AudioError(f"holds no samples: its header says 0, in a file of {len(data)} bytes")
-    samples, stated = np.concatenate(blocks), file.frames
-    # For an mp3 libsndfile guesses.
-    if len(samples) < stated < UNKNOWN and file.format != "MP3":
-        lengths = f"{stated} samples, {len(samples)} are there"
-        raise AudioError(f"truncated: its header says {lengths}")
-    return samples, float(file.samplerate)
+        known = file.frames < UNKNOWN and file.format != "MP3"
+        whole = f" of its {file.frames / file.samplerate:.2f}" if known else ""
+        where = f"stops after {got / file.samplerate:.2f}{whole} s"
+        raise AudioError(f"corrupt or truncated: {where} ({reason})") from None
 
 
 def _refuse_cut(data: bytes) -> None:
