@@ -20,9 +20,7 @@ class Attention(nnx.Module):
 
     def __init__(self, c: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.config = c
-        make = lambda heads: nnx.LinearGeneral(
-            c.width, (heads, c.head_width), param_dtype=dtype, rngs=rngs
-        )
+        make = lambda heads: layers.Linear(c.width, (heads, c.head_width), dtype=dtype, rngs=rngs)
         self.query = make(c.heads)
         self.key = make(c.kv_heads)
         self.value = make(c.kv_heads)

@@ -14,7 +14,6 @@ from jaxtyping import Array, Bool, Float, Int
 from qwen2audio_jax import layers
 from qwen2audio_jax.config import EncoderConfig
 
-
 Frames = Int[Array, " C"] | Int[np.ndarray, " C"]
 
 
@@ -40,13 +39,11 @@ class Attention(nnx.Module):
 
     def __init__(self, c: EncoderConfig, *, dtype: Any, rngs: nnx.Rngs):
         heads = (c.heads, c.head_width)
-        make = lambda bias: nnx.LinearGeneral(
-            c.width, heads, use_bias=bias, param_dtype=dtype, rngs=rngs
-        )
+        make = lambda bias: layers.Linear(c.width, heads, use_bias=bias, dtype=dtype, rngs=rngs)
         self.query = make(True)
         self.key = make(False)  # Whisper: no bias
         self.value = make(True)
-        self.out = nnx.LinearGeneral(heads, c.width, axis=(-2, -1), param_dtype=dtype, rngs=rngs)
+        self.out = layers.Linear(heads, c.width, axis=(-2, -1), dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "C P E"], valid: Bool[Array, "C P"]
@@ -72,8 +69,8 @@ class Block(nnx.Module):
         self.attention_norm = norm()
         self.attention = Attention(c, dtype=dtype, rngs=rngs)
         self.mlp_norm = norm()
-        self.up = nnx.Linear(c.width, c.hidden, param_dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(c.hidden, c.width, param_dtype=dtype, rngs=rngs)
+        self.up = layers.Linear(c.width, c.hidden, dtype=dtype, rngs=rngs)
+        self.down = layers.Linear(c.hidden, c.width, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "C P E"], valid: Bool[Array, "C P"]
@@ -83,7 +80,8 @@ class Block(nnx.Module):
 
 
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    return jax.nn.gelu(x, approximate=False)
+    """With the error function, in float32."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
 
 
 class Encoder(nnx.Module):
@@ -93,8 +91,17 @@ class Encoder(nnx.Module):
         self, c: EncoderConfig, *, scan: bool = True, dtype: Any = jnp.float32, rngs: nnx.Rngs
     ):
         self.config = c
-        conv = lambda width, stride: nnx.Conv(
-            width, c.width, (3,), strides=stride, padding=((1, 1),), param_dtype=dtype, rngs=rngs
+        conv = (
+            lambda width, stride: nnx.Conv(
+                width,
+                c.width,
+                (3,),
+                strides=stride,
+                padding=((1, 1),),
+                param_dtype=dtype,
+                preferred_element_type=jnp.float32,  # rounded once, as layers.Linear
+                rngs=rngs,
+            )
         )
         self.conv1 = conv(c.mels, 1)
         self.conv2 = conv(c.width, 2)
@@ -117,8 +124,10 @@ class Encoder(nnx.Module):
                 f"wanted an even number of frames from 4 to {2 * self.config.positions}, "
                 f"got {frames}"
             )
-        x = jnp.swapaxes(mel, 1, 2).astype(self.conv1.kernel.dtype)
-        x = gelu(self.conv2(gelu(self.conv1(x))))
+        dtype = self.conv1.kernel.dtype
+        x = jnp.swapaxes(mel, 1, 2).astype(dtype)
+        for conv in (self.conv1, self.conv2):
+            x = gelu(conv(x).astype(dtype))
         return x + self.positions[: x.shape[1]]
 
     def __call__(

@@ -20,6 +20,18 @@ CPU_QUERIES = 512
 _NEVER = jnp.finfo(jnp.float32).min
 
 
+class Linear(nnx.LinearGeneral):
+    """An affine map that rounds once: product and bias are added in float32, as PyTorch does."""
+
+    def __init__(self, inputs: Any, outputs: Any, *, dtype: Any = jnp.float32, **how: Any):
+        super().__init__(
+            inputs, outputs, param_dtype=dtype, preferred_element_type=jnp.float32, **how
+        )
+
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*out"]:
+        return super().__call__(x).astype(jnp.result_type(x, self.kernel))
+
+
 class RMSNorm(nnx.Module):
     """Scales to unit root mean square, in float32; the weight is applied in the input's dtype."""
 
@@ -43,7 +55,8 @@ class GatedMLP(nnx.Module):
         self.down = make(hidden, width)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate = jax.nn.silu(self.gate(x).astype(jnp.float32)).astype(x.dtype)
+        return self.down(gate * self.up(x))
 
 
 def rotate(
