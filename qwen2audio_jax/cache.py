@@ -45,8 +45,33 @@ def empty(c: DecoderConfig, batch: int, slots: int, *, scan: bool, dtype: Any) -
 @partial(jax.jit, static_argnames="n")
 def repeat(cache: Cache, n: int) -> Cache:
     """Gives every row `n` copies, one after the other."""
-    axis = 0 if isinstance(cache.layers, list) else 1
+    return _map(cache, lambda x, batch: jnp.repeat(x, n, axis=batch))
+
+
+def take(cache: Cache, rows: Int[Array, " rows"]) -> Cache:
+    """Makes a batch of these rows."""
+    return _map(cache, lambda x, batch: jnp.take(x, rows, axis=batch))
+
+
+@partial(jax.jit, static_argnames="slots")
+def grow(cache: Cache, slots: int) -> Cache:
+    """Makes room for more tokens."""
+    more = slots - cache.slots
+    pad = lambda x, batch: jnp.pad(
+        x, [(0, more if axis == batch + 1 else 0) for axis in range(x.ndim)]
+    )
+    return _map(cache, pad)
+
+
+def rewind(cache: Cache, length: Int[Array, ""]) -> Cache:
+    """Forgets what lies beyond the first `length` slots."""
+    kept = jnp.arange(cache.slots) < length
+    return cache.replace(segments=jnp.where(kept, cache.segments, 0), length=length)
+
+
+def _map(cache, f):
+    """Applies `f(array, batch_axis)` to all that has a row axis; the slots' axis is the next."""
+    batch = 0 if isinstance(cache.layers, list) else 1
     return cache.replace(
-        layers=jax.tree.map(lambda x: jnp.repeat(x, n, axis=axis), cache.layers),
-        segments=jnp.repeat(cache.segments, n, axis=0),
+        layers=jax.tree.map(lambda x: f(x, batch), cache.layers), segments=f(cache.segments, 0)
     )

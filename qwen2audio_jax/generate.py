@@ -4,9 +4,10 @@ Shapes are rounded up to buckets, so that few programs serve all lengths; the nu
 (how many tokens, a temperature, a seed) are traced.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Generator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -14,15 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from qwen2audio_jax import beam, merge
 from qwen2audio_jax import cache as caches
-from qwen2audio_jax import merge
 from qwen2audio_jax.cache import Cache
 from qwen2audio_jax.model import Qwen2Audio
+from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.sampling import Rules, Sampling, choose, rules_for
+from qwen2audio_jax.stop import StopStrings
 
 GREEDY = Sampling(temperature=0.0)
 NEW_TOKENS = 256  # the longest answer where none is asked for
 CHUNK = 64  # tokens a row that one call of the decode loop makes at most
+STOP_CHUNK = 16  # the same where stop strings are looked for in between
+PACE = 0.05  # seconds between the pieces of a stream, where tokens come faster
 SHORTEST_PROMPT, SHORTEST_CACHE = 32, 256  # the smallest buckets, in tokens
 
 Rows = list[Int[np.ndarray, " _"]]
@@ -37,13 +42,15 @@ class State:
     Attributes:
       cache: the prompts and the answers but for their last tokens.
       last: the last token of every row.
+      lengths: tokens of every answer, that which ended it included.
       seen: the tokens that repetition counts; None where it is not penalised.
       ended: rows that are complete.
-      step: how many tokens the answers have.
+      step: tokens of an answer that has not ended.
     """
 
     cache: Cache
     last: Int[Array, " B"]
+    lengths: Int[Array, " B"]
     seen: Bool[Array, "B V"] | None
     ended: Bool[Array, " B"]
     step: Int[Array, ""]
@@ -58,18 +65,28 @@ def generate(
     sampling: Sampling = GREEDY,
     n: int = 1,
     end_tokens: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+    processor: Processor | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
     logprobs: bool = False,
-) -> (
-    Int[np.ndarray, "rows new"] | tuple[Int[np.ndarray, "rows new"], Float[np.ndarray, "rows new"]]
-):
+) -> Tokens | tuple[Tokens, Scores]:
     """Answers a batch of prompts.
 
     Args:
       inputs: what a `Processor` makes, padded on either side.
       max_new_tokens: the longest answer; None: 256, or what the context has room for.
-      min_new_tokens: no answer ends before it has so many tokens.
+      min_new_tokens: no answer ends with an end token before it has so many tokens.
       n: answers per prompt, one after the other: rows are B * n.
       end_tokens: an answer ends with any of these; None: the config's.
+      stop: an answer ends with the token that completes any of these strings.
+      processor: reads the tokens for `stop`.
+      num_beams: search with so many beams rather than sample; the best `n` come back.
+      length_penalty: beams are ranked by log-probability / length ** length_penalty.
+      early_stopping: when a search is over: True, once there are as many ended beams as
+        `num_beams`; False, once the open ones are unlikely to do better; "never", once they
+        cannot.
       logprobs: also return the tokens' log-probabilities.
 
     Returns:
@@ -78,17 +95,30 @@ def generate(
       penalty or any other rule; 0 for padding.
 
     Raises:
-      ValueError: the prompt and `max_new_tokens` do not fit the model's context.
+      ValueError: the prompt and `max_new_tokens` do not fit the model's context, or the options
+        do not fit each other.
     """
     rows = unpad(inputs)
     limit = room(model, rows, max_new_tokens)
-    rules = rules_for(
-        sampling,
-        min_new_tokens=min_new_tokens,
-        end_tokens=model.config.end_tokens if end_tokens is None else tuple(end_tokens),
-        pad_token=model.config.pad_token,
-    )
-    made = chunks(model, rows, listen(model, inputs), rules, limit, n)
+    rules = rules_for(model.config, sampling, min_new_tokens=min_new_tokens, end_tokens=end_tokens)
+    heard = listen(model, inputs)
+    if num_beams > 1:
+        if sampling.temperature > 0 or stop or n > num_beams:
+            raise ValueError(
+                f"{num_beams} beams want temperature 0, no stop strings and at most {num_beams} "
+                f"answers, got {sampling.temperature}, {list(stop)} and {n}"
+            )
+        logits, cache = prefill(model, rows, heard, limit)
+        tokens, scores = beam.search(
+            model, logits, cache, seen(rules, rows, logits), rules, limit,
+            num_beams=num_beams, n=n, length_penalty=length_penalty, early_stopping=early_stopping,
+        )  # fmt: skip
+        return (tokens, scores) if logprobs else tokens
+    if n > 1 and sampling.temperature == 0:
+        raise ValueError(f"{n} answers at temperature 0 would be the same; wanted a temperature")
+    stops = StopStrings(stop, processor, len(rows) * n) if stop else None
+    logits, cache = prefill(model, rows, heard, limit)
+    made = decode(model, logits, cache, seen(rules, rows, logits), rules, limit, n=n, stops=stops)
     tokens, scores = (np.concatenate(parts, axis=1) for parts in zip(*made, strict=True))
     return (tokens, scores) if logprobs else tokens
 
@@ -118,7 +148,7 @@ def room(model: Qwen2Audio, rows: Rows, max_new_tokens: int | None) -> int:
 
 
 def bucket(n: int, smallest: int, *, per_octave: int) -> int:
-    """Rounds up to one of few sizes: `per_octave` of them between a power of two and the next."""
+    """Rounds up to one of few sizes: `per_octave` from a power of two to the next."""
     if n <= smallest:
         return smallest
     step = (1 << (n - 1).bit_length() - 1) // per_octave
@@ -132,10 +162,20 @@ def listen(model: Qwen2Audio, inputs: Mapping[str, Any]) -> tuple | None:
     return None if features is None else _listen(model, features, mask)
 
 
-def chunks(
-    model: Qwen2Audio, rows: Rows, heard: tuple | None, rules: Rules, limit: int, n: int
-) -> Iterator[tuple[Tokens, Scores]]:
-    """Answers, some tokens at a time: the first one, then up to `CHUNK` a piece."""
+def seen(rules: Rules, rows: Rows, logits: Float[Array, "B V"]) -> Bool[np.ndarray, "B V"] | None:
+    """The tokens of every prompt, where repetition is penalised."""
+    if rules.repetition_penalty is None:
+        return None
+    seen = np.zeros(logits.shape, bool)
+    for row, tokens in zip(seen, rows, strict=True):
+        row[tokens] = True
+    return seen
+
+
+def prefill(
+    model: Qwen2Audio, rows: Rows, heard: tuple | None, limit: int
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Reads the prompts: what comes next, and a cache with room for `limit` tokens more."""
     length = bucket(max(map(len, rows)), SHORTEST_PROMPT, per_octave=4)
     slots = bucket(length + limit, SHORTEST_CACHE, per_octave=2)
     ids = np.full((len(rows), length), model.config.pad_token, np.int32)
@@ -143,33 +183,83 @@ def chunks(
     for b, row in enumerate(rows):
         ids[b, length - len(row) :] = row
         mask[b, length - len(row) :] = 1
-    logits, cache = _prefill(model, _embed(model, ids, heard), mask, slots)
-    seen = None if rules.repetition_penalty is None else _seen(rows, logits.shape[1])
-    logits, cache, seen = _widen(logits, cache, seen, n)
-    draws = np.tile(np.arange(n, dtype=np.int32), len(rows))
+    return extend(model, ids, mask, heard, slots=slots)
+
+
+def extend(
+    model: Qwen2Audio,
+    ids: Int[np.ndarray, "B L"],
+    mask: Int[np.ndarray, "B L"],
+    heard: tuple | None,
+    *,
+    cache: Cache | None = None,
+    slots: int | None = None,
+    used: int | None = None,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Reads tokens after what the cache holds.
+
+    Args:
+      heard: what `listen` gave for the clips among these tokens.
+      cache: the past, given away; None: a new one with `slots`.
+      used: columns before the padding on the right; None: all.
+
+    Returns:
+      Scores of what follows the last column used, and the cache.
+    """
+    used = ids.shape[1] if used is None else used
+    return _prefill(model, _embed(model, ids, heard), mask, cache, slots, used)
+
+
+def decode(
+    model: Qwen2Audio,
+    logits: Float[Array, "B V"],
+    cache: Cache,
+    seen: Bool[np.ndarray, "B V"] | None,
+    rules: Rules,
+    limit: int,
+    *,
+    n: int = 1,
+    stops: StopStrings | None = None,
+    paced: bool = False,
+) -> Generator[tuple[Tokens, Scores], None, Cache]:
+    """Answers, some tokens at a time: the first, then as many as one call of the loop makes.
+
+    Args:
+      paced: give pieces often enough to be watched, rather than as large as can be.
+
+    Returns:
+      The cache, with all but the last token in it.
+    """
+    draws = np.tile(np.arange(n, dtype=np.int32), len(logits))
+    if n > 1:
+        wide = lambda x: None if x is None else jnp.repeat(x, n, axis=0)
+        logits, cache, seen = wide(logits), caches.repeat(cache, n), wide(seen)
     state, tokens, scores = _begin(logits, cache, seen, draws, rules)
-    yield np.asarray(tokens), np.asarray(scores)
-    made = 1
-    while made < limit and not state.ended.all():
-        state, tokens, scores = _decode(model, state, draws, rules, min(limit - made, CHUNK))
-        new = int(state.step) - made
-        yield np.asarray(tokens[:, :new]), np.asarray(scores[:, :new])
+    made, count = 0, 1
+    while True:
+        lengths, ended = np.asarray(state.lengths), np.asarray(state.ended)
+        tokens, scores = np.asarray(tokens), np.asarray(scores)
+        if stops is not None:
+            lengths = stops(tokens, lengths)
+            ended = ended | stops.stopped
+            state = state.replace(ended=jnp.asarray(ended))
+        new = int(lengths.max()) - made
+        kept = np.arange(made, made + new) < lengths[:, None]
+        yield (
+            np.where(kept, tokens[:, :new], model.config.pad_token),
+            np.where(kept, scores[:, :new], np.float32(0)),
+        )
         made += new
-
-
-def _seen(rows: Rows, vocabulary: int) -> Bool[np.ndarray, "B V"]:
-    seen = np.zeros((len(rows), vocabulary), bool)
-    for b, row in enumerate(rows):
-        seen[b, row] = True
-    return seen
-
-
-def _widen(logits, cache, seen, n):
-    """Repeats every row for its `n` answers."""
-    if n == 1:
-        return logits, cache, seen
-    wide = lambda x: jnp.repeat(x, n, axis=0)
-    return wide(logits), caches.repeat(cache, n), None if seen is None else wide(seen)
+        if made == limit or ended.all():
+            return state.cache
+        start = time.perf_counter()
+        count = min(count, limit - made)
+        state, tokens, scores = _decode(model, state, draws, rules, count)
+        if paced:
+            state.step.block_until_ready()
+            count = int(np.clip(count * PACE / (time.perf_counter() - start), 1, CHUNK))
+        else:
+            count = STOP_CHUNK if stops else CHUNK
 
 
 # Three programs rather than one for what precedes the first token: the two large ones then
@@ -187,15 +277,18 @@ def _embed(model, ids, heard):
     return merge.merge(x, ids == model.config.audio_token, *heard)
 
 
-@partial(jax.jit, static_argnames="slots")
-def _prefill(model, x, mask, slots):
-    """Reads the prompts: the scores of their next tokens, and a cache that holds them."""
-    cache = caches.empty(
-        model.config.decoder, len(x), slots, scan=model.scan_layers, dtype=model.dtype
-    )
+@partial(jax.jit, static_argnames="slots", donate_argnames="cache")
+def _prefill(model, x, mask, cache, slots, used):
+    if cache is None:
+        cache = caches.empty(
+            model.config.decoder, len(x), slots, scan=model.scan_layers, dtype=model.dtype
+        )
+    start = cache.length
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    positions += cache.segments.sum(axis=1, keepdims=True)
     x, cache = model.decoder(x, positions, mask, cache)
-    return model.decoder.logits(x[:, -1]), cache
+    last = jax.lax.dynamic_index_in_dim(x, used - 1, axis=1, keepdims=False)
+    return model.decoder.logits(last), caches.rewind(cache, start + used)
 
 
 @partial(jax.jit, donate_argnames="cache")
@@ -204,35 +297,19 @@ def _begin(logits, cache, seen, draws, rules):
     state = State(
         cache=cache,
         last=jnp.zeros(len(logits), jnp.int32),
+        lengths=jnp.zeros(len(logits), jnp.int32),
         seen=seen,
         ended=jnp.zeros(len(logits), bool),
         step=jnp.zeros((), jnp.int32),
     )
-    state, tokens, scores = _extend(state, logits, draws, rules)
+    state, tokens, scores = _choose(state, logits, draws, rules)
     return state, tokens[:, None], scores[:, None]
-
-
-def _extend(state, logits, draws, rules):
-    """Chooses the next token of every row that has not ended."""
-    tokens, scores = choose(logits, state.seen, state.step, draws, rules)
-    tokens = jnp.where(state.ended, rules.pad_token, tokens)
-    scores = jnp.where(state.ended, 0.0, scores)
-    seen = state.seen
-    if seen is not None:
-        seen = seen.at[jnp.arange(len(tokens)), tokens].set(True)
-    state = state.replace(
-        last=tokens,
-        seen=seen,
-        ended=state.ended | jnp.isin(tokens, rules.end_tokens),
-        step=state.step + 1,
-    )
-    return state, tokens, scores
 
 
 @partial(jax.jit, donate_argnames="state")
 def _decode(model, state, draws, rules, count):
     """Extends answers by up to `count` tokens, fewer if every row ends before."""
-    B, first = len(state.last), state.step
+    rows, first = len(state.last), state.step
 
     def going(carry):
         state = carry[0]
@@ -241,10 +318,27 @@ def _decode(model, state, draws, rules, count):
     def step(carry):
         state, tokens, scores = carry
         at = state.step - first
-        x, cache = model.hidden(state.last[:, None], jnp.ones((B, 1), jnp.int32), cache=state.cache)
-        state = state.replace(cache=cache)
-        state, token, score = _extend(state, model.decoder.logits(x[:, 0]), draws, rules)
+        one = jnp.ones((rows, 1), jnp.int32)
+        x, cache = model.hidden(state.last[:, None], one, cache=state.cache)
+        logits = model.decoder.logits(x[:, 0])
+        state, token, score = _choose(state.replace(cache=cache), logits, draws, rules)
         return state, tokens.at[:, at].set(token), scores.at[:, at].set(score)
 
-    made = jnp.zeros((B, CHUNK), jnp.int32), jnp.zeros((B, CHUNK), jnp.float32)
+    made = jnp.zeros((rows, CHUNK), jnp.int32), jnp.zeros((rows, CHUNK), jnp.float32)
     return jax.lax.while_loop(going, step, (state, *made))
+
+
+def _choose(state, logits, draws, rules):
+    """Chooses the next token of every row; rows that have ended get one that counts for nothing."""
+    tokens, scores = choose(logits, state.seen, state.step, draws, rules)
+    seen = state.seen
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(tokens)), tokens].set(True)
+    state = state.replace(
+        last=tokens,
+        lengths=state.lengths + ~state.ended,
+        seen=seen,
+        ended=state.ended | jnp.isin(tokens, rules.end_tokens),
+        step=state.step + 1,
+    )
+    return state, tokens, scores

@@ -4,12 +4,16 @@ Source: transformers 5.23, `generation/logits_process.py`.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from qwen2audio_jax.config import Config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,26 +56,31 @@ class Rules:
     top_p: Any
     repetition_penalty: Any
     min_new_tokens: Any
-    end_tokens: Int[Array, " ends"]
-    pad_token: Any
+    end_tokens: Any  # Int " ends"
     seed: Any
     top_k: int | None = flax.struct.field(pytree_node=False)
 
 
 def rules_for(
-    sampling: Sampling, *, min_new_tokens: int, end_tokens: tuple[int, ...], pad_token: int
+    config: Config,
+    sampling: Sampling,
+    *,
+    min_new_tokens: int = 0,
+    end_tokens: Sequence[int] | None = None,
 ) -> Rules:
+    """`sampling` and an answer's bounds, as compiled programs read them."""
     sampled = sampling.temperature > 0
-    penalised = sampling.repetition_penalty != 1
+    ends = config.end_tokens if end_tokens is None else tuple(end_tokens)
     return Rules(
         temperature=sampling.temperature if sampled else None,
         top_k=sampling.top_k if sampled else None,
         top_p=sampling.top_p if sampled and sampling.top_p != 1 else None,
-        repetition_penalty=sampling.repetition_penalty if penalised else None,
+        repetition_penalty=(
+            None if sampling.repetition_penalty == 1 else sampling.repetition_penalty
+        ),
         min_new_tokens=min_new_tokens or None,
-        end_tokens=jnp.asarray(end_tokens, jnp.int32),
-        pad_token=pad_token,
-        seed=jnp.uint32(sampling.seed % 2**32),
+        end_tokens=np.asarray(ends, np.int32),
+        seed=np.uint32(sampling.seed % 2**32),
     )
 
 
@@ -93,9 +102,7 @@ def choose(
     Returns:
       The tokens, and their log-probabilities in the model's own distribution, before any rule.
     """
-    scores = penalise(logits, seen, rules.repetition_penalty)
-    if rules.min_new_tokens is not None:
-        scores = forbid(scores, rules.end_tokens, step < rules.min_new_tokens)
+    scores = adjust(logits, seen, step, rules)
     if rules.temperature is None:
         tokens = jnp.argmax(scores, axis=-1)
     else:
@@ -107,6 +114,19 @@ def choose(
     tokens = tokens.astype(jnp.int32)
     own = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens, own - jax.nn.logsumexp(logits, axis=-1)
+
+
+def adjust(
+    scores: Float[Array, "B V"],
+    seen: Bool[Array, "B V"] | None,
+    step: Int[Array, ""],
+    rules: Rules,
+) -> Float[Array, "B V"]:
+    """Applies the rules that hold for any way to choose."""
+    scores = penalise(scores, seen, rules.repetition_penalty)
+    if rules.min_new_tokens is None:
+        return scores
+    return forbid(scores, rules.end_tokens, step < rules.min_new_tokens)
 
 
 def penalise(
