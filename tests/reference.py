@@ -49,7 +49,7 @@ SHAPES = {
 
 
 def build(
-    config: Config, *, seed: int = 0, scale: float = 0.25
+    config: Config, *, seed: int = 0, scale: float = 0.2
 ) -> transformers.Qwen2AudioForConditionalGeneration:
     """transformers' model of these sizes, in float32, every parameter random.
 

@@ -15,10 +15,11 @@ from qwen2audio_jax import sharding
 from qwen2audio_jax.config import Config
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.weights import huggingface, settings, table
+from qwen2audio_jax.weights.folder import is_ours
 from qwen2audio_jax.weights.source import locate
 
-# gives the parameter of a key of `table`, as a view of which parts are copied
-Read = Callable[[str], np.ndarray]
+# Reads parameters by their keys in `table`, all of one shape: each in this dtype, to this sharding.
+Read = Callable[[list[str], tuple[int, ...], Any, jax.sharding.Sharding], list[jax.Array]]
 
 
 def load(
@@ -38,9 +39,7 @@ def load(
     """
     folder = locate(os.fspath(source), huggingface.PATTERNS)
     config = settings.read(folder)
-    tensors = huggingface.find(folder, config)
-    names = {entry.key: entry for entry in table.entries(config)}
-    read = lambda key: names[key].to_ours(tensors[names[key].name].read())
+    read = _ours(folder, config) if is_ours(folder) else _theirs(folder, config)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     return fill(config, read, dtype=dtype, mesh=mesh, scan_layers=scan_layers, progress=progress)
@@ -58,36 +57,65 @@ def fill(
     """Makes a model of what `read` gives, each part of a parameter straight where it belongs."""
     make = lambda: Qwen2Audio(config, scan_layers=scan_layers, dtype=dtype, rngs=nnx.Rngs(0))
     graph, state = nnx.split(nnx.eval_shape(make))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+    places = [table.split(path) for path, _ in leaves]
+    layers: dict[str, list[int | None]] = {}
+    for row in table.entries(config):
+        layers.setdefault(row.path, []).append(row.layer)
+    shapes = {row.path: row.our_shape for row in table.entries(config)}
+    made: dict[tuple[str, int | None], jax.Array] = {}
+    with bar("loading", sum(_nbytes(leaf) for _, leaf in leaves), progress) as shown:
+        for path, numbers in layers.items():
+            place = _place(path, shapes[path], mesh)
+            keys = [table.key(path, i) for i in numbers]
+            arrays = read(keys, shapes[path], dtype, place)
+            shown.update(sum(x.nbytes for x in arrays))
+            if scan_layers and numbers[0] is not None:
+                made[path, None] = _stack(arrays, place)
+            else:
+                made |= zip(((path, i) for i in numbers), arrays, strict=True)
+    return nnx.merge(graph, jax.tree.unflatten(tree, [made[place] for place in places]))
+
+
+def _place(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh | None):
     if mesh is None:
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        places = jax.tree.map(lambda _: device, state)
-    else:
-        places = sharding.shardings(state, mesh)
-
-    def put(path: tuple, leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.Array:
-        part = lambda index: _part(read, *table.split(path), leaf, index)
-        array = jax.make_array_from_callback(leaf.shape, place, part).block_until_ready()
-        shown.update(array.nbytes)
-        return array
-
-    with bar("loading", sum(_nbytes(x) for x in jax.tree.leaves(state)), progress) as shown:
-        state = jax.tree_util.tree_map_with_path(put, state, places)
-    return nnx.merge(graph, state)
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.sharding.NamedSharding(mesh, sharding.spec(path, shape, mesh))
 
 
-def _part(
-    read: Read, path: str, layer: int | None, leaf: jax.ShapeDtypeStruct, index: tuple[slice, ...]
-) -> np.ndarray:
-    """Copies what stands at `index` of a parameter, or of the same one of every layer, stacked."""
-    if layer is not None or "blocks" not in path:
-        return np.array(read(table.key(path, layer))[index], leaf.dtype)
-    layers = range(leaf.shape[0])[index[0]]
-    parts = (read(table.key(path, i))[index[1:]] for i in layers)
-    shape = tuple(len(range(n)[s]) for n, s in zip(leaf.shape, index, strict=True))
-    stacked = np.empty(shape, leaf.dtype)
-    for i, part in enumerate(parts):
-        stacked[i] = part
-    return stacked
+def _stack(arrays: list[jax.Array], place: jax.sharding.Sharding) -> jax.Array:
+    """Puts the layers' parameters behind a leading layer axis, which is never split."""
+    if isinstance(place, jax.sharding.NamedSharding):
+        spec = jax.sharding.PartitionSpec(None, *place.spec)
+        place = jax.sharding.NamedSharding(place.mesh, spec)
+    stacked = jax.jit(lambda *layers: jnp.stack(layers), out_shardings=place)(*arrays)
+    return stacked.block_until_ready()
+
+
+def _theirs(folder: pathlib.Path, config: Config) -> Read:
+    tensors = huggingface.find(folder, config)
+    rows = {row.key: row for row in table.entries(config)}
+
+    def one(key: str, shape: tuple[int, ...], dtype: Any, place: Any) -> jax.Array:
+        view = rows[key].to_ours(tensors[rows[key].name].read())
+        # a copy: jax would keep the file's own pages, which another process may change
+        part = lambda index: np.array(view[index], dtype, order="C")
+        return jax.make_array_from_callback(shape, place, part).block_until_ready()
+
+    return lambda keys, *how: [one(key, *how) for key in keys]
+
+
+def _ours(folder: pathlib.Path, config: Config) -> Read:
+    from qwen2audio_jax.weights import orbax  # here, because it takes seconds to import
+
+    orbax.find(folder, config)
+
+    def read(keys: list[str], shape: tuple[int, ...], dtype: Any, place: Any) -> list[jax.Array]:
+        leaf = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        arrays = orbax.read(folder, dict.fromkeys(keys, leaf))
+        return [arrays[key] for key in keys]
+
+    return read
 
 
 def save(model: Qwen2Audio, folder: str | os.PathLike, *, progress: bool = False) -> None:

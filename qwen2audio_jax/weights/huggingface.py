@@ -153,6 +153,13 @@ class Layout(NamedTuple):
     index: bytes | None
 
 
+def layout(folder: pathlib.Path) -> Layout:
+    """The layout that a folder's files have."""
+    index = folder / INDEX
+    headers = {file.name: header(file)[0] for file in shards(folder)}
+    return Layout(headers, index.read_bytes() if index.is_file() else None)
+
+
 def plan(tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> Layout:
     """Spreads tensors over shards as transformers does, for a model that comes from no folder."""
     groups, room = [], 0

@@ -1,0 +1,117 @@
+"""Hugging Face's folder -> ours -> Hugging Face's, bit for bit, in the memory of a few tensors."""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from qwen2audio_jax.weights import bar, folder, huggingface, orbax, settings, table
+
+
+def from_huggingface(
+    source: pathlib.Path,
+    target: pathlib.Path,
+    *,
+    dtype: Any = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> None:
+    """Makes a folder of ours; tokenizer and other files are copied as they are.
+
+    Args:
+      dtype: to store parameters in; None: as they are, and the way back gives identical files.
+
+    Raises:
+      ValueError: `source` is no whole model, or `target` cannot take it.
+      OSError: `target` cannot be written.
+    """
+    config = settings.read(source)
+    if folder.is_ours(source):
+        raise ValueError(f"{source} is a folder of ours already")
+    tensors = huggingface.find(source, config)
+    rows = {entry.name: entry for entry in table.entries(config)}
+    total = sum(row.count * _itemsize(dtype, tensors[name].dtype) for name, row in rows.items())
+
+    def arrays() -> Iterator[tuple[str, np.ndarray]]:
+        # in the order of the files, so that disks read ahead
+        for name in sorted(rows, key=lambda name: tensors[name][:2]):
+            array = rows[name].to_ours(bits(tensors[name].read()))
+            if dtype is None:
+                yield rows[name].key, np.ascontiguousarray(array).view(tensors[name].dtype)
+            else:
+                yield rows[name].key, np.array(array.view(tensors[name].dtype), dtype, order="C")
+
+    with folder.fresh(target, total, overwrite=overwrite) as partial:
+        with bar("converting", total, progress) as shown:
+            orbax.write(partial, arrays(), shown.update)
+        if dtype is None:
+            orbax.write_layout(partial, huggingface.layout(source))
+        folder.copy_settings(source, partial)
+        if dtype is not None:
+            folder.set_dtype(partial, np.dtype(dtype).name)
+
+
+def to_huggingface(
+    source: pathlib.Path,
+    target: pathlib.Path,
+    *,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> None:
+    """Makes a folder that transformers loads, in the files that it once came from, if any.
+
+    Raises:
+      ValueError: `source` is no whole folder of ours, or `target` cannot take it.
+      OSError: `target` cannot be written.
+    """
+    config = settings.read(source)
+    if not folder.is_ours(source):
+        raise ValueError(f"wanted a folder of ours, with {folder.CHECKPOINT}/ in it, got {source}")
+    found = orbax.find(source, config)
+    rows = {entry.name: entry for entry in table.entries(config)}
+    if config.decoder.tied:
+        rows[table.HEAD] = rows[table.EMBEDDING]
+    layout = orbax.read_layout(source) or huggingface.plan(
+        (name, found[row.key].dtype, row.their_shape) for name, row in rows.items()
+    )
+    names = [table.on_disk(n) for raw in layout.headers.values() for n in huggingface.order(raw)]
+    total = sum(rows[name].count * found[rows[name].key].dtype.itemsize for name in names)
+    tensors = _stream(source, [(rows[name], found[rows[name].key]) for name in names])
+    with folder.fresh(target, total, overwrite=overwrite) as partial:
+        with bar("converting", total, progress) as shown:
+            huggingface.write(partial, layout, lambda name: next(tensors), shown.update)
+        folder.copy_settings(source, partial)
+
+
+def _stream(
+    source: pathlib.Path, wanted: list[tuple[table.Entry, jax.ShapeDtypeStruct]]
+) -> Iterator[np.ndarray]:
+    """Reads tensors in this order, as many at once as `orbax.GROUP_BYTES` hold."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    while wanted:
+        size, count = 0, 0
+        for _, leaf in wanted:
+            size += leaf.size * leaf.dtype.itemsize
+            if count and size > orbax.GROUP_BYTES:
+                break
+            count += 1
+        group, wanted = wanted[:count], wanted[count:]
+        leaves = {
+            row.key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+            for row, leaf in group
+        }
+        arrays = orbax.read(source, leaves)
+        for row, leaf in group:
+            array = row.to_theirs(bits(np.asarray(arrays[row.key])))
+            yield np.ascontiguousarray(array).view(leaf.dtype)
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    """The same bits as integers, which numpy rearranges faster than bfloat16."""
+    return array.view(np.dtype(f"u{array.dtype.itemsize}"))
+
+
+def _itemsize(dtype: Any, stored: np.dtype) -> int:
+    return (stored if dtype is None else np.dtype(dtype)).itemsize

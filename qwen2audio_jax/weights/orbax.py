@@ -1,0 +1,134 @@
+"""Our folders: an Orbax checkpoint beside the config and tokenizer files, so that one is whole.
+
+    config.json, tokenizer.json, ...   as they came
+    checkpoint/                        every parameter of every layer by its key in `table`
+    huggingface/                       the headers of the files it came from, to give them back
+
+Layers are stored one by one and stacked when a scanned model asks for it.
+"""
+
+import logging
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from qwen2audio_jax.config import Config
+from qwen2audio_jax.weights import huggingface, table
+from qwen2audio_jax.weights.folder import CHECKPOINT
+
+LAYOUT = "huggingface"
+GROUP_BYTES = 512 * 2**20  # what is in flight at once, but for a tensor that is larger
+
+
+def find(folder: pathlib.Path, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and stored dtype of every parameter, by its key.
+
+    Raises:
+      ValueError: the checkpoint is damaged, or parameters are unknown, missing or of the wrong
+        shape; the message names them all.
+    """
+    path = folder / CHECKPOINT
+    try:
+        found = ocp.metadata(path).metadata
+        found = {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in found.items()}
+    except Exception as error:  # whatever Orbax and TensorStore raise
+        raise ValueError(f"{path} is a damaged checkpoint: {_line(error)}") from error
+    wanted = {entry.key: entry.our_shape for entry in table.entries(config)}
+    problems = [f"{key} is unknown" for key in found if key not in wanted]
+    problems += [f"{key} is missing" for key in wanted if key not in found]
+    problems += [
+        f"{key} has shape {found[key].shape}, wanted {shape}"
+        for key, shape in wanted.items()
+        if key in found and found[key].shape != shape
+    ]
+    if problems:
+        raise ValueError(f"{folder} is no whole model: {'; '.join(problems)}")
+    return found
+
+
+def read(folder: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Reads some parameters, each in the dtype and to the sharding that is asked for."""
+    loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
+    path = folder / CHECKPOINT
+    try:
+        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+            return ocp.load(path, dict(wanted))
+    except Exception as error:
+        raise ValueError(f"{path} is a damaged checkpoint: {_line(error)}") from error
+
+
+def write(
+    folder: pathlib.Path,
+    arrays: Iterable[tuple[str, np.ndarray]],
+    advance: Callable[[int], Any],
+) -> None:
+    """Writes parameters as they come; the checkpoint is there when all of them are.
+
+    Args:
+      arrays: keys and contents; no more than `GROUP_BYTES` or one array is held.
+      advance: is told the bytes written.
+
+    Raises:
+      OSError: they cannot be written.
+    """
+    path = folder / CHECKPOINT
+    group: dict[str, np.ndarray] = {}
+    # random-looking mantissas hardly compress, and time goes into trying
+    saving = ocp.options.ArrayOptions.Saving(use_compression=False)
+    context = ocp.Context(
+        array_options=ocp.options.ArrayOptions(saving=saving),
+        memory_options=ocp.options.MemoryOptions(
+            write_concurrent_bytes=GROUP_BYTES, deepcopy_host_arrays=False
+        ),
+    )
+
+    def flush() -> None:
+        if group:
+            ocp.partial.save(path, group)
+            advance(sum(x.nbytes for x in group.values()))
+            group.clear()
+
+    try:
+        with context:
+            for key, array in arrays:
+                if sum(x.nbytes for x in group.values()) + array.nbytes > GROUP_BYTES:
+                    flush()
+                group[key] = array
+            flush()
+            ocp.partial.finalize(path)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        raise OSError(f"cannot write {path}: {_line(error)}") from error
+
+
+def write_layout(folder: pathlib.Path, layout: huggingface.Layout) -> None:
+    (folder / LAYOUT).mkdir()
+    for name, header in layout.headers.items():
+        (folder / LAYOUT / f"{name}.header").write_bytes(header)
+    if layout.index is not None:
+        (folder / LAYOUT / huggingface.INDEX).write_bytes(layout.index)
+
+
+def read_layout(folder: pathlib.Path) -> huggingface.Layout | None:
+    """How the files looked that this checkpoint came from; None if it came from none."""
+    files = sorted((folder / LAYOUT).glob("*.header"))
+    index = folder / LAYOUT / huggingface.INDEX
+    headers = {file.name.removesuffix(".header"): file.read_bytes() for file in files}
+    return (
+        huggingface.Layout(headers, index.read_bytes() if index.is_file() else None)
+        if files
+        else None
+    )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+# It warns of the absence of hosts and clusters that a single process has no use for.
+logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.ERROR)
