@@ -68,7 +68,7 @@ def read(
             return end.value
         if stopped:
             continue
-        text = held + "".join(map(words, tokens[0]))
+        text = held + "".join(map(words, tokens[0].tolist()))
         text, held, stopped = split(text, stop)
         if text:
             yield text
