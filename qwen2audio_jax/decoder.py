@@ -76,7 +76,7 @@ class Decoder(nnx.Module):
         table = lambda: nnx.Embed(
             c.vocabulary,
             c.width,
-            embedding_init=nnx.initializers.normal(0.02),
+            embedding_init=nnx.initializers.normal(c.width**-0.5),
             param_dtype=dtype,
             rngs=rngs,
         )

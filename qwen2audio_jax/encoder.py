@@ -91,17 +91,16 @@ class Encoder(nnx.Module):
         self, c: EncoderConfig, *, scan: bool = True, dtype: Any = jnp.float32, rngs: nnx.Rngs
     ):
         self.config = c
-        conv = (
-            lambda width, stride: nnx.Conv(
-                width,
-                c.width,
-                (3,),
-                strides=stride,
-                padding=((1, 1),),
-                param_dtype=dtype,
-                preferred_element_type=jnp.float32,  # rounded once, as layers.Linear
-                rngs=rngs,
-            )
+        conv = lambda width, stride: nnx.Conv(
+            width,
+            c.width,
+            (3,),
+            strides=stride,
+            padding=((1, 1),),
+            kernel_init=nnx.initializers.he_normal(),
+            param_dtype=dtype,
+            preferred_element_type=jnp.float32,  # rounded once, as layers.Linear
+            rngs=rngs,
         )
         self.conv1 = conv(c.mels, 1)
         self.conv2 = conv(c.width, 2)

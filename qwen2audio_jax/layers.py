@@ -93,23 +93,45 @@ def attend(
     Returns:
       The values seen by each query. A query that sees no key gets a finite, meaningless mean.
     """
-    slots = k.shape[1]
-    mask = q_segments[:, :, None] == k_segments[:, None, :]
-    if offset is not None:
-        mask &= jnp.arange(slots) <= offset + jnp.arange(q.shape[1])[:, None]
+    mask = _visible(q_segments, k_segments, offset)
     q = einops.rearrange(q, "B L (K G) H -> B L K G H", K=k.shape[2])
-    if jax.default_backend() == "cpu" and q[..., 0].size * slots > CPU_SCORES:
+    if jax.default_backend() == "cpu" and q[..., 0].size * k.shape[1] > CPU_SCORES:
         out = _attend_by_head(q, k, v, mask)
     else:
         out = _attend(q, k, v, mask)
     return einops.rearrange(out, "B L K G H -> B L (K G) H")
 
 
+def attention_weights(
+    q: Float[Array, "B L N H"],
+    k: Float[Array, "B slots K H"],
+    *,
+    q_segments: Int[Array, "B L"],
+    k_segments: Int[Array, "B slots"],
+    offset: Int[Array, ""] | int | None = None,
+) -> Float[Array, "B N L slots"]:
+    """How much of each key `attend` gives to each query, to be looked at."""
+    q = einops.rearrange(q, "B L (K G) H -> B L K G H", K=k.shape[2])
+    weights = _weights(q, k, _visible(q_segments, k_segments, offset))
+    return einops.rearrange(weights, "B K G L S -> B (K G) L S")
+
+
+def _visible(q_segments, k_segments, offset):
+    mask = q_segments[:, :, None] == k_segments[:, None, :]
+    if offset is not None:
+        mask &= jnp.arange(k_segments.shape[1]) <= offset + jnp.arange(q_segments.shape[1])[:, None]
+    return mask
+
+
 def _attend(q, k, v, mask):
+    return jnp.einsum("BKGLS,BSKH->BLKGH", _weights(q, k, mask).astype(v.dtype), v)
+
+
+def _weights(q, k, mask):
     scores = jnp.einsum("BLKGH,BSKH->BKGLS", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * q.shape[-1] ** -0.5, _NEVER)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGLS,BSKH->BLKGH", weights, v)
+    return jax.nn.softmax(
+        jnp.where(mask[:, None, None], scores * q.shape[-1] ** -0.5, _NEVER), axis=-1
+    )
 
 
 def _attend_by_head(q, k, v, mask):

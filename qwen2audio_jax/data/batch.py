@@ -37,10 +37,11 @@ class Course:
         Shape(clips=48, frames=130, tokens=84, words=(1, 2)),
         Shape(clips=24, frames=320, tokens=132, words=(3, 5)),
     )
-    long_from: int = 0  # the first batch of the longer shape; before that only the first is used
+    warmup: int = 0  # batches of the first shape alone, in which augmentation begins by and by
     voices: tuple[str, ...] = synth.TRAIN_VOICES
     recordings: tuple[tuple[str, str], ...] = ()  # (audio, text) beside what is synthesised
     recorded: float = 0.4  # of the clips, where there are recordings
+    augmented: float = 0.8  # of the clips: waveform and, independently, mel
     pool: int = 6000  # utterances that recur, each time in another room; espeak-ng is slow
     fresh: int = 8  # utterances that leave and enter the pool with every batch
 
@@ -48,12 +49,16 @@ class Course:
 def make(course: Course, number: int) -> Inputs:
     """The `number`th batch of a course, padded right, with labels."""
     rng = np.random.default_rng((course.seed, number))
-    shape = course.shapes[int(rng.integers(len(course.shapes))) if number >= course.long_from else 0]
+    shapes = course.shapes[: 1 if number < course.warmup else None]
+    shape = shapes[int(rng.integers(len(shapes)))]
+    augmented = min(1.0, (number + 1) / (course.warmup + 1)) * course.augmented
     processor = _processor(course.processor)
     chosen = []
     while len(chosen) < shape.clips:
         wave, text = draw(course, number, shape, rng)
-        lesson = lessons.make(processor, augment.augment(wave, rng), text, rng)
+        if rng.random() < augmented:
+            wave = augment.augment(wave, rng)
+        lesson = lessons.make(processor, wave, text, rng)
         tokens = sum(len(segment.ids) for segment in lesson.prompt)
         if mel.frames(len(lesson.wave)) <= shape.frames - 2 and tokens <= shape.tokens:
             chosen.append(lesson)
@@ -68,7 +73,8 @@ def make(course: Course, number: int) -> Inputs:
     for picture, valid in zip(
         inputs["input_features"], inputs["feature_attention_mask"].sum(axis=1), strict=True
     ):
-        picture[:, :valid] = augment.spec_augment(picture[:, :valid], rng)
+        if rng.random() < augmented:
+            picture[:, :valid] = augment.spec_augment(picture[:, :valid], rng)
     return inputs
 
 

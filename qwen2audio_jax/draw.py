@@ -1,0 +1,83 @@
+"""Pictures of what a model hears and learns; needs matplotlib (extra: `demo`)."""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from qwen2audio_jax import look, prompt
+from qwen2audio_jax.model import Qwen2Audio
+from qwen2audio_jax.processor import Processor
+
+
+def history(rows: Sequence[dict[str, float]], path: pathlib.Path) -> None:
+    """Loss and accuracy over the steps of a training."""
+    figure, (left, right) = _figure(1, 2, (10, 3.6))
+    smooth = lambda name: _smooth(np.array([row[name] for row in rows]))
+    left.plot([row["loss"] for row in rows], alpha=0.25, color="C0", linewidth=0.8)
+    left.plot(smooth("loss"), color="C0")
+    left.set(xlabel="step", ylabel="loss, nats per learned token", ylim=(0, None))
+    right.plot([100 * row["accuracy"] for row in rows], alpha=0.25, color="C2", linewidth=0.8)
+    right.plot(100 * smooth("accuracy"), color="C2")
+    right.set(xlabel="step", ylabel="learned tokens foreseen, %", ylim=(0, 100))
+    _save(figure, path)
+
+
+def heard(
+    model: Qwen2Audio,
+    processor: Processor,
+    wave: Float[np.ndarray, " S"],
+    text: str,
+    path: pathlib.Path,
+) -> None:
+    """A clip's log-mel over where in it the decoder looks while it writes each word of `text`."""
+    given = prompt.transcription("en")
+    inputs = processor(text=given + text, audio=[(wave, 16_000)])
+    weights = np.asarray(look.decoder_attention(model, **inputs))[:, 0].mean(axis=1)
+    ids = inputs["input_ids"][0]
+    slots = np.flatnonzero(ids == processor.tokenizer.audio_id)
+    words = processor.tokenizer.encode(text)
+    # the row that foresees a word is the one before it
+    rows = weights[:, len(ids) - len(words) - 1 : -1, slots[0] : slots[-1] + 1]
+    rows = rows / rows.max(axis=2, keepdims=True)
+    seconds = len(slots) * 0.04
+    figure, axes = _figure(2, 1, (9, 5.5), sharex=True)
+    frames = int(inputs["feature_attention_mask"].sum())
+    mel(axes[0], inputs["input_features"][0, :, :frames])
+    axes[0].set(xlabel="")
+    axes[1].imshow(
+        rows.max(axis=0), aspect="auto", cmap="magma", extent=(0, seconds, len(words), 0)
+    )
+    names = [processor.tokenizer.decode([word]).strip() for word in words]
+    axes[1].set_yticks(np.arange(len(words)) + 0.5, names)
+    axes[1].set(xlabel="seconds", ylabel="written")
+    axes[0].set_title("what is heard: log-mel")
+    axes[1].set_title("where the decoder looks while it writes: strongest layer, mean over heads")
+    _save(figure, path)
+
+
+def mel(axes, picture: Float[np.ndarray, "M T"]) -> None:
+    """One log-mel on a matplotlib axes, time in seconds."""
+    bands, frames = picture.shape
+    axes.imshow(
+        picture, origin="lower", aspect="auto", cmap="magma", extent=(0, frames / 100, 0, bands)
+    )
+    axes.set(xlabel="seconds", ylabel="mel band")
+
+
+def _smooth(values: Float[np.ndarray, " steps"], window: int = 25) -> Float[np.ndarray, " steps"]:
+    kernel = np.ones(min(window, len(values)))
+    total = np.convolve(values, kernel)[: len(values)]
+    return total / np.convolve(np.ones(len(values)), kernel)[: len(values)]
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float], **options):
+    from matplotlib.figure import Figure  # no pyplot: no window system is looked for
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def _save(figure, path: pathlib.Path) -> None:
+    figure.savefig(path, dpi=110)
