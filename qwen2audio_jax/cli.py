@@ -1,0 +1,219 @@
+"""The command line: `qwen2audio ask | transcribe | chat`."""
+
+import argparse
+import functools
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+
+from qwen2audio_jax.commands import PROGRAM
+
+MAIN = """\
+Listens to sound and answers in text.
+
+  qwen2audio transcribe talk.mp3                 write down what is said
+  qwen2audio ask bell.wav "What is that sound?"  ask about a clip
+  qwen2audio ask question.wav                    voice chat: answer what is said in it
+  qwen2audio chat                                talk it over, turn by turn
+
+A clip is a file (wav, flac, mp3, ogg, opus; m4a and others with ffmpeg) or a URL.
+`qwen2audio COMMAND --help` says more, with examples.
+"""
+ASK = """\
+Answers about clips: with a question it is audio analysis, without one voice chat.
+
+  qwen2audio ask bell.wav "What is that sound?"
+  qwen2audio ask question.wav                        what is said in it is answered
+  qwen2audio ask *.wav "What is that?" --json        every clip by itself, in batches
+  qwen2audio ask a.wav b.wav "Which is louder?" --together
+  qwen2audio ask a.wav -q "Does it say clip.wav?"    where a question looks like a file
+
+An argument that exists, is a URL or looks like a path is a clip; the one that is none of
+these is the question. A clip over 30 s is heard as consecutive windows of 30 s.
+"""
+TRANSCRIBE = """\
+Writes down what is said. Clips may have any length: one over 30 s is cut where it is quietest.
+
+  qwen2audio transcribe talk.mp3
+  qwen2audio transcribe talk.mp3 --timestamps
+  qwen2audio transcribe talk.mp3 --format srt > talk.srt
+  qwen2audio transcribe *.wav --json                 one object a line
+  qwen2audio transcribe *.wav --format vtt --output-dir subtitles
+  qwen2audio transcribe reden.flac --language de     auto: the model is to tell
+"""
+CHAT = """\
+A conversation by text and sound.
+
+  qwen2audio chat
+  qwen2audio chat bell.wav                           the first message is about this clip
+  printf 'bell.wav\\nWhat was that?\\n' | qwen2audio chat
+
+Every line is a message. A line that is a clip's path is a spoken message; `bell.wav What is
+that?` asks about a clip; `/audio PATH` keeps a clip for the next message, and several for
+several. `/new` forgets what was said, `/help` lists the commands, `/exit` or Ctrl-D ends.
+Ctrl-C stops an answer.
+"""
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, where argparse prints the usage too."""
+
+    def error(self, message: str):
+        self.exit(2, f"{PROGRAM}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        # A file's name may have bytes that are no text.
+        stream.reconfigure(errors="backslashreplace")
+    options = build_parser().parse_args(arguments)
+    try:
+        # Here, so that --help need not wait for what a command needs.
+        status = importlib.import_module(options.module).run(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Python flushes once more at the end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError) as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _described(Parser, MAIN, prog=PROGRAM)
+    version = importlib.metadata.version("qwen2audio_jax")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {version}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_ask(commands)
+    _add_transcribe(commands)
+    _add_chat(commands)
+    return parser
+
+
+def _described(make, text: str, *arguments, **settings) -> argparse.ArgumentParser:
+    form = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
+    settings = {"formatter_class": form, "allow_abbrev": False, "description": text} | settings
+    return make(*arguments, **settings)
+
+
+def _add_ask(commands) -> None:
+    parser = _described(
+        commands.add_parser,
+        ASK,
+        "ask",
+        help="answer about clips",
+        usage=f"{PROGRAM} ask CLIP... [QUESTION] [OPTION...]",
+    )
+    parser.set_defaults(module="qwen2audio_jax.commands.ask")
+    parser.add_argument("arguments", nargs="+", metavar="CLIP... [QUESTION]")
+    parser.add_argument("-q", "--question", metavar="TEXT", help="the question")
+    parser.add_argument(
+        "--together", action="store_true", help="one answer about all clips: Audio 1, Audio 2, ..."
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    _add_batch_size(parser)
+    _add_system(parser)
+    _add_model(parser)
+
+
+def _add_transcribe(commands) -> None:
+    parser = _described(
+        commands.add_parser,
+        TRANSCRIBE,
+        "transcribe",
+        help="write down what is said",
+        usage=f"{PROGRAM} transcribe CLIP... [OPTION...]",
+    )
+    parser.set_defaults(module="qwen2audio_jax.commands.transcribe")
+    parser.add_argument("clips", nargs="+", metavar="CLIP")
+    parser.add_argument(
+        "--language",
+        default="en",
+        metavar="CODE",
+        help="what is spoken; auto: the model is to tell",
+    )
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="what to ask of the model instead; follows the clip"
+    )
+    parser.add_argument("--timestamps", action="store_true", help="print windows with their times")
+    parser.add_argument("--format", choices=("text", "json", "srt", "vtt"), default="text")
+    parser.add_argument(
+        "--json", action="store_const", dest="format", const="json", help="same as --format json"
+    )
+    parser.add_argument(
+        "--output-dir", metavar="FOLDER", help="write a file a clip, named after it"
+    )
+    _add_batch_size(parser)
+    _add_model(parser)
+
+
+def _add_chat(commands) -> None:
+    parser = _described(
+        commands.add_parser,
+        CHAT,
+        "chat",
+        help="talk it over, turn by turn",
+        usage=f"{PROGRAM} chat [CLIP...] [OPTION...]",
+    )
+    parser.set_defaults(module="qwen2audio_jax.commands.chat")
+    parser.add_argument("clips", nargs="*", metavar="CLIP")
+    _add_system(parser)
+    _add_model(parser)
+
+
+def _add_batch_size(parser) -> None:
+    parser.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="clips heard at once (8)"
+    )
+
+
+def _add_system(parser) -> None:
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+
+
+def _add_model(parser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default=os.environ.get("QWEN2AUDIO_MODEL") or "tiny",
+        help="tiny, a folder or a hub id (%(default)s; QWEN2AUDIO_MODEL sets it too)",
+    )
+    group.add_argument(
+        "--dtype", choices=DTYPES, help="of the parameters (float32 on CPUs, else bfloat16)"
+    )
+    group = parser.add_argument_group("answer")
+    group.add_argument(
+        "--max-new-tokens", type=_positive, metavar="N", help="the longest answer (256)"
+    )
+    group.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the best token (0)"
+    )
+    group.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest share")
+    group.add_argument("--top-k", type=int, metavar="K", help="sample from the K best tokens")
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="above 1 repeats less, also at temperature 0 (1)",
+    )
+    group.add_argument("--seed", type=int, default=0, help="where chance comes from (0)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"wanted a number of 1 or more, got {text}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,3 @@
+"""What the command line's commands do."""
+
+PROGRAM = "qwen2audio"
