@@ -45,7 +45,8 @@ def run(folder, pair, clips, monkeypatch, capsys):
     monkeypatch.chdir(clips)
 
     def command(*arguments, stdin=""):
-        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        typed = io.StringIO(stdin) if isinstance(stdin, str) else stdin
+        monkeypatch.setattr("sys.stdin", typed)
         try:
             status = cli.main(list(arguments))
         except SystemExit as end:
@@ -232,11 +233,43 @@ def test_chat_survives_mistakes(run, expected):
     lines = "missing.wav\n/sing\n/audio\n/help\na.wav\n"
     status, out, err = run("chat", *FEW, stdin=lines)
     assert status == 2 and out == f"{chat.HELP}\n{expected(user('a.wav'))}\n"
-    assert [line.removeprefix("qwen2audio: error: ") for line in err.splitlines()] == [
+    errors = [line.split("error: ")[1] for line in err.splitlines() if "error: " in line]
+    assert errors == [
         "missing.wav: there is no such file",
         "there is no command /sing; /help lists them",
         "wanted /audio PATH, got no path",
     ]
+    assert err.splitlines()[-1].startswith("qwen2audio: chat: the answer is as long as it may be")
+
+
+def test_chat_about_a_long_clip(run):
+    """A long clip is said to be heard in windows, once; one that is gone later was heard."""
+    status, out, err = run("chat", *FEW, stdin="long.wav What is it?\nWhy?\n")
+    assert status == 0 and len(out.splitlines()) >= 2
+    assert err.count("long.wav: 40.00 s are heard as windows of at most 30 s") == 1
+
+
+def test_ctrl_c_stops_an_answer(run, expected, monkeypatch):
+    """At a terminal the program goes on; the part that was said counts as the answer."""
+
+    class Terminal(io.StringIO):
+        isatty = lambda self: True
+
+    spoken = chat.Conversation.stream
+
+    def stream(self, messages, **options):
+        if len(messages) > 1:
+            yield from spoken(self, messages, **options)
+            return
+        yield "Half an"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat.Conversation, "stream", stream)
+    status, out, err = run("chat", *FEW, stdin=Terminal("hello\nWhy?\n"))
+    said = {"role": "assistant", "content": "Half an"}
+    answer = expected(user("hello"), said, user("Why?"))
+    assert status == 0 and out == f"> Half an\n> {answer}\n> "
+    assert "/help says more" in err
 
 
 def test_help_teaches(run):

@@ -4,11 +4,14 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import warnings
 
+from qwen2audio_jax import audio
 from qwen2audio_jax.commands import session
-from qwen2audio_jax.processor import Processor
-from qwen2audio_jax.stream import stream
+from qwen2audio_jax.conversation import Conversation
+from qwen2audio_jax.generate import NEW_TOKENS
+from qwen2audio_jax.model import Qwen2Audio
+from qwen2audio_jax.processor import WINDOW, LongAudioWarning, Processor
 
 HELP = """\
 PATH or URL       a spoken message
@@ -19,19 +22,16 @@ PATH or URL TEXT  a question about a clip
 
 
 class Chat:
-    """What was said so far, and the clips that wait for a message.
+    """What was said so far, and the clips that wait for a message."""
 
-    Args:
-      reply: gives the answer to messages, piece by piece.
-    """
-
-    def __init__(
-        self, reply: Callable[[list[dict]], Iterator[str]], system: str | None, clips: Sequence[str]
-    ):
-        self.reply = reply
+    def __init__(self, model: Qwen2Audio, processor: Processor, options: argparse.Namespace):
+        self.conversation = Conversation(model, processor)
+        self.longest = options.max_new_tokens
+        self.sampling = session.sampling(options)
+        system = options.system
         self.first = [] if system is None else [{"role": "system", "content": system}]
         self.messages = list(self.first)
-        self.clips = list(clips)
+        self.clips = [load(clip) for clip in options.clips]
 
     def take(self, line: str) -> bool:
         """Does what a line says; whether the conversation goes on.
@@ -46,50 +46,57 @@ class Chat:
             print(HELP)
         elif command == "/new":
             self.messages, self.clips = list(self.first), []
+            self.conversation.forget()
         elif command == "/audio":
             if not rest.strip():
                 raise ValueError("wanted /audio PATH, got no path")
-            self.clips.append(_unquote(rest))
+            self.clips.append(load(_unquote(rest)))
         elif names_clip(line):
-            self.send([_unquote(line)], "")
+            self.send([load(_unquote(line))], "")
         elif names_clip(command):
-            self.send([_unquote(command)], rest.strip())
+            self.send([load(_unquote(command))], rest.strip())
         elif command.startswith("/"):
             raise ValueError(f"there is no command {command}; /help lists them")
         elif line or self.clips:
             self.send([], line)
         return True
 
-    def send(self, clips: list[str], text: str) -> None:
-        """Prints the answer to a message while it is made; an answer that is stopped counts."""
+    def send(self, clips: list[tuple], text: str) -> None:
+        """Prints the answer to a message while it is made; one that Ctrl-C stops counts too."""
         parts = [{"type": "audio", "audio": clip} for clip in self.clips + clips]
         parts += [{"type": "text", "text": text}] if text else []
-        # A clip that cannot be heard is not asked for again.
-        self.clips = []
         messages = [*self.messages, {"role": "user", "content": parts}]
-        answer = ""
-        pieces = self.reply(messages)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LongAudioWarning)  # said once, by load
+            pieces = self.conversation.stream(
+                messages, max_new_tokens=self.longest, sampling=self.sampling
+            )
+        answer, stopped = "", False
         try:
             for piece in pieces:
                 print(piece, end="", flush=True)
                 answer += piece
-        finally:
-            if sys.exc_info()[0] in (None, KeyboardInterrupt):
-                self.messages = [*messages, {"role": "assistant", "content": answer}]
-                print()
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            stopped = True
+        print()
+        self.clips = []
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        if not stopped and self._cut(answer):
+            session.note_cut("chat")
+
+    def _cut(self, answer: str) -> bool:
+        """Whether an answer ended because it was as long as it may be, or the context full."""
+        conversation = self.conversation
+        tokens = len(conversation.processor.tokenizer.encode(answer))
+        # The last token is not in the cache.
+        full = len(conversation.tokens) + 1 >= conversation.model.config.decoder.positions
+        return full or tokens >= (self.longest or NEW_TOKENS)
 
 
 def run(options: argparse.Namespace) -> int:
-    limits = {"max_new_tokens": options.max_new_tokens, "sampling": session.sampling(options)}
-    processor = Processor.from_pretrained(options.model)
-    model = session.load(options)
-
-    def reply(messages: list[dict]) -> Iterator[str]:
-        with session.noting():
-            inputs = processor(messages)
-        return stream(model, processor, inputs, **limits)
-
-    chat = Chat(reply, options.system, options.clips)
+    chat = Chat(session.load(options), Processor.from_pretrained(options.model), options)
     interactive, failed, more = sys.stdin.isatty(), False, True
     if interactive:
         with contextlib.suppress(ImportError):
@@ -108,6 +115,15 @@ def run(options: argparse.Namespace) -> int:
             session.error(str(error))
             failed = True
     return 2 if failed and not interactive else 0
+
+
+def load(clip: str) -> tuple:
+    """Loads a clip once, for all turns; says if it is long."""
+    wave = audio.load(clip)
+    if len(wave) > WINDOW:
+        seconds = len(wave) / audio.SAMPLE_RATE
+        session.note(f"{clip}: {seconds:.2f} s are heard as windows of at most 30 s")
+    return wave, audio.SAMPLE_RATE
 
 
 def names_clip(text: str) -> bool:
