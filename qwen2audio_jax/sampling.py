@@ -15,6 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qwen2audio_jax.config import Config
 
+Scores = Float[Array, "B V"]
+Seen = Bool[Array, "B V"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -85,8 +88,8 @@ def rules_for(
 
 
 def choose(
-    logits: Float[Array, "B V"],
-    seen: Bool[Array, "B V"] | None,
+    logits: Scores,
+    seen: Seen | None,
     step: Int[Array, ""],
     draws: Int[Array, " B"],
     rules: Rules,
@@ -106,7 +109,7 @@ def choose(
     if rules.temperature is None:
         tokens = jnp.argmax(scores, axis=-1)
     else:
-        scores = keep_top_p(keep_top_k(scores / rules.temperature, rules.top_k), rules.top_p)
+        scores = warp(scores, rules)
         key = jax.random.fold_in(jax.random.key(rules.seed), step)
         # the row's place in the batch has no part in its chance
         draw = lambda draw, scores: jax.random.categorical(jax.random.fold_in(key, draw), scores)
@@ -117,11 +120,11 @@ def choose(
 
 
 def adjust(
-    scores: Float[Array, "B V"],
-    seen: Bool[Array, "B V"] | None,
+    scores: Scores,
+    seen: Seen | None,
     step: Int[Array, ""],
     rules: Rules,
-) -> Float[Array, "B V"]:
+) -> Scores:
     """Applies the rules that hold for any way to choose."""
     scores = penalise(scores, seen, rules.repetition_penalty)
     if rules.min_new_tokens is None:
@@ -129,23 +132,24 @@ def adjust(
     return forbid(scores, rules.end_tokens, step < rules.min_new_tokens)
 
 
-def penalise(
-    scores: Float[Array, "B V"], seen: Bool[Array, "B V"] | None, penalty: Any
-) -> Float[Array, "B V"]:
+def warp(scores: Scores, rules: Rules) -> Scores:
+    """Applies the rules that hold for chance alone; softmax makes probabilities of the result."""
+    return keep_top_p(keep_top_k(scores / rules.temperature, rules.top_k), rules.top_p)
+
+
+def penalise(scores: Scores, seen: Seen | None, penalty: Any) -> Scores:
     """Divides positive and multiplies negative scores of tokens that were seen."""
     if penalty is None:
         return scores
     return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-def forbid(
-    scores: Float[Array, "B V"], tokens: Int[Array, " ends"], now: Bool[Array, ""]
-) -> Float[Array, "B V"]:
+def forbid(scores: Scores, tokens: Int[Array, " ends"], now: Bool[Array, ""]) -> Scores:
     """Makes tokens impossible, if `now`."""
     return jnp.where(now, scores.at[:, tokens].set(-jnp.inf), scores)
 
 
-def keep_top_k(scores: Float[Array, "B V"], k: int | None) -> Float[Array, "B V"]:
+def keep_top_k(scores: Scores, k: int | None) -> Scores:
     """Makes all but the k best tokens, and those equal to the last of them, impossible."""
     if k is None:
         return scores
@@ -153,7 +157,7 @@ def keep_top_k(scores: Float[Array, "B V"], k: int | None) -> Float[Array, "B V"
     return jnp.where(scores < best[:, -1:], -jnp.inf, scores)
 
 
-def keep_top_p(scores: Float[Array, "B V"], p: Any) -> Float[Array, "B V"]:
+def keep_top_p(scores: Scores, p: Any) -> Scores:
     """Makes the least likely tokens impossible that together have a probability of 1 - p."""
     if p is None:
         return scores
