@@ -22,7 +22,7 @@ from qwen2audio_jax.weights import table
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PATTERNS = ("*.safetensors", INDEX, "*.json", "*.jinja", "*.txt")
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES = 4 * 10**9
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
@@ -161,7 +161,7 @@ def layout(folder: pathlib.Path) -> Layout:
 
 
 def plan(tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> Layout:
-    """Spreads tensors over shards as transformers does, for a model that comes from no folder."""
+    """Spreads tensors over shards, for a model that comes from no folder."""
     groups, room = [], 0
     for name, dtype, shape in tensors:
         nbytes = math.prod(shape) * dtype.itemsize
