@@ -67,11 +67,20 @@ class Qwen2Audio(nnx.Module):
         remat: bool = False,
     ) -> Float[Array, "B L D"]:
         """Tokens' embeddings, with what was heard in the place of the audio tokens."""
-        x = self.decoder.embed(input_ids)
         if input_features is None:
-            return x
-        states, counts = self.listen(input_features, feature_attention_mask, remat=remat)
-        return merge.merge(x, input_ids == self.config.audio_token, states, counts)
+            return self.decoder.embed(input_ids)
+        heard = self.listen(input_features, feature_attention_mask, remat=remat)
+        return self.place(input_ids, *heard)
+
+    def place(
+        self,
+        input_ids: Int[Array, "B L"],
+        states: Float[Array, "C A D"],
+        counts: Int[Array, " C"],
+    ) -> Float[Array, "B L D"]:
+        """Tokens' embeddings, with what `listen` gave in the place of the audio tokens."""
+        slots = input_ids == self.config.audio_token
+        return merge.merge(self.decoder.embed(input_ids), slots, states, counts)
 
     def hidden(
         self,
@@ -85,6 +94,17 @@ class Qwen2Audio(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
         """The decoder's last states, from which `decoder.logits` makes scores, and the cache."""
         x = self.embed(input_ids, input_features, feature_attention_mask, remat=remat)
+        return self.read(x, attention_mask, cache=cache, remat=remat)
+
+    def read(
+        self,
+        x: Float[Array, "B L D"],
+        attention_mask: Int[Array, "B L"],
+        *,
+        cache: Cache | None = None,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "B L D"], Cache | None]:
+        """As `hidden`, from merged embeddings."""
         mask = attention_mask.astype(jnp.int32)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         if cache is not None:

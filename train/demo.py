@@ -26,7 +26,7 @@ from flax import nnx
 from qwen2audio_jax import Processor, Qwen2Audio, audio, draw, generate, preset
 from qwen2audio_jax.data import batch, lessons, manifest, synth
 from qwen2audio_jax.evaluation import recognition
-from qwen2audio_jax.training import loop
+from qwen2audio_jax.training import loop, loss
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 
 
@@ -60,7 +60,7 @@ def main(settings: Settings) -> None:
     course = batch.Course(
         processor=str(folder),
         seed=settings.seed,
-        warmup=settings.steps // 3,  # what a word is, is learned sooner from few, clean words
+        warmup=settings.steps // 4,  # what a word is, is learned sooner from few, clean words
         recordings=tuple((sample.audio, sample.text) for sample in train),
     )
     optimizer = OptimizerConfig(
@@ -71,7 +71,7 @@ def main(settings: Settings) -> None:
     )
     model = Qwen2Audio(config, rngs=nnx.Rngs(settings.seed))
     batches = batch.ahead(functools.partial(batch.make, course), range(settings.steps))
-    model, history = loop.train(model, batches, optimizer)
+    model, history = loop.train(model, batches, optimizer, loss=loss.next_token_and_words)
     minutes = (time.perf_counter() - began) / 60
     (folder / "history.json").write_text(json.dumps(history))
     jax.tree.map(lambda x: x.astype(jnp.bfloat16), model).save_pretrained(folder)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from qwen2audio_jax import audio, mel
 from qwen2audio_jax.data import augment, lessons, synth
-from qwen2audio_jax.processor import Inputs, Processor
+from qwen2audio_jax.processor import IGNORED, Inputs, Processor, needed_frames
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Course:
 
 
 def make(course: Course, number: int) -> Inputs:
-    """The `number`th batch of a course, padded right, with labels."""
+    """The `number`th batch of a course, padded right, with labels and each clip's words."""
     rng = np.random.default_rng((course.seed, number))
     shapes = course.shapes[: 1 if number < course.warmup else None]
     shape = shapes[int(rng.integers(len(shapes)))]
@@ -59,8 +59,7 @@ def make(course: Course, number: int) -> Inputs:
         if rng.random() < augmented:
             wave = augment.augment(wave, rng)
         lesson = lessons.make(processor, wave, text, rng)
-        tokens = sum(len(segment.ids) for segment in lesson.prompt)
-        if mel.frames(len(lesson.wave)) <= shape.frames - 2 and tokens <= shape.tokens:
+        if _fits(lesson, shape):
             chosen.append(lesson)
     inputs = processor.batch(
         [lesson.prompt for lesson in chosen],
@@ -75,7 +74,22 @@ def make(course: Course, number: int) -> Inputs:
     ):
         if rng.random() < augmented:
             picture[:, :valid] = augment.spec_augment(picture[:, :valid], rng)
+    inputs["words"] = np.full((shape.clips, _most_words(shape)), IGNORED, np.int32)
+    for row, lesson in zip(inputs["words"], chosen, strict=True):
+        row[: len(lesson.words)] = lesson.words
     return inputs
+
+
+def _fits(lesson: lessons.Lesson, shape: Shape) -> bool:
+    return (
+        needed_frames(mel.frames(len(lesson.wave))) <= shape.frames
+        and sum(len(segment.ids) for segment in lesson.prompt) <= shape.tokens
+        and len(lesson.words) <= _most_words(shape)
+    )
+
+
+def _most_words(shape: Shape) -> int:
+    return 2 * shape.words[1]  # a word that the vocabulary lacks is several tokens
 
 
 def draw(

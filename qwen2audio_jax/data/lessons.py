@@ -16,7 +16,7 @@ from qwen2audio_jax import prompt
 from qwen2audio_jax.data import synth
 from qwen2audio_jax.processor import Processor, count_tokens
 
-RECOGNISE = 0.6  # of all lessons; the others are conversations
+RECOGNISE = 0.7  # of all lessons; the others are conversations
 SPECIAL = (
     *(prompt.PAD, prompt.IM_START, prompt.IM_END),
     *(prompt.AUDIO, prompt.AUDIO_BOS, prompt.AUDIO_EOS),
@@ -34,9 +34,10 @@ QUESTIONS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Lesson:
-    """One clip, what is asked about it, and what should be answered."""
+    """One clip, what is said in it, what is asked about it, and what should be answered."""
 
     wave: Float[np.ndarray, " S"]
+    words: list[int]  # the tokens of what is said
     prompt: prompt.Prompt
 
 
@@ -54,7 +55,7 @@ def make(
         messages = conversation(words, rng)
         rendered, spans = processor.template.learned(messages)
         compiled = processor.tokenizer.compile(rendered, counts, spans)
-    return Lesson(wave=wave, prompt=compiled)
+    return Lesson(wave=wave, words=processor.tokenizer.encode(text), prompt=compiled)
 
 
 def conversation(words: list[str], rng: np.random.Generator) -> list[dict]:

@@ -9,7 +9,8 @@ import tqdm
 from flax import nnx
 
 from qwen2audio_jax.model import Qwen2Audio
-from qwen2audio_jax.training import loss, step
+from qwen2audio_jax.training import loss as losses
+from qwen2audio_jax.training import step
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 
 
@@ -18,12 +19,14 @@ def train(
     batches: Iterable[dict[str, Any]],
     config: OptimizerConfig,
     *,
+    loss: Callable[[Qwen2Audio, Any], tuple[Any, dict]] = losses.next_token,
     every: Callable[[int, Qwen2Audio], None] | None = None,
 ) -> tuple[Qwen2Audio, list[dict[str, float]]]:
     """Moves a model's parameters by one step a batch.
 
     Args:
       batches: what a `Processor` makes with labels; as many as `config.steps`.
+      loss: what to minimise, of a model and a batch; also gives what to log.
       every: called after each step with the number of steps done and the model.
 
     Returns:
@@ -38,13 +41,13 @@ def train(
     schedule = config.schedule()
     history = []
 
-    def next_token(params, batch):
-        return loss.next_token(nnx.merge(graph, params), batch)
+    def of_params(params, batch):
+        return loss(nnx.merge(graph, params), batch)
 
     with tqdm.tqdm(total=config.steps, unit="step", desc="training", mininterval=1) as bar:
         for number, batch in enumerate(batches):
             began = time.perf_counter()
-            state, metrics = step.update(state, batch, loss=next_token, optimizer=optimizer)
+            state, metrics = step.update(state, batch, loss=of_params, optimizer=optimizer)
             row = {name: float(x) for name, x in jax.device_get(metrics).items()}
             row["learning_rate"] = float(schedule(number))
             row["seconds"] = time.perf_counter() - began

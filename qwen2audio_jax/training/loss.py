@@ -5,12 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
 from qwen2audio_jax.decoder import Decoder
 from qwen2audio_jax.model import Qwen2Audio
 
 IGNORED = -100  # the label of a token that is given rather than learned, as in PyTorch
+INPUTS = ("input_ids", "attention_mask", "input_features", "feature_attention_mask")
 CHUNK = 1024  # tokens whose logits exist at the same time
 
 
@@ -26,8 +28,50 @@ def next_token(
     Returns:
       The mean over learned tokens, and what to log: `tokens` learned, `accuracy` of the likeliest.
     """
-    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    inputs = {name: batch[name] for name in INPUTS if name in batch}
     x, _ = model.hidden(**inputs, remat=remat)
+    return _mean_over_learned(model, x, batch)
+
+
+def next_token_and_words(
+    model: Qwen2Audio, batch: Mapping[str, Any], *, weight: float = 0.3, remat: bool = False
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """`next_token`, helped by CTC: the audio states alone should spell each clip's words.
+
+    A decoder that starts from nothing first learns to guess without listening; until what is heard
+    resembles words, listening does not pay. CTC through the decoder's own vocabulary makes the
+    encoder's states resemble words from the start, with no parameter more.
+
+    Args:
+      batch: as in `next_token`, with `words` [C, N]: each clip's words, IGNORED behind them.
+      weight: of CTC's mean over words, beside the mean over learned tokens.
+
+    Returns:
+      As `next_token`; its metrics have `ctc` too.
+
+    Source: Graves et al. 2006, Connectionist Temporal Classification.
+    """
+    states, counts = model.listen(
+        batch["input_features"], batch["feature_attention_mask"], remat=remat
+    )
+    x, _ = model.read(
+        model.place(batch["input_ids"], states, counts), batch["attention_mask"], remat=remat
+    )
+    value, metrics = _mean_over_learned(model, x, batch)
+    words = batch["words"]
+    behind = jnp.arange(states.shape[1]) >= counts[:, None]
+    losses = optax.ctc_loss(
+        model.decoder.logits(states),
+        behind.astype(jnp.float32),
+        jnp.where(words == IGNORED, 0, words),
+        (words == IGNORED).astype(jnp.float32),
+        blank_id=model.config.pad_token,
+    )
+    ctc = losses.sum() / jnp.maximum((words != IGNORED).sum(), 1)
+    return value + weight * ctc, {**metrics, "ctc": ctc}
+
+
+def _mean_over_learned(model, x, batch):
     learned = (batch["labels"] != IGNORED) & (batch["attention_mask"] == 1)
     labels = jnp.where(learned, batch["labels"], IGNORED)[:, 1:]
     nll, hits = token_losses(model.decoder, x[:, :-1], labels)
