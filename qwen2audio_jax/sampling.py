@@ -82,7 +82,7 @@ def rules_for(
             None if sampling.repetition_penalty == 1 else sampling.repetition_penalty
         ),
         min_new_tokens=min_new_tokens or None,
-        end_tokens=np.asarray(ends, np.int32),
+        end_tokens=jnp.asarray(ends, jnp.int32),
         seed=np.uint32(sampling.seed % 2**32),
     )
 

@@ -36,8 +36,10 @@ class Settings:
 
     steps: int = 600
     """Batches to learn from, each of 24 to 48 clips."""
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 1e-3
     """The peak, after a twentieth of the steps; then a cosine down to nothing."""
+    augmented: float = 0.4
+    """The part of the clips that is made harder: rooms, noises, microphones, speed."""
     manifest: tuple[pathlib.Path, ...] = ()
     """JSONL files of recordings (audio, text): rows of split "test" are kept for the score."""
     leave_out: tuple[str, ...] = ()
@@ -61,6 +63,7 @@ def main(settings: Settings) -> None:
         processor=str(folder),
         seed=settings.seed,
         warmup=settings.steps // 4,  # what a word is, is learned sooner from few, clean words
+        augmented=settings.augmented,
         recordings=tuple((sample.audio, sample.text) for sample in train),
     )
     optimizer = OptimizerConfig(

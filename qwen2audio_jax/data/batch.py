@@ -25,6 +25,8 @@ class Shape:
     frames: int  # the longest clip, in mel frames of 10 ms
     tokens: int  # the longest prompt with its answer
     words: tuple[int, int]  # how many are said, at least and at most
+    lesson: lessons.Kind = "recognise"
+    weight: float = 1.0  # how often, relative to the others
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,10 +36,13 @@ class Course:
     processor: str  # a folder with a tokenizer
     seed: int = 0
     shapes: tuple[Shape, ...] = (
-        Shape(clips=48, frames=130, tokens=84, words=(1, 2)),
-        Shape(clips=24, frames=320, tokens=132, words=(3, 5)),
+        Shape(clips=80, frames=90, tokens=40, words=(1, 1), weight=0.35),
+        Shape(clips=24, frames=320, tokens=98, words=(2, 5), weight=0.4),
+        Shape(clips=24, frames=320, tokens=126, words=(1, 5), lesson="converse", weight=0.25),
     )
-    warmup: int = 0  # batches of the first shape alone, in which augmentation begins by and by
+    warmup: int = (
+        0  # batches of the first shape alone, all clean; then augmentation comes in as many
+    )
     voices: tuple[str, ...] = synth.TRAIN_VOICES
     recordings: tuple[tuple[str, str], ...] = ()  # (audio, text) beside what is synthesised
     recorded: float = 0.4  # of the clips, where there are recordings
@@ -49,16 +54,18 @@ class Course:
 def make(course: Course, number: int) -> Inputs:
     """The `number`th batch of a course, padded right, with labels and each clip's words."""
     rng = np.random.default_rng((course.seed, number))
-    shapes = course.shapes[: 1 if number < course.warmup else None]
-    shape = shapes[int(rng.integers(len(shapes)))]
-    augmented = min(1.0, (number + 1) / (course.warmup + 1)) * course.augmented
+    weights = np.array([shape.weight for shape in course.shapes])
+    pick = 0 if number < course.warmup else rng.choice(len(weights), p=weights / weights.sum())
+    shape = course.shapes[pick]
+    ramp = (number - course.warmup + 1) / (course.warmup + 1)
+    augmented = course.augmented * min(max(ramp, 0.0), 1.0)
     processor = _processor(course.processor)
     chosen = []
     while len(chosen) < shape.clips:
         wave, text = draw(course, number, shape, rng)
         if rng.random() < augmented:
             wave = augment.augment(wave, rng)
-        lesson = lessons.make(processor, wave, text, rng)
+        lesson = lessons.make(processor, wave, text, shape.lesson, rng)
         if _fits(lesson, shape):
             chosen.append(lesson)
     inputs = processor.batch(

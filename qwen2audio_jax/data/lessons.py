@@ -6,6 +6,7 @@ what was said, and voice chat, all about short phrases.
 
 import dataclasses
 import pathlib
+from typing import Literal
 
 import numpy as np
 import tokenizers
@@ -16,7 +17,7 @@ from qwen2audio_jax import prompt
 from qwen2audio_jax.data import synth
 from qwen2audio_jax.processor import Processor, count_tokens
 
-RECOGNISE = 0.7  # of all lessons; the others are conversations
+Kind = Literal["recognise", "converse"]
 SPECIAL = (
     *(prompt.PAD, prompt.IM_START, prompt.IM_END),
     *(prompt.AUDIO, prompt.AUDIO_BOS, prompt.AUDIO_EOS),
@@ -42,11 +43,15 @@ class Lesson:
 
 
 def make(
-    processor: Processor, wave: Float[np.ndarray, " S"], text: str, rng: np.random.Generator
+    processor: Processor,
+    wave: Float[np.ndarray, " S"],
+    text: str,
+    kind: Kind,
+    rng: np.random.Generator,
 ) -> Lesson:
-    """Teaches about a clip in which `text` is said; `rng` picks what is asked."""
+    """Teaches about a clip in which `text`, up to ten words, is said; `rng` picks what is asked."""
     counts, words = [count_tokens(wave)], text.split()
-    if rng.random() < RECOGNISE or not 0 < len(words) < len(COUNTS):
+    if kind == "recognise":
         given, answer = prompt.transcription("en"), text + prompt.PAD
         start = given.rindex("<|en|>")  # the model says the language too
         full = given + answer
