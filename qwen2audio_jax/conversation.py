@@ -17,7 +17,6 @@ from qwen2audio_jax.generate import (
     extend,
     listen,
     room,
-    seen,
 )
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
@@ -71,10 +70,7 @@ class Conversation:
 
         def answer() -> Iterator[str]:
             logits, cache = self._read(prompt, tokens, waves, limit)
-            made = decode(
-                self.model, logits, cache, seen(rules, rows, logits), rules, limit,
-                stops=stops, paced=True,
-            )  # fmt: skip
+            made = decode(self.model, rows, logits, cache, rules, limit, stops=stops, paced=True)
             spoken: list[int] = []
             self.cache = yield from read(self.processor, _noting(made, spoken), stop)
             self.tokens = (tokens + spoken)[: int(self.cache.length)]

@@ -5,6 +5,7 @@ Shapes are rounded up to buckets, so that few programs serve all lengths; the nu
 """
 
 import time
+import zlib
 from collections.abc import Generator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from qwen2audio_jax.stop import StopStrings
 
 GREEDY = Sampling(temperature=0.0)
 NEW_TOKENS = 256  # the longest answer where none is asked for
-CHUNK = 64  # tokens a row that one call of the decode loop makes at most
+CHUNK = 256  # tokens a row that one call of the decode loop makes at most
 STOP_CHUNK = 16  # the same where stop strings are looked for in between
 PACE = 0.05  # seconds between the pieces of a stream, where tokens come faster
 SHORTEST_PROMPT, SHORTEST_CACHE = 32, 256  # the smallest buckets, in tokens
@@ -118,7 +119,7 @@ def generate(
         raise ValueError(f"{n} answers at temperature 0 would be the same; wanted a temperature")
     stops = StopStrings(stop, processor, len(rows) * n) if stop else None
     logits, cache = prefill(model, rows, heard, limit)
-    made = decode(model, logits, cache, seen(rules, rows, logits), rules, limit, n=n, stops=stops)
+    made = decode(model, rows, logits, cache, rules, limit, n=n, stops=stops)
     tokens, scores = (np.concatenate(parts, axis=1) for parts in zip(*made, strict=True))
     return (tokens, scores) if logprobs else tokens
 
@@ -127,7 +128,7 @@ def unpad(inputs: Mapping[str, Any]) -> Rows:
     """The prompts' tokens without padding."""
     ids = np.asarray(inputs["input_ids"])
     mask = np.asarray(inputs.get("attention_mask", np.ones_like(ids)))
-    rows = [row[kept] for row, kept in zip(ids, mask.astype(bool), strict=True)]
+    rows = [row[kept].astype(np.int32) for row, kept in zip(ids, mask.astype(bool), strict=True)]
     if empty := [b for b, row in enumerate(rows) if not len(row)]:
         raise ValueError(f"wanted at least one token in every prompt, got none in rows {empty}")
     return rows
@@ -212,9 +213,9 @@ def extend(
 
 def decode(
     model: Qwen2Audio,
+    rows: Rows,
     logits: Float[Array, "B V"],
     cache: Cache,
-    seen: Bool[np.ndarray, "B V"] | None,
     rules: Rules,
     limit: int,
     *,
@@ -225,16 +226,24 @@ def decode(
     """Answers, some tokens at a time: the first, then as many as one call of the loop makes.
 
     Args:
+      rows: the prompts, `n` answers to each.
+      logits: scores of the prompts' next tokens.
+      cache: the prompts, given away.
       paced: give pieces often enough to be watched, rather than as large as can be.
 
     Returns:
       The cache, with all but the last token in it.
     """
-    draws = np.tile(np.arange(n, dtype=np.int32), len(logits))
     if n > 1:
-        wide = lambda x: None if x is None else jnp.repeat(x, n, axis=0)
-        logits, cache, seen = wide(logits), caches.repeat(cache, n), wide(seen)
-    state, tokens, scores = _begin(logits, cache, seen, draws, rules)
+        rows = [row for row in rows for _ in range(n)]
+        logits, cache = jnp.repeat(logits, n, axis=0), caches.repeat(cache, n)
+    # a row's chance depends on its prompt and on which of its answers it is, not on its place
+    number = [
+        zlib.crc32(np.int32(i % n).tobytes(), zlib.crc32(row.tobytes()))
+        for i, row in enumerate(rows)
+    ]
+    draws = np.array(number, np.uint32)
+    state, tokens, scores = _begin(logits, cache, seen(rules, rows, logits), draws, rules)
     made, count = 0, 1
     while True:
         lengths, ended = np.asarray(state.lengths), np.asarray(state.ended)

@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from qwen2audio_jax.config import Config
 
@@ -29,8 +29,8 @@ class Sampling:
       top_p: choose among the fewest best tokens whose probabilities exceed this; None: all.
       repetition_penalty: makes tokens of the prompt and of the answer so far less likely, if
         above 1; also when greedy. Padding is no part of the prompt.
-      seed: where chance comes from. Every row draws by itself: it gets the same tokens alone or
-        in any batch.
+      seed: where chance comes from, together with a prompt's tokens: a prompt gets the same
+        answers alone or in any batch.
     """
 
     temperature: float = 1.0
@@ -91,7 +91,7 @@ def choose(
     logits: Scores,
     seen: Seen | None,
     step: Int[Array, ""],
-    draws: Int[Array, " B"],
+    draws: UInt[Array, " B"],
     rules: Rules,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Chooses a token a row.
@@ -100,7 +100,7 @@ def choose(
       logits: the model's scores.
       seen: tokens that the prompt or the answer holds; None unless repetition is penalised.
       step: how many tokens the answer has.
-      draws: which of its prompt's samples each row is.
+      draws: a number for each row's own chance.
 
     Returns:
       The tokens, and their log-probabilities in the model's own distribution, before any rule.
@@ -111,7 +111,6 @@ def choose(
     else:
         scores = warp(scores, rules)
         key = jax.random.fold_in(jax.random.key(rules.seed), step)
-        # the row's place in the batch has no part in its chance
         draw = lambda draw, scores: jax.random.categorical(jax.random.fold_in(key, draw), scores)
         tokens = jax.vmap(draw)(draws, scores)
     tokens = tokens.astype(jnp.int32)

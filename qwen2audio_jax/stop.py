@@ -12,7 +12,8 @@ class StopStrings:
     """Watches a batch of answers grow.
 
     As in the reference, an answer keeps the token that completes a stop string, with whatever
-    else that token says.
+    else that token says. Special tokens are no text, here as in a stream: they end an answer as
+    `end_tokens`.
 
     Attributes:
       stopped: rows that hold one.
@@ -44,7 +45,7 @@ class StopStrings:
         return self.lengths.copy()
 
     def _holds(self, tokens: list[int]) -> bool:
-        text = self.processor.decode(tokens, skip_special_tokens=False)[0]
+        text = self.processor.decode(tokens)[0]
         return any(stop in text for stop in self.stop)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from qwen2audio_jax.cache import Cache
-from qwen2audio_jax.generate import GREEDY, decode, listen, prefill, room, seen, unpad
+from qwen2audio_jax.generate import GREEDY, decode, listen, prefill, room, unpad
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.sampling import Sampling, rules_for
@@ -43,12 +43,8 @@ def stream(
 
     def answer() -> Iterator[str]:
         logits, cache = prefill(model, rows, heard, limit)
-        counted = seen(rules, rows, logits)
-        yield from read(
-            processor,
-            decode(model, logits, cache, counted, rules, limit, stops=stops, paced=True),
-            stop,
-        )
+        made = decode(model, rows, logits, cache, rules, limit, stops=stops, paced=True)
+        yield from read(processor, made, stop)
 
     return answer()
 
