@@ -8,12 +8,9 @@ Tensors pass one by one, so that 4 GiB of memory suffice for any size. `convert.
 the identical files, unless --dtype changed the numbers.
 """
 
-import os
-
-os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed; accelerators stay free
-
 import sys
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -43,4 +40,5 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed; accelerators stay free
     sys.exit(main())

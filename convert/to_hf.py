@@ -8,11 +8,9 @@ What `convert.from_hf` made comes back in the identical files. Tensors pass one 
 4 GiB of memory suffice for any size.
 """
 
-import os
-
-os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed; accelerators stay free
-
 import sys
+
+import jax
 
 from convert import arguments, guard
 from qwen2audio_jax.weights import conversion, locate
@@ -34,4 +32,5 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed; accelerators stay free
     sys.exit(main())

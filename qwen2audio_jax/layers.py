@@ -136,21 +136,30 @@ def _weights(q, k, mask):
 
 def _attend_by_head(q, k, v, mask):
     """As `_attend`, a head and a block of queries at a time."""
-    length, heads = q.shape[1:3]
+    length, heads, group, width = q.shape[1:]
     blocks = -(-length // CPU_QUERIES)
     size = -(-length // blocks)  # even blocks: little is padded
     pad = ((0, 0), (0, blocks * size - length))
-    q = jnp.pad(q, (*pad, (0, 0), (0, 0), (0, 0)))
-    mask = jnp.pad(mask, (*pad, (0, 0)))
+    # heads in front, so that every product is of two plain matrices, the keys' already transposed
+    q = jnp.pad(q * width**-0.5, (*pad, (0, 0), (0, 0), (0, 0)))
+    q = einops.rearrange(q, "B (block L) K G H -> (B K G block) L H", block=blocks)
+    k = einops.rearrange(k, "B S K H -> (B K) H S")
+    v = einops.rearrange(v, "B S K H -> (B K) S H")
+    mask = einops.rearrange(jnp.pad(mask, (*pad, (0, 0))), "B (block L) S -> B block L S", L=size)
 
     def one(i):
-        head, start = i // blocks, i % blocks * size
-        at = lambda x, axis, start, size: jax.lax.dynamic_slice_in_dim(x, start, size, axis)
-        queries = at(at(q, 1, start, size), 2, head, 1)
-        return _attend(queries, at(k, 2, head, 1), at(v, 2, head, 1), at(mask, 1, start, size))
+        head, block = i // (group * blocks), i % blocks
+        scores = jnp.dot(q[i], k[head], preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[head // heads, block], scores, _NEVER)
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        seen = jnp.dot(weights.astype(v.dtype), v[head], preferred_element_type=jnp.float32)
+        # dividing H values rather than all the keys' weights spares a pass over them
+        return (seen / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
 
-    out = jax.lax.map(one, jnp.arange(heads * blocks))
-    out = einops.rearrange(out, "(K block) B L 1 G H -> B (block L) K G H", block=blocks)
+    out = jax.lax.map(one, jnp.arange(len(q)))
+    out = einops.rearrange(
+        out, "(B K G block) L H -> B (block L) K G H", K=heads, G=group, block=blocks
+    )
     return out[:, :length]
 
 

@@ -5,7 +5,9 @@ import concurrent.futures
 import dataclasses
 import functools
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -137,7 +139,7 @@ def ahead(
       make: a picklable function; runs in `workers` processes of low priority.
     """
     context = multiprocessing.get_context("spawn")  # jax does not survive a fork
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _be_nice) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _settle) as pool:
         waiting = collections.deque()
         try:
             for number in numbers:
@@ -150,6 +152,16 @@ def ahead(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _be_nice() -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator belongs to the trainer
+def _settle() -> None:
+    """What a worker does first: leaves accelerator and priority to the trainer, and ends with it.
+
+    A trainer that is killed cannot stop its workers, and they would wait for work forever.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"
     os.nice(5)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

@@ -1,5 +1,6 @@
 """The plain loop: batches in, a trained model and its history out."""
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -51,8 +52,8 @@ def train(
             row = {name: float(x) for name, x in jax.device_get(metrics).items()}
             row["learning_rate"] = float(schedule(number))
             row["seconds"] = time.perf_counter() - began
-            if row["loss"] != row["loss"]:
-                raise FloatingPointError(f"the loss is not a number at step {number + 1}")
+            if not math.isfinite(row["loss"]):
+                raise FloatingPointError(f"the loss is {row['loss']} at step {number + 1}")
             history.append(row)
             bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.1%}")
             bar.update()
