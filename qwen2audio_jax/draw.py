@@ -13,7 +13,7 @@ from qwen2audio_jax.processor import Processor
 
 def history(rows: Sequence[dict[str, float]], path: pathlib.Path) -> None:
     """Loss and accuracy over the steps of a training."""
-    figure, (left, right) = _figure(1, 2, (10, 3.6))
+    figure, (left, right) = _figure(1, 2, (10.0, 3.6))
     smooth = lambda name: _smooth(np.array([row[name] for row in rows]))
     left.plot([row["loss"] for row in rows], alpha=0.25, color="C0", linewidth=0.8)
     left.plot(smooth("loss"), color="C0")
@@ -42,7 +42,7 @@ def heard(
     rows = weights[:, len(ids) - len(words) - 1 : -1, slots[0] : slots[-1] + 1]
     rows = rows / rows.max(axis=2, keepdims=True)
     seconds = len(slots) * 0.04
-    figure, axes = _figure(2, 1, (9, 5.5), sharex=True)
+    figure, axes = _figure(2, 1, (9.0, 5.5), sharex=True)
     frames = int(inputs["feature_attention_mask"].sum())
     mel(axes[0], inputs["input_features"][0, :, :frames])
     axes[0].set(xlabel="")
