@@ -113,6 +113,16 @@ class Encoder(nnx.Module):
             c.width, epsilon=c.norm_eps, use_fast_variance=False, param_dtype=dtype, rngs=rngs
         )
 
+    def look_nearby(self) -> None:
+        """Makes untrained attention local: keys that resemble queries find what resembles them.
+
+        Positions that are near have similar sinusoids. Speech is learned sooner from there than
+        from attention that looks everywhere alike.
+        """
+        for block in self.blocks if isinstance(self.blocks, nnx.List) else [self.blocks]:
+            attention = block.attention
+            attention.key.kernel[...] = 3 * attention.query.kernel[...]
+
     def stem(self, mel: Float[Array, "C M T"]) -> Float[Array, "C P E"]:
         """Convolutions and positions: what the first block reads."""
         frames = mel.shape[-1]

@@ -1,7 +1,7 @@
 """Trains a model that hears, from nothing, while you watch; then asks it what it heard.
 
     python -m train.demo                                # ten minutes on two cores
-    python -m train.demo --manifest digits/manifest.jsonl --steps 6000 --out runs/tiny
+    python -m train.demo --manifest digits/manifest.jsonl --steps 12000 --out runs/tiny
 
 The speech is synthesised, a new room and microphone for every clip; recordings of your own join
 it with `--manifest`. The model that comes out is a folder in Hugging Face's format, with the tiny
@@ -34,8 +34,8 @@ from qwen2audio_jax.training.optimizer import OptimizerConfig
 class Settings:
     """What to train on, how long, and where to leave the model."""
 
-    steps: int = 600
-    """Batches to learn from, each of 24 to 48 clips."""
+    steps: int = 2000
+    """Batches to learn from, each of 10 to 20 clips."""
     learning_rate: float = 1e-3
     """The peak, after a twentieth of the steps; then a cosine down to nothing."""
     augmented: float = 0.4
@@ -62,7 +62,9 @@ def main(settings: Settings) -> None:
     course = batch.Course(
         processor=str(folder),
         seed=settings.seed,
-        warmup=settings.steps // 4,  # what a word is, is learned sooner from few, clean words
+        warmup=min(
+            settings.steps // 4, 500
+        ),  # what a word is, is learned sooner from few, clean words
         augmented=settings.augmented,
         recordings=tuple((sample.audio, sample.text) for sample in train),
     )
@@ -73,6 +75,7 @@ def main(settings: Settings) -> None:
         weight_decay=0.05,
     )
     model = Qwen2Audio(config, rngs=nnx.Rngs(settings.seed))
+    model.encoder.look_nearby()
     batches = batch.ahead(functools.partial(batch.make, course), range(settings.steps))
     model, history = loop.train(model, batches, optimizer, loss=loss.next_token_and_words)
     minutes = (time.perf_counter() - began) / 60
@@ -187,7 +190,7 @@ Words: {", ".join(synth.WORDS)}.
 
 Questions: {" ".join(lessons.QUESTIONS)}
 
-Made with {settings.steps} steps of 24 to 48 clips (seed {settings.seed}, peak learning rate
+Made with {settings.steps} steps of 10 to 20 clips (seed {settings.seed}, peak learning rate
 {settings.learning_rate:g}) in {minutes:.0f} minutes on a CPU; the last loss was
 {np.mean([row["loss"] for row in history[-20:]]):.3f}.
 """

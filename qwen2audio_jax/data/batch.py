@@ -38,9 +38,9 @@ class Course:
     processor: str  # a folder with a tokenizer
     seed: int = 0
     shapes: tuple[Shape, ...] = (
-        Shape(clips=80, frames=90, tokens=40, words=(1, 1), weight=0.35),
-        Shape(clips=24, frames=320, tokens=98, words=(2, 5), weight=0.4),
-        Shape(clips=24, frames=320, tokens=126, words=(1, 5), lesson="converse", weight=0.25),
+        Shape(clips=20, frames=130, tokens=50, words=(1, 2), weight=0.4),
+        Shape(clips=10, frames=320, tokens=98, words=(2, 5), weight=0.4),
+        Shape(clips=10, frames=320, tokens=126, words=(1, 5), lesson="converse", weight=0.2),
     )
     warmup: int = (
         0  # batches of the first shape alone, all clean; then augmentation comes in as many
@@ -50,7 +50,7 @@ class Course:
     recorded: float = 0.4  # of the clips, where there are recordings
     augmented: float = 0.8  # of the clips: waveform and, independently, mel
     pool: int = 6000  # utterances that recur, each time in another room; espeak-ng is slow
-    fresh: int = 8  # utterances that leave and enter the pool with every batch
+    fresh: int = 2  # utterances that leave and enter the pool with every batch
 
 
 def make(course: Course, number: int) -> Inputs:
@@ -131,7 +131,7 @@ def _recording(path: str, text: str) -> tuple[Float[np.ndarray, " S"], str]:
 
 
 def ahead(
-    make: Callable[[int], Any], numbers: range, *, workers: int = 1, depth: int = 6
+    make: Callable[[int], Any], numbers: range, *, workers: int = 1, depth: int = 12
 ) -> Iterator[Any]:
     """`make(i)` for each number in order, up to `depth` of them ahead of time.
 

@@ -7,9 +7,11 @@
 Layers are stored one by one and stacked when a scanned model asks for it.
 """
 
+import contextlib
 import logging
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,7 +35,8 @@ def find(folder: pathlib.Path, config: Config) -> dict[str, jax.ShapeDtypeStruct
     """
     path = folder / CHECKPOINT
     try:
-        found = ocp.metadata(path).metadata
+        with _quietly():
+            found = ocp.metadata(path).metadata
         found = {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in found.items()}
     except Exception as error:  # whatever Orbax and TensorStore raise
         raise ValueError(f"{path} is a damaged checkpoint: {_line(error)}") from error
@@ -52,10 +55,10 @@ def find(folder: pathlib.Path, config: Config) -> dict[str, jax.ShapeDtypeStruct
 
 def read(folder: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Reads some parameters, each in the dtype and to the sharding that is asked for."""
-    loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
-    path = folder / CHECKPOINT
+    path, context = folder / CHECKPOINT, ocp.Context()
+    context.pytree.loading.partial_load = True
     try:
-        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+        with _quietly(), context:
             return ocp.load(path, dict(wanted))
     except Exception as error:
         raise ValueError(f"{path} is a damaged checkpoint: {_line(error)}") from error
@@ -77,14 +80,11 @@ def write(
     """
     path = folder / CHECKPOINT
     group: dict[str, np.ndarray] = {}
+    context = ocp.Context()
     # random-looking mantissas hardly compress, and time goes into trying
-    saving = ocp.options.ArrayOptions.Saving(use_compression=False)
-    context = ocp.Context(
-        array_options=ocp.options.ArrayOptions(saving=saving),
-        memory_options=ocp.options.MemoryOptions(
-            write_concurrent_bytes=GROUP_BYTES, deepcopy_host_arrays=False
-        ),
-    )
+    context.array.saving.use_compression = False
+    context.memory.write_concurrent_bytes = GROUP_BYTES
+    context.memory.deepcopy_host_arrays = False  # nobody changes these arrays
 
     def flush() -> None:
         if group:
@@ -93,15 +93,13 @@ def write(
             group.clear()
 
     try:
-        with context:
+        with _quietly(), context:
             for key, array in arrays:
                 if sum(x.nbytes for x in group.values()) + array.nbytes > GROUP_BYTES:
                     flush()
                 group[key] = array
             flush()
             ocp.partial.finalize(path)
-    except (OSError, ValueError):
-        raise
     except Exception as error:
         raise OSError(f"cannot write {path}: {_line(error)}") from error
 
@@ -127,8 +125,19 @@ def read_layout(folder: pathlib.Path) -> huggingface.Layout | None:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """What went wrong; TensorStore puts every file that it happened in before that."""
+    return " ".join(str(error).split()).rpartition('": ')[2][:300] or type(error).__name__
 
 
-# It warns of the absence of hosts and clusters that a single process has no use for.
-logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.ERROR)
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keeps Orbax and TensorStore from printing what they also raise, from several threads."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = hook
