@@ -91,12 +91,12 @@ def search(
         model, logits, caches.repeat(cache, num_beams), seen, rules, limit, length_penalty,
         num_beams=num_beams, early_stopping=early_stopping, capacity=capacity,
     )  # fmt: skip
-    found = jax.tree.map(lambda x: np.asarray(x)[:, :n].reshape(-1, *x.shape[2:]), found)
-    longest = int(found.lengths.max())
-    kept = np.arange(longest) < found.lengths[:, None]
+    best = lambda x: np.asarray(x)[:, :n].reshape(-1, *x.shape[2:])
+    lengths = best(found.lengths)
+    kept = np.arange(lengths.max()) < lengths[:, None]
     return (
-        np.where(kept, found.tokens[:, :longest], model.config.pad_token),
-        np.where(kept, found.logprobs[:, :longest], np.float32(0)),
+        np.where(kept, best(found.tokens)[:, : lengths.max()], np.int32(model.config.pad_token)),
+        np.where(kept, best(found.logprobs)[:, : lengths.max()], np.float32(0)),
     )
 
 

@@ -255,7 +255,7 @@ def decode(
         new = int(lengths.max()) - made
         kept = np.arange(made, made + new) < lengths[:, None]
         yield (
-            np.where(kept, tokens[:, :new], model.config.pad_token),
+            np.where(kept, tokens[:, :new], np.int32(model.config.pad_token)),
             np.where(kept, scores[:, :new], np.float32(0)),
         )
         made += new
