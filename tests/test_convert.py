@@ -1,0 +1,257 @@
+"""Checkpoints go to our format and back in identical files, and mistakes cost one line."""
+
+import errno
+import filecmp
+import json
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import reference
+
+from convert import from_hf, to_hf, verify
+from qwen2audio_jax import weights
+from qwen2audio_jax.weights import folder, huggingface, orbax
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SETTINGS = {  # not what json.dumps writes, so that a rewritten file is seen
+    "tokenizer.json": b'{"version":"1.0"  }',
+    "vocab.json": b"{}\n\n",
+    "README.md": "Größe\r\n".encode(),
+    "chat_template.jinja": b"{{ messages }}",
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A sharded checkpoint with tokenizer files."""
+    path = tmp_path_factory.mktemp("source")
+    reference.save(reference.build(reference.SHAPES["one_layer"]), path, max_shard_size="150KB")
+    for name, content in SETTINGS.items():
+        (path / name).write_bytes(content)
+    return path
+
+
+def assert_same_files(a, b):
+    names = sorted(file.name for file in a.iterdir())
+    assert names == sorted(file.name for file in b.iterdir())
+    assert filecmp.cmpfiles(a, b, names, shallow=False)[0] == names
+
+
+def convert(program, *args):
+    return program.main([*map(str, args), "--quiet"])
+
+
+def one_line(capsys):
+    """The error that was printed, which has to be one line."""
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and text.count("\n") == 1
+    return text
+
+
+def test_the_round_trip_gives_identical_files(source, tmp_path):
+    """Shards, index, config, tokenizer and all: byte for byte; and ours is whole."""
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    assert convert(from_hf, source, ours) == 0
+    for name in (*SETTINGS, "config.json", "generation_config.json"):
+        assert filecmp.cmp(source / name, ours / name, shallow=False)
+    assert convert(to_hf, ours, back) == 0
+    assert len(huggingface.shards(back)) > 2
+    assert_same_files(source, back)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["back", "ours"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("shape", ["tied", "odd_widths"])
+def test_every_type_and_a_tied_head_come_back(shape, dtype, tmp_path):
+    """Single files of each type, with a head that is stored twice."""
+    config = reference.SHAPES[shape]
+    reference.save(reference.build(config), tmp_path / "wide")
+    weights.load(tmp_path / "wide", dtype=from_hf.DTYPES[dtype]).save_pretrained(tmp_path / "a")
+    assert convert(from_hf, tmp_path / "a", tmp_path / "ours") == 0
+    assert convert(to_hf, tmp_path / "ours", tmp_path / "b") == 0
+    assert_same_files(tmp_path / "a", tmp_path / "b")
+
+
+def test_dtype_stores_another_type(source, tmp_path):
+    """--dtype rounds what is stored; config.json says so; the way back has a layout of its own."""
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    assert convert(from_hf, source, ours, "--dtype", "bfloat16") == 0
+    assert convert(to_hf, ours, back) == 0
+    assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
+    config = reference.SHAPES["one_layer"]
+    exact, rounded = (huggingface.find(path, config) for path in (source, back))
+    for name, tensor in rounded.items():
+        expected = exact[name].read().astype(from_hf.DTYPES["bfloat16"])
+        np.testing.assert_array_equal(tensor.read(), expected)
+
+
+def test_a_folder_with_content_needs_overwrite(source, tmp_path, capsys):
+    """It stays as it was until then."""
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "precious").write_text("x")
+    assert convert(from_hf, source, tmp_path / "ours") == 2
+    assert "is not empty; --overwrite replaces it" in one_line(capsys)
+    assert [file.name for file in (tmp_path / "ours").iterdir()] == ["precious"]
+    assert convert(from_hf, source, tmp_path / "ours", "--overwrite") == 0
+    assert not (tmp_path / "ours" / "precious").exists()
+    assert convert(to_hf, tmp_path / "ours", tmp_path / "ours" / "config.json") == 2
+    assert "wanted a folder to write to" in one_line(capsys)
+
+
+def test_the_wrong_kind_of_folder_is_refused(source, tmp_path, capsys):
+    assert convert(to_hf, source, tmp_path / "x") == 2
+    assert "wanted a folder of ours" in one_line(capsys)
+    assert convert(from_hf, source, tmp_path / "ours") == 0
+    assert convert(from_hf, tmp_path / "ours", tmp_path / "x") == 2
+    assert "is a folder of ours already" in one_line(capsys)
+    assert convert(from_hf, tmp_path / "nothing", tmp_path / "x") == 2
+    assert "nothing" in one_line(capsys)
+    assert verify.main([str(tmp_path / "ours")]) == 2
+    assert "transformers needs convert.to_hf's" in one_line(capsys)
+    assert not (tmp_path / "x").exists()
+
+
+def test_damage_is_named_before_anything_is_written(source, tmp_path, capsys):
+    damaged = shutil.copytree(source, tmp_path / "damaged")
+    file = huggingface.shards(damaged)[0]
+    os.truncate(file, file.stat().st_size - 8)
+    assert convert(from_hf, damaged, tmp_path / "ours") == 2
+    assert "is truncated: it ends at byte" in one_line(capsys)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_too_little_room_is_said_with_both_numbers(source, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: usage)
+    assert convert(from_hf, source, tmp_path / "ours") == 2
+    assert "needs 0.001 GB, its disk has 0.000 GB free" in one_line(capsys)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(source, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    assert convert(from_hf, source, tmp_path / "file" / "ours") == 2
+    assert "file" in one_line(capsys)
+
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
+    assert convert(from_hf, source, tmp_path / "ours") == 2
+    assert "Permission denied" in one_line(capsys)
+
+
+def test_a_full_disk_leaves_nothing_behind(source, tmp_path, capsys):
+    """The system refuses to write on: one line each way, and no half folder."""
+    ours = tmp_path / "ours"
+    assert convert(from_hf, source, ours) == 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        assert convert(from_hf, source, tmp_path / "again") == 2
+        assert convert(to_hf, ours, tmp_path / "back") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all("File too large" in line for line in lines)
+    assert [file.name for file in tmp_path.iterdir()] == ["ours"]
+
+
+def test_a_killed_conversion_leaves_nothing_that_loads(source, tmp_path):
+    """What it had written is hidden, is no model, and the next run clears it away."""
+    script = (
+        "import sys, time; from convert import from_hf; from qwen2audio_jax.weights import orbax; "
+        "write = orbax.write_layout; "
+        "orbax.write_layout = lambda *a: (print('written', flush=True), time.sleep(600)); "
+        "from_hf.main(sys.argv[1:])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, source, tmp_path / "ours", "--quiet"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "written\n"
+    process.kill()
+    process.communicate()
+    assert [file.name for file in tmp_path.iterdir()] == [".ours.partial"]
+    with pytest.raises(ValueError, match=r"without config.json"):
+        weights.load(tmp_path / ".ours.partial")
+    assert convert(from_hf, source, tmp_path / "ours") == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["ours"]
+
+
+def test_large_checkpoints_pass_in_groups(source, tmp_path, monkeypatch):
+    """Never more than a group of tensors is held, and all of them arrive."""
+    monkeypatch.setattr(orbax, "GROUP_BYTES", 40_000)
+    held = []
+    save = orbax.ocp.partial.save
+    monkeypatch.setattr(
+        orbax.ocp.partial,
+        "save",
+        lambda path, group: (held.append([x.nbytes for x in group.values()]), save(path, group)),
+    )
+    assert convert(from_hf, source, tmp_path / "ours") == 0
+    assert len(held) > 5
+    assert all(sum(sizes) <= 40_000 or len(sizes) == 1 for sizes in held)
+    assert convert(to_hf, tmp_path / "ours", tmp_path / "back") == 0
+    assert_same_files(source, tmp_path / "back")
+
+
+def test_verify_compares_every_stage(tmp_path, capsys):
+    """Equal weights pass; a tolerance that nothing meets gives exit status 1 and says where."""
+    config = reference.SHAPES["one_layer"]
+    reference.save(reference.build(config), tmp_path)
+    assert verify.main([str(tmp_path), "--tokens", "4"]) == 0
+    out = capsys.readouterr().out
+    for stage in ("conv stem", "encoder layer 0", "pooled states", "decoder layer 0", "logits"):
+        assert stage in out
+    assert "greedy tokens: equal" in out
+    assert verify.main([str(tmp_path), "--tokens", "4", "--tolerance", "0"]) == 1
+    assert "OVER 0" in capsys.readouterr().out
+
+
+def test_verify_says_what_it_lacks(tmp_path, capsys, monkeypatch):
+    reference.save(reference.build(reference.SHAPES["one_layer"]), tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert verify.main([str(tmp_path)]) == 2
+    assert "pip install -e '.[test]'" in one_line(capsys)
+
+
+@pytest.mark.parametrize("program", ["from_hf", "to_hf", "verify"])
+def test_help_teaches(program, capsys):
+    """A sentence, an example, every option."""
+    with pytest.raises(SystemExit) as stop:
+        {"from_hf": from_hf, "to_hf": to_hf, "verify": verify}[program].main(["--help"])
+    assert stop.value.code == 0
+    assert f"python -m convert.{program} " in capsys.readouterr().out
+
+
+def test_the_benchmark_runs_small(tmp_path):
+    """Both programs in processes of their own, the bits compared, the files deleted."""
+    start = time.perf_counter()
+    figures = tmp_path / "figures.json"
+    subprocess.run(
+        [
+            *(sys.executable, "benchmarks/checkpoint.py", "--preset", "tiny"),
+            *("--folder", tmp_path, "--json", figures),
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    got = json.loads(figures.read_text())
+    assert got["tensors"] == 107 and got["different_tensors"] == [] and got["same_layout"]
+    for program in ("from_hf", "to_hf"):
+        assert 0 < got[program]["seconds"] < time.perf_counter() - start
+        assert 0.05 < got[program]["peak_gib"] < 4
+    assert list(tmp_path.iterdir()) == [figures]

@@ -1,0 +1,87 @@
+"""A model on a mesh is the same model, with nothing large on every device."""
+
+import jax
+import numpy as np
+import pytest
+import reference
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from qwen2audio_jax import sharding, weights
+from qwen2audio_jax.config import PRESETS, Config, DecoderConfig, EncoderConfig, preset
+from qwen2audio_jax.model import Qwen2Audio
+from qwen2audio_jax.weights import conversion, table
+
+SHAPE = Config(
+    encoder=EncoderConfig(layers=2, width=32, heads=4, hidden=64, mels=80),
+    decoder=DecoderConfig(
+        layers=2, width=64, heads=4, kv_heads=2, head_width=16, hidden=96, vocabulary=256
+    ),
+    audio_token=3,
+    pad_token=0,
+    end_tokens=(0, 2),
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The same model in Hugging Face's format and in ours."""
+    theirs, ours = (tmp_path_factory.mktemp(name) for name in ("theirs", "ours"))
+    reference.save(reference.build(SHAPE), theirs)
+    conversion.from_huggingface(theirs, ours)
+    return theirs, ours
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["theirs", "ours"])
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_mesh_changes_no_logits(folders, kind, scan_layers):
+    """Eight devices give what one gives, from either format, in either form."""
+    mesh = sharding.mesh(fsdp=4, tensor=2)
+    ids = np.random.default_rng(0).integers(4, 256, (4, 12)).astype(np.int32)
+    one = weights.load(folders[0])
+    many = weights.load(folders[kind], mesh=mesh, scan_layers=scan_layers)
+    np.testing.assert_allclose(np.asarray(many(ids)), np.asarray(one(ids)), atol=1e-4)
+    places = jax.tree.leaves(sharding.shardings(nnx.state(many), mesh))
+    for array, place in zip(jax.tree.leaves(nnx.state(many)), places, strict=True):
+        assert array.sharding.is_equivalent_to(place, array.ndim)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "tiny"])
+def test_nothing_large_is_on_every_device(name):
+    """Each matrix of every published size is split over all of fsdp and tensor."""
+    mesh = sharding.mesh(fsdp=4, tensor=2)
+    state = nnx.state(nnx.eval_shape(lambda: Qwen2Audio(preset(name), rngs=nnx.Rngs(0))))
+    leaves = zip(
+        jax.tree_util.tree_flatten_with_path(state)[0],
+        jax.tree.leaves(sharding.shardings(state, mesh)),
+        strict=True,
+    )
+    for (path, leaf), place in leaves:
+        per_layer = leaf.size // (leaf.shape[0] if "blocks" in table.split(path)[0] else 1)
+        if per_layer > 2**20:
+            shard = np.prod(place.shard_shape(leaf.shape))
+            assert leaf.size / shard >= 4, (table.split(path), place.spec)
+
+
+def test_each_axis_is_spent_once():
+    """The more important letter has it; a layer axis is never split."""
+    mesh = sharding.mesh(fsdp=2, tensor=4)
+    spec = lambda path, *shape: sharding.spec(path, shape, mesh)
+    assert spec("decoder.blocks.mlp.up.kernel", 64, 96) == PartitionSpec("fsdp", "tensor")
+    assert spec("decoder.blocks.mlp.up.kernel", 3, 64, 96) == PartitionSpec(None, "fsdp", "tensor")
+    assert spec("projector.kernel", 32, 64) == PartitionSpec(None, "fsdp")
+    assert spec("encoder.conv2.kernel", 3, 32, 32) == PartitionSpec(None, "fsdp", None)
+
+
+def test_what_does_not_divide_is_refused_with_both_numbers(folders):
+    """Two key/value heads do not go on four devices; the parameter is named."""
+    mesh = sharding.mesh(fsdp=2, tensor=4)
+    with pytest.raises(ValueError, match=r"key.kernel: a dimension of 2 .* 4 devices .*'tensor'"):
+        weights.load(folders[0], mesh=mesh)
+
+
+def test_a_mesh_that_is_no_mesh_is_refused():
+    with pytest.raises(ValueError, match=r"no mesh axis model; there are data, fsdp"):
+        sharding.mesh(model=8)
+    with pytest.raises(ValueError, match=r"needs 3 devices, there are 8"):
+        sharding.mesh(fsdp=3)
