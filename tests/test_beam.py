@@ -5,9 +5,21 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
-from test_generate import BATCHES, NEW, Pair, make_inputs, row_of
+from test_generate import NEW, Pair, make_inputs, row_of
 
 from qwen2audio_jax import Qwen2Audio, Sampling, generate
+
+# The reference's beams hear the clips of one prompt in a wrong order (it repeats each clip for
+# all beams before it comes to the next), which is no matter as long as they are the same.
+THREE = [(0.3,), (4.0, 4.0), ()]
+EIGHT = [(0.5,), (), (30.0,), (2, 2, 2), (9,), (6,), (), (2,)]
+
+
+def repeating(config, clips):
+    """Inputs whose prompts have each but one clip, any number of times."""
+    inputs = make_inputs(config, clips)
+    first = np.repeat(np.cumsum([0, *map(len, clips)])[:-1], list(map(len, clips)))
+    return inputs | {"input_features": inputs["input_features"][first]}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +42,7 @@ def test_beams_equal_the_references(pair, num_beams, options):
 
     Some common tokens are end tokens, so that answers end at different lengths.
     """
-    inputs = make_inputs(pair.config, BATCHES[1])
+    inputs = repeating(pair.config, THREE)
     plain = generate(pair.ours, inputs, max_new_tokens=NEW, end_tokens=())
     ends = [int(plain[0, 9]), int(plain[1, 30])]
     for penalty in (1.0, 1.1):
@@ -58,13 +70,22 @@ def test_beams_equal_the_references(pair, num_beams, options):
 
 def test_beams_of_eight_rows_equal_the_references(pair):
     """64 new tokens in a batch of every kind of prompt, and each row as when alone."""
-    clips = BATCHES[2]
-    inputs = make_inputs(pair.config, clips)
+    inputs = repeating(pair.config, EIGHT)
     options = {"max_new_tokens": NEW, "num_beams": 3}
     ours = generate(pair.ours, inputs, **options)
     np.testing.assert_array_equal(ours, pair.answers(inputs, **options))
-    alone = generate(pair.ours, row_of(inputs, clips, 0), **options)
+    alone = generate(pair.ours, row_of(inputs, EIGHT, 0), **options)
     np.testing.assert_array_equal(alone[0], ours[0, : alone.shape[1]])
+
+
+def test_several_clips_are_heard_in_their_order(pair):
+    """A prompt of two clips has the same beams in a batch as alone."""
+    clips = [(0.3,), (1.0, 0.7)]
+    inputs = make_inputs(pair.config, clips)
+    options = {"max_new_tokens": 12, "num_beams": 3}
+    ours = generate(pair.ours, inputs, **options)
+    alone = generate(pair.ours, row_of(inputs, clips, 1), **options)
+    np.testing.assert_array_equal(alone[0], ours[1, : alone.shape[1]])
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

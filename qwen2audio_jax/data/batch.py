@@ -38,9 +38,10 @@ class Course:
     processor: str  # a folder with a tokenizer
     seed: int = 0
     shapes: tuple[Shape, ...] = (
-        Shape(clips=20, frames=130, tokens=50, words=(1, 2), weight=0.4),
-        Shape(clips=10, frames=320, tokens=98, words=(2, 5), weight=0.4),
-        Shape(clips=10, frames=320, tokens=126, words=(1, 5), lesson="converse", weight=0.2),
+        Shape(clips=24, frames=90, tokens=38, words=(1, 1), weight=0.3),
+        Shape(clips=14, frames=200, tokens=66, words=(2, 3), weight=0.35),
+        Shape(clips=10, frames=320, tokens=96, words=(4, 5), weight=0.2),
+        Shape(clips=12, frames=200, tokens=96, words=(1, 3), lesson="converse", weight=0.15),
     )
     warmup: int = (
         0  # batches of the first shape alone, all clean; then augmentation comes in as many
@@ -57,8 +58,7 @@ def make(course: Course, number: int) -> Inputs:
     """The `number`th batch of a course, padded right, with labels and each clip's words."""
     rng = np.random.default_rng((course.seed, number))
     weights = np.array([shape.weight for shape in course.shapes])
-    pick = 0 if number < course.warmup else rng.choice(len(weights), p=weights / weights.sum())
-    shape = course.shapes[pick]
+    shape = course.shapes[rng.choice(len(weights), p=weights / weights.sum())]
     ramp = (number - course.warmup + 1) / (course.warmup + 1)
     augmented = course.augmented * min(max(ramp, 0.0), 1.0)
     processor = _processor(course.processor)
