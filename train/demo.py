@@ -34,7 +34,7 @@ from qwen2audio_jax.training.optimizer import OptimizerConfig
 class Settings:
     """What to train on, how long, and where to leave the model."""
 
-    steps: int = 2000
+    steps: int = 1800
     """Batches to learn from, each of 10 to 24 clips."""
     learning_rate: float = 1e-3
     """The peak, after a twentieth of the steps; then a cosine down to nothing."""
