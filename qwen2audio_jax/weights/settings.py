@@ -87,7 +87,7 @@ def _decoder(text: Mapping[str, Any], tied: bool) -> DecoderConfig:
         hidden=text.get("intermediate_size", 22016),
         vocabulary=text.get("vocab_size", 151_936),
         positions=text.get("max_position_embeddings", 32_768),
-        rope_theta=float(_theta(text)),
+        rope_theta=_theta(text),
         norm_eps=text.get("rms_norm_eps", 1e-6),
         tied=tied or bool(text.get("tie_word_embeddings", False)),
     )
@@ -103,8 +103,8 @@ def _theta(text: Mapping[str, Any]) -> float:
                 f"text_config.{field} of type {kind!r} is not implemented, only 'default' is"
             )
         if "rope_theta" in rope:
-            return rope["rope_theta"]
-    return text.get("rope_theta", 10_000.0)
+            return float(rope["rope_theta"])
+    return float(text.get("rope_theta", 10_000.0))
 
 
 def describe(config: Config, dtype: str = "float32") -> dict[str, Any]:
