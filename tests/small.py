@@ -34,11 +34,8 @@ def listed(module: nnx.Module) -> nnx.Module:
 
 def inputs(frames: list[int], *, total: int = 40, length: int = 24, left: bool = False) -> dict:
     """One clip a row, of so many frames out of `total`, amid a few words; `length` tokens a row."""
-    rng = np.random.default_rng(sum(frames))
-    rows = [
-        [5, *[CONFIG.audio_token] * mel.audio_tokens(n), *rng.integers(6, 64, 2 + n % 3)]
-        for n in frames
-    ]
+    words = lambda n: np.random.default_rng(n).integers(6, 64, 2 + n % 3)
+    rows = [[5, *[CONFIG.audio_token] * mel.audio_tokens(n), *words(n)] for n in frames]
     batch = {
         "input_ids": np.zeros((len(rows), length), np.int32),
         "attention_mask": np.zeros((len(rows), length), np.int32),
