@@ -1,5 +1,7 @@
 """Packaging. The tools' settings are in pyproject.toml."""
 
+import pathlib
+
 from setuptools import find_packages, setup
 
 DATA = ["grain>=0.2.18", "array-record", "tensorflow-datasets"]
@@ -15,15 +17,15 @@ TEST = [
     "pytest-cov",
     "pytest-xdist",
     "ruff==0.17.*",
-    "torch==2.13.0",  # exactly: a looser request pulls gigabytes of CUDA
-    "transformers==5.23.0",  # the reference that parity is measured against
+    "torch==2.13.0",
+    "transformers==5.23.0",  # with torch, the reference that parity is measured against
 ]
 
 setup(
     name="qwen2audio_jax",
     version="0.1.0",
     description="Qwen2-Audio in JAX and Flax: hear, answer, train, and carry weights both ways.",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=pathlib.Path("README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -79,7 +79,7 @@ class Config:
                 )
 
 
-def _qwen2(layers, width, heads, kv_heads, hidden, *, vocabulary=152_064, tied=False):
+def _qwen2(layers, width, heads, kv_heads, hidden, *, tied=False):
     return DecoderConfig(
         layers=layers,
         width=width,
@@ -87,8 +87,7 @@ def _qwen2(layers, width, heads, kv_heads, hidden, *, vocabulary=152_064, tied=F
         kv_heads=kv_heads,
         head_width=width // heads,
         hidden=hidden,
-        # the published vocabularies end before Qwen2-Audio's own 3 281 added tokens
-        vocabulary=max(vocabulary, 156_032),
+        vocabulary=156_032,  # Qwen2's own is smaller: Qwen2-Audio adds tokens
         positions=32_768,
         rope_theta=1e6,
         norm_eps=1e-6,

@@ -104,7 +104,13 @@ def recordings(settings: Settings) -> tuple[list[manifest.Sample], list[manifest
         raise ValueError(f"no speaker {', '.join(sorted(unknown))} in the manifests")
     out = lambda sample: sample.fields.get("speaker") in settings.leave_out
     test = lambda sample: sample.fields.get("split") == "test"
-    train = [sample for sample in samples if not test(sample) and not out(sample)]
+    candidates = [sample for sample in samples if not test(sample) and not out(sample)]
+    train, left_out = batch.usable(candidates, batch.Course.shapes)
+    if left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        print(f"{len(train)} of {len(candidates)} recordings are used; left out: {reasons}")
+    if candidates and not train:
+        raise ValueError("none of the recordings can be used")
     kept = [sample for sample in samples if (out if settings.leave_out else test)(sample)]
     return train, kept
 
@@ -203,6 +209,8 @@ def _tiny() -> Qwen2Audio:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Settings, description=__doc__))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"train.demo: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

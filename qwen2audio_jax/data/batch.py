@@ -8,14 +8,14 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from qwen2audio_jax import audio, mel
-from qwen2audio_jax.data import augment, lessons, synth
+from qwen2audio_jax.data import augment, lessons, manifest, synth
 from qwen2audio_jax.processor import IGNORED, Inputs, Processor, needed_frames
 
 
@@ -43,9 +43,7 @@ class Course:
         Shape(clips=10, frames=320, tokens=96, words=(4, 5), weight=0.2),
         Shape(clips=12, frames=200, tokens=96, words=(1, 3), lesson="converse", weight=0.15),
     )
-    warmup: int = (
-        0  # batches of the first shape alone, all clean; then augmentation comes in as many
-    )
+    warmup: int = 0  # batches that are all clean; augmentation comes in over as many more
     voices: tuple[str, ...] = synth.TRAIN_VOICES
     recordings: tuple[tuple[str, str], ...] = ()  # (audio, text) beside what is synthesised
     recorded: float = 0.4  # of the clips, where there are recordings
@@ -106,13 +104,9 @@ def draw(
 ) -> tuple[Float[np.ndarray, " S"], str]:
     """Something that is said in as many words as the shape has room for."""
     few, many = shape.words
-    if course.recordings and rng.random() < course.recorded:
-        # recordings are single words more often than not: several, one after another, are a phrase
-        picked = rng.integers(len(course.recordings), size=rng.integers(few, many + 1))
-        waves, texts = zip(*(_recording(*course.recordings[i]) for i in picked), strict=True)
-        gaps = [np.zeros(int(rng.uniform(0, 0.15) * audio.SAMPLE_RATE), np.float32) for _ in waves]
-        parts = [part for pair in zip(waves, gaps, strict=True) for part in pair]
-        return np.concatenate(parts[:-1]), " ".join(texts)
+    recordings = _short_enough(course.recordings, shape.words[1])
+    if recordings and rng.random() < course.recorded:
+        return _phrase_of_recordings(recordings, shape.words, rng)
     while True:
         said = _utterance(
             (course.seed, int(rng.integers(course.pool)) + number * course.fresh), course.voices
@@ -121,13 +115,60 @@ def draw(
             return said.wave, said.text
 
 
+def _phrase_of_recordings(
+    recordings: tuple[tuple[str, str], ...], words: tuple[int, int], rng: np.random.Generator
+) -> tuple[Float[np.ndarray, " S"], str]:
+    """Recordings, mostly of single words, one after another, until there are enough words."""
+    wanted = rng.integers(words[0], words[1] + 1)
+    waves, said = [], []
+    for path, text in (recordings[i] for i in rng.integers(len(recordings), size=4 * words[1])):
+        if len(said) >= wanted:
+            break
+        if len(said) + len(text.split()) > words[1]:
+            continue
+        if waves:
+            waves.append(np.zeros(int(rng.uniform(0, 0.15) * audio.SAMPLE_RATE), np.float32))
+        waves.append(_recording(path))
+        said += text.split()
+    return np.concatenate(waves), " ".join(said)
+
+
+def usable(
+    samples: Sequence[manifest.Sample], shapes: Sequence[Shape]
+) -> tuple[list[manifest.Sample], dict[str, int]]:
+    """Looks through recordings before a training relies on them.
+
+    Returns:
+      Those that the largest shape can use, and how many were left out for which reason.
+    """
+    longest = max(shape.frames for shape in shapes) / 100 - 0.1
+    most = max(shape.words[1] for shape in shapes)
+    kept, left_out = [], collections.Counter()
+    for sample in samples:
+        try:
+            seconds = len(audio.load(sample.audio)) / audio.SAMPLE_RATE
+        except audio.AudioError:
+            left_out["unreadable"] += 1
+            continue
+        if len(sample.text.split()) > most:
+            left_out[f"more than {most} words"] += 1
+        elif seconds > longest:
+            left_out[f"longer than {longest:.1f} s"] += 1
+        else:
+            kept.append(sample)
+    return kept, dict(left_out)
+
+
 _processor = functools.lru_cache(maxsize=2)(Processor.from_pretrained)
 _utterance = functools.lru_cache(maxsize=8000)(synth.utterance)
 
 
-@functools.lru_cache(maxsize=5000)
-def _recording(path: str, text: str) -> tuple[Float[np.ndarray, " S"], str]:
-    return audio.load(path), text
+_recording = functools.lru_cache(maxsize=5000)(audio.load)
+
+
+@functools.lru_cache(maxsize=16)
+def _short_enough(recordings: tuple[tuple[str, str], ...], words: int) -> tuple:
+    return tuple(each for each in recordings if len(each[1].split()) <= words)
 
 
 def ahead(
