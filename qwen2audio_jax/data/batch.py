@@ -150,7 +150,9 @@ def usable(
         except audio.AudioError:
             left_out["unreadable"] += 1
             continue
-        if len(sample.text.split()) > most:
+        if not sample.text.split():
+            left_out["without words"] += 1
+        elif len(sample.text.split()) > most:
             left_out[f"more than {most} words"] += 1
         elif seconds > longest:
             left_out[f"longer than {longest:.1f} s"] += 1

@@ -26,8 +26,8 @@ def _parse(line: str, folder: epath.Path) -> Sample:
             raise ValueError(f"no {field!r} among {', '.join(row) or 'no fields'}")
         if not isinstance(row[field], str):
             raise ValueError(f"{field!r} must be a string, got {json.dumps(row[field])}")
-        if not row[field].strip():
-            raise ValueError(f"{field!r} is empty")
+    if not row["audio"]:
+        raise ValueError("'audio' is empty")
     is_url = row["audio"].startswith(("http://", "https://"))
     audio = row["audio"] if is_url else os.fspath(folder / row["audio"])
     return Sample(audio=audio, text=row["text"], fields=row)
