@@ -26,6 +26,7 @@ SAMPLE_RATE = 16_000
 SHORTEST = 0.025  # seconds: one analysis window of the log-mel
 LOWEST_RATE = 1000  # Hz: below it nothing audible is left, and resampling multiplies the memory
 QUIETEST = 1e-6  # full scale: a thirtieth of 16-bit sound's smallest step
+LOUDEST = 100  # full scales: mixed or filtered sound stays far below, integers as floats do not
 CANCELLED = 1e-3  # what is left of a channel once its opposite is added: rounding
 TIMEOUT = 10  # seconds that a server may stay mute
 LARGEST = 1 << 30  # bytes that a server may send
@@ -71,8 +72,8 @@ def load(source: Source) -> Float[np.ndarray, " S"]:
       Float32 samples, full scale 1 but not clipped; what `librosa.load(path, sr=16000)` gives.
 
     Raises:
-      AudioError: it cannot be had, is not sound, stops before its header says, holds NaN or
-        infinity, is silent, or lasts under 25 ms.
+      AudioError: it cannot be had, is not sound, stops before its header says, holds NaN,
+        infinity or integers as floats, is silent, or lasts under 25 ms.
     """
     try:
         if isinstance(source, tuple | list):
@@ -82,6 +83,8 @@ def load(source: Source) -> Float[np.ndarray, " S"]:
         return _listen(samples, rate)
     except AudioError as error:
         raise AudioError(f"{name(source)}: {error}") from None
+    except OSError as error:  # the disk is full, or there are no file descriptors left
+        raise AudioError(f"{name(source)}: cannot be read: {error.strerror or error}") from None
 
 
 def name(source: Source) -> str:
@@ -146,6 +149,10 @@ def _listen(samples: Float[np.ndarray, "S channels"], rate: float) -> Float[np.n
         raise AudioError(f"{broken} of {samples.size} samples are NaN or infinite")
     mono = np.mean(samples, axis=1)
     peak, mixed = np.abs(samples).max(), np.abs(mono).max()
+    if peak > LOUDEST:
+        raise AudioError(
+            f"wanted full scale 1, got a peak of {peak:.5g}: divide integers by their range"
+        )
     if peak < QUIETEST:
         raise AudioError(f"is silent: its peak is {peak:.1g} of full scale")
     if mixed < CANCELLED * peak:
@@ -360,7 +367,11 @@ def _quiet() -> Iterator[None]:
     if threading.active_count() > 1:
         yield
         return
-    kept = os.dup(2)
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed: nothing can be written to it
+        yield
+        return
     try:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)

@@ -215,6 +215,7 @@ def test_what_is_no_clip_is_refused(data, reason, tmp_path):
         (([0.1] * 100, 16_000), "lasts 6.25 ms"),
         (([0.1] * 800 + [np.nan, -np.inf], 16_000), "2 of 802 samples are NaN or infinite"),
         (([1e300] * 800, 16_000), "800 of 800 samples are NaN or infinite"),
+        ((np.full(800, -13_183, np.float32), 16_000), "wanted full scale 1, got a peak of 13183: "),
         ((np.zeros((2, 2, 800)), 16_000), "one or two dimensions, got shape (2, 2, 800)"),
         ((0.5, 16_000), "one or two dimensions, got shape ()"),
         ((np.ones(800, bool), 16_000), "wanted float or integer samples, got bool"),
@@ -360,6 +361,29 @@ def test_decoders_do_not_write_to_the_terminal(chirp, tmp_path):
     command = [sys.executable, "-c", program, tmp_path / "clip.mp3"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("ok\n", "")
+
+
+def test_a_closed_terminal_is_none_to_keep_quiet(chirp, monkeypatch):
+    """Where standard error is closed, a clip is heard all the same."""
+
+    def closed(number):
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr(audio.os, "dup", closed)
+    monkeypatch.setattr(audio.threading, "active_count", lambda: 1)
+    np.testing.assert_array_equal(audio.load(encoded(chirp(0.5), subtype="FLOAT")), chirp(0.5))
+
+
+def test_a_full_disk_loses_one_clip(tmp_path, monkeypatch):
+    """What the system refuses while a clip is decoded is that clip's error."""
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "which", lambda _: "ffmpeg")
+    monkeypatch.setattr(audio.tempfile, "TemporaryDirectory", full)
+    said = refusal(b"\0\0\0\x1cftypM4A \0\0\0\0")
+    assert said.endswith("cannot be read: No space left on device")
 
 
 def test_every_odd_container_is_heard_or_refused(shared_data):
