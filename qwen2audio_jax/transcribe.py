@@ -18,6 +18,7 @@ from qwen2audio_jax.processor import Processor, count_tokens
 from qwen2audio_jax.sampling import Sampling
 
 POOL = 8  # batches that are held in memory, so that clips of like length meet in one
+HEARD = f"{prompts.AUDIO_BOS}{prompts.AUDIO}{prompts.AUDIO_EOS}"  # a clip, before its prompt
 # <|sil|> has the form of a language's tag, and says that nobody speaks.
 LANGUAGE = re.compile(r"\s*<\|(?!sil\b)([a-z]{2,3}(?:-[A-Za-z]+)?)\|>")
 TAG = re.compile(r"<\|[^|<>]*\|>")
@@ -76,8 +77,9 @@ def transcribe(
     processor: Processor,
     sources: Sequence[audio.Source],
     *,
-    language: str | None = "en",
+    language: str | None = None,
     prompt: str | None = None,
+    chat: bool = False,
     batch_size: int = 8,
     max_new_tokens: int | None = None,
     sampling: Sampling = GREEDY,
@@ -93,6 +95,7 @@ def transcribe(
       language: what is spoken, "en" or "zh", say; None: the model is to tell.
       prompt: what to ask of the model in place of its prompt for recognition; it follows the
         clip.
+      chat: ask in a user's turn of a conversation, as Instruct models are used to.
       batch_size: windows that are heard at once.
       max_new_tokens: the longest answer to a window; None: 256, or what the context has room for.
       progress: show a progress bar.
@@ -107,13 +110,17 @@ def transcribe(
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     text = _prompt(processor, language, prompt)
-    hear = lambda parts: _hear(model, processor, text, parts, max_new_tokens, sampling)
+    if chat:
+        parts = [prompts.CLIP, {"type": "text", "text": text.removeprefix(HEARD)}]
+        turn = [{"role": "user", "content": parts}]
+        text = processor.template.render(turn, add_generation_prompt=True)
+    hear = lambda parts, rows: _hear(model, processor, text, parts, rows, max_new_tokens, sampling)
     return _transcripts(hear, sources, batch_size, progress)
 
 
 def _prompt(processor: Processor, language: str | None, prompt: str | None) -> str:
     if prompt is not None:
-        return f"{prompts.AUDIO_BOS}{prompts.AUDIO}{prompts.AUDIO_EOS}{prompt}"
+        return HEARD + prompt
     if language is None:
         return prompts.transcription("en").removesuffix("<|en|>")
     tag = f"<|{language}|>"
@@ -128,13 +135,19 @@ def _prompt(processor: Processor, language: str | None, prompt: str | None) -> s
 
 
 def _transcripts(hear, sources, batch_size, progress) -> Iterator[Transcript]:
+    rows = 1
     with tqdm.tqdm(total=len(sources), unit=" clips", disable=not progress) as shown:
         for results, parts in _pools(sources, POOL * batch_size):
-            shown.update(len(results) - sum(part.last for part in parts))
-            waiting = sorted(parts, key=lambda part: len(part.wave))
+            # A model that is given silence makes something up.
+            heard = [part for part in parts if np.abs(part.wave).max() >= audio.QUIETEST]
+            shown.update(len(results) - sum(part.last for part in heard))
+            waiting = sorted(heard, key=lambda part: len(part.wave))
             for first in range(0, len(waiting), batch_size):
                 batch = waiting[first : first + batch_size]
-                hear(batch)
+                # A power of two, and never fewer than before: what is left over at the end
+                # compiles nothing anew.
+                rows = max(rows, min(1 << (len(batch) - 1).bit_length(), batch_size))
+                hear(batch, rows)
                 shown.update(sum(part.last for part in batch))
             for i, result in enumerate(results):
                 yield _finish(result, [part for part in parts if part.clip == i])
@@ -160,14 +173,14 @@ def _pools(sources, enough: int) -> Iterator[tuple[list[Transcript], list[_Part]
     yield results, parts
 
 
-def _hear(model, processor, text, parts, max_new_tokens, sampling) -> None:
-    # A model that is given silence makes something up.
-    parts = [part for part in parts if np.abs(part.wave).max() >= audio.QUIETEST]
-    if not parts:
-        return
-    compiled = [processor.tokenizer.compile(text, [count_tokens(part.wave)]) for part in parts]
-    inputs = processor.batch(compiled, [part.wave for part in parts])
+def _hear(model, processor, text, parts, rows, max_new_tokens, sampling) -> None:
+    """Fills in parts' texts; the last is heard again and again until there are so many rows."""
+    waves = [part.wave for part in parts]
+    waves += waves[-1:] * (rows - len(parts))
+    compiled = [processor.tokenizer.compile(text, [count_tokens(wave)]) for wave in waves]
+    inputs = processor.batch(compiled, waves)
     tokens = generate(model, inputs, max_new_tokens=max_new_tokens, sampling=sampling)
+    tokens = tokens[: len(parts)]
     texts = processor.decode(tokens, skip_special_tokens=False)
     for part, row, text in zip(parts, tokens, texts, strict=True):
         part.cut = not np.isin(row, model.config.end_tokens).any()

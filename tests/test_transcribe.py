@@ -1,5 +1,7 @@
 """Clips of any length are written down whole, in order, at their times."""
 
+import importlib
+
 import numpy as np
 import pytest
 import tiny
@@ -8,6 +10,7 @@ from qwen2audio_jax import Processor, Qwen2Audio, audio
 from qwen2audio_jax import transcribe as transcription
 from qwen2audio_jax.transcribe import Window, clock, join, subtitles, transcribe
 
+generating = importlib.import_module("qwen2audio_jax.generate")  # not the function
 NEW = 6
 
 
@@ -40,7 +43,7 @@ def saying(monkeypatch, pair):
         def generate(model, inputs, **options):
             heard.append(inputs)
             rows = [
-                processor.tokenizer.encode(next(left)) + [model.config.end_tokens[-1]] * end
+                processor.tokenizer.encode(next(left, "")) + [model.config.end_tokens[-1]] * end
                 for _ in inputs["input_ids"]
             ]
             longest = max(map(len, rows))
@@ -83,6 +86,27 @@ def test_order_survives_pools(monkeypatch, write, chirp):
     assert [result.seconds for result in results] == seconds
 
 
+@pytest.mark.parametrize(("clips", "rows"), [(1, 1), (3, 4), (9, 8), (17, 8)])
+def test_what_is_left_over_compiles_nothing(saying, write, chirp, clips, rows):
+    """Batches have one size throughout, and no result is of a row that fills one up."""
+    texts = [f"{i}" for i in range(clips)]
+    heard = saying(*texts)
+    results = write(*(chirp(0.5, i) for i in range(clips)))
+    assert [result.text for result in results] == texts
+    assert {len(inputs["input_ids"]) for inputs in heard} == {rows}
+
+
+def test_rows_that_fill_up_change_nothing(write, pair, chirp):
+    """A second run with fewer clips left over compiles nothing, and gives the same texts."""
+    waves = [chirp(0.5, i) for i in range(5)]
+    whole = write(*waves, batch_size=4)
+    compiled = generating._prefill._cache_size()
+    assert write(*waves[:4], batch_size=4) == whole[:4]
+    assert write(*waves[1:], waves[0], batch_size=4) == [*whole[1:], whole[0]]
+    assert write(*waves[:3], batch_size=4) == whole[:3]
+    assert generating._prefill._cache_size() == compiled
+
+
 def test_short_clips_do_not_pay_for_long_ones(saying, write, chirp):
     """Windows of like length share a batch."""
     heard = saying(*"abcd")
@@ -106,7 +130,7 @@ def test_a_bad_clip_is_its_own_error(write, chirp, tmp_path):
 def test_language(saying, write, chirp):
     """A tag that the model begins with is the language, and no part of the text."""
     heard = saying("<|en|> one  two", "<|en|>one")
-    [told] = write(chirp(1.0), language=None)
+    [told] = write(chirp(1.0))
     assert (told.language, told.text) == ("en", "one two")
     [given] = write(chirp(1.0), language="en")
     told, given = (inputs["input_ids"][0].tolist() for inputs in heard)
@@ -114,6 +138,19 @@ def test_language(saying, write, chirp):
     assert given[:-1] == told
     with pytest.raises(ValueError, match=r"wanted a language that the model knows \(en\), got"):
         write(chirp(1.0), language="fr")
+
+
+def test_in_a_chat(saying, write, pair, chirp):
+    """The same prompt, or the user's, in a turn of a conversation."""
+    for options, text in (
+        ({"language": "en"}, "Detect the language and recognize the speech: <|en|>"),
+        ({"prompt": "Write down what is said."}, "Write down what is said."),
+    ):
+        heard = saying("one")
+        write(chirp(1.0), chat=True, **options)
+        parts = [{"type": "audio", "audio": (chirp(1.0), 16_000)}, {"type": "text", "text": text}]
+        expected = pair[1]([{"role": "user", "content": parts}])
+        np.testing.assert_array_equal(heard[0]["input_ids"], expected["input_ids"])
 
 
 def test_own_prompt(saying, write, pair, chirp):

@@ -32,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
         options.clips,
         language=None if options.language == "auto" else options.language,
         prompt=options.prompt,
+        chat=options.chat,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,
@@ -49,9 +50,14 @@ def run(options: argparse.Namespace) -> int:
         written = write(result, options.format, timestamps=options.timestamps, named=named)
         if file is None:
             session.put(written)
-        else:
-            file.write_text(written + "\n", "utf-8")
+            continue
+        try:
+            # A clip's name, which JSON repeats, may have bytes that are no text.
+            file.write_text(written + "\n", "utf-8", errors="backslashreplace")
             session.put(str(file))
+        except OSError as error:
+            session.error(f"{result.audio}: {file} cannot be written: {error.strerror}")
+            failed = True
     return 2 if failed else 0
 
 
