@@ -4,7 +4,9 @@ import argparse
 import functools
 import importlib
 import importlib.metadata
+import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -30,8 +32,9 @@ Answers about clips: with a question it is audio analysis, without one voice cha
   qwen2audio ask a.wav b.wav "Which is louder?" --together
   qwen2audio ask a.wav -q "Does it say clip.wav?"    where a question looks like a file
 
-An argument that exists, is a URL or looks like a path is a clip; the one that is none of
-these is the question. A clip over 30 s is heard as consecutive windows of 30 s.
+An argument that exists, is a URL, is one word that ends like a sound file, or begins with ./,
+../, / or ~/ is a clip; the one that is none of these is the question. A clip over 30 s is
+heard as consecutive windows of 30 s.
 """
 TRANSCRIBE = """\
 Writes down what is said. Clips may have any length: one over 30 s is cut where it is quietest.
@@ -41,7 +44,12 @@ Writes down what is said. Clips may have any length: one over 30 s is cut where 
   qwen2audio transcribe talk.mp3 --format srt > talk.srt
   qwen2audio transcribe *.wav --json                 one object a line
   qwen2audio transcribe *.wav --format vtt --output-dir subtitles
-  qwen2audio transcribe reden.flac --language de     auto: the model is to tell
+  qwen2audio transcribe reden.flac --language de     without it the model is to tell
+  qwen2audio transcribe talk.mp3 --chat --model Qwen/Qwen2-Audio-7B-Instruct
+
+A base model gets the clip and `Detect the language and recognize the speech:`, and begins its
+answer with a tag like <|en|>; --language en ends the prompt with that tag. --chat puts the same
+prompt into a user's turn, and --prompt another in its place.
 """
 CHAT = """\
 A conversation by text and sound.
@@ -67,14 +75,14 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        # A file's name may have bytes that are no text.
-        stream.reconfigure(errors="backslashreplace")
-    options = build_parser().parse_args(arguments)
     try:
+        _open_streams()
+        options = build_parser().parse_args(arguments)
         # Here, so that --help need not wait for what a command needs.
         status = importlib.import_module(options.module).run(options)
         sys.stdout.flush()
+        if arguments is None:  # a program: Python's own end would print a trace of Ctrl-C
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -83,15 +91,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError) as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[:1] or ["no memory is left"]
+        return _fail(f"{reason[0]} (--dtype bfloat16 or a smaller --batch-size takes less memory)")
     return status
+
+
+def _fail(message: str) -> int:
+    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _open_streams() -> None:
+    """Lets any name be printed, and gives what a caller has closed a place to go."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  as long as the process lasts
+        elif isinstance(stream, io.TextIOWrapper) and mode == "w":  # a notebook's is none
+            # A file's name may have bytes that are no text.
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("qwen2audio_jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _described(Parser, MAIN, prog=PROGRAM)
-    version = importlib.metadata.version("qwen2audio_jax")
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {version}")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_ask(commands)
     _add_transcribe(commands)
@@ -137,12 +171,15 @@ def _add_transcribe(commands) -> None:
     parser.add_argument("clips", nargs="+", metavar="CLIP")
     parser.add_argument(
         "--language",
-        default="en",
+        default="auto",
         metavar="CODE",
-        help="what is spoken; auto: the model is to tell",
+        help="what is spoken: en, zh, ... (auto: the model is to tell)",
     )
     parser.add_argument(
         "--prompt", metavar="TEXT", help="what to ask of the model instead; follows the clip"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="ask as a user in a chat: for Instruct models"
     )
     parser.add_argument("--timestamps", action="store_true", help="print windows with their times")
     parser.add_argument("--format", choices=("text", "json", "srt", "vtt"), default="text")
@@ -197,8 +234,12 @@ def _add_model(parser) -> None:
     group.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 takes the best token (0)"
     )
-    group.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest share")
-    group.add_argument("--top-k", type=int, metavar="K", help="sample from the K best tokens")
+    group.add_argument(
+        "--top-p", type=float, metavar="P", help="above temperature 0: only the likeliest share"
+    )
+    group.add_argument(
+        "--top-k", type=int, metavar="K", help="above temperature 0: only the K best tokens"
+    )
     group.add_argument(
         "--repetition-penalty",
         type=float,
@@ -206,7 +247,7 @@ def _add_model(parser) -> None:
         metavar="R",
         help="above 1 repeats less, also at temperature 0 (1)",
     )
-    group.add_argument("--seed", type=int, default=0, help="where chance comes from (0)")
+    group.add_argument("--seed", type=int, help="above temperature 0: where chance comes from (0)")
 
 
 def _positive(text: str) -> int:

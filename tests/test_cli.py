@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -136,13 +137,23 @@ def test_names_of_any_script(run):
     [
         ("a.wav", True),
         ("clip.wav", True),  # misspelt: to be missed, not asked
-        ("my clip.MP3", True),
-        ("sounds/clip", True),
+        ("sounds/clip.MP3", True),
+        ("./clip", True),
+        ("../my clip", True),
+        ("~/clip", True),
+        ("/no/such clip", True),
         ("https://example.org/listen?id=3", True),
         ("data:audio/wav;base64,UklGRg==", True),
         (".", True),
         ("What is that sound?", False),
         ("a dog and/or a cat", False),
+        ("请用JSON/XML回答。", False),
+        ("describe/compare", False),
+        ("What is said in bell.wav", False),
+        ("https://example.org is a site. Is it named?", False),
+        ("data: what is that?", False),
+        ("data:audio/wav;base64,UklG\nRg==", True),
+        (".wav", False),
         ("man/woman?", False),
         ("Hello.", False),
         ("这是什么声音？", False),
@@ -213,6 +224,23 @@ def test_transcribe_to_files(run, tmp_path):
     assert status == 2 and "several would be" in err and "a.txt" in err
 
 
+def test_a_file_that_cannot_be_written_loses_one_clip(run, clips, tmp_path):
+    """Names of any bytes are written to; a name that cannot be one is its clip's error."""
+    odd = os.fsdecode(b"\xff.wav")
+    shutil.copyfile(clips / "a.wav", clips / odd)
+    (tmp_path / "b.json").mkdir()
+    to = ("--json", "--output-dir", str(tmp_path), *FEW)
+    status, out, err = run("transcribe", odd, "b.wav", "a.wav", *to)
+    (clips / odd).unlink()
+    assert status == 2 and out.count("\n") == 2
+    assert err.startswith("qwen2audio: error: b.wav: ") and err.count("\n") == 1
+    assert "b.json cannot be written: Is a directory" in err
+    written = [
+        (tmp_path / name).read_text("utf-8") for name in (os.fsdecode(b"\xff.json"), "a.json")
+    ]
+    assert [json.loads(each)["audio"] for each in written] == [odd, "a.wav"]
+
+
 def test_chat(run, expected):
     """Lines are messages, of sound or text; every answer sees what was said before."""
     first = expected(user("a.wav"))
@@ -225,6 +253,15 @@ def test_chat(run, expected):
     status, out, _ = run("chat", *FEW, stdin=lines)
     assert (status, out.splitlines()[-1]) == (0, third)
     assert run("chat", "a.wav", *FEW, stdin="\n")[:2] == (0, f"{first}\n")
+
+
+def test_what_is_a_clip_in_a_chat(clips, monkeypatch):
+    """A line of several words is a message, unless it is the path of a file."""
+    monkeypatch.chdir(clips)
+    for line in ("bell.wav", "钟声 二.wav", "'钟声 二.wav'", "https://example.org/a"):
+        assert chat.names_clip(line)
+    for line in ("Please listen to bell.wav", "https://example.org/a Why?", "clip", "data: a?"):
+        assert not chat.names_clip(line)
 
 
 def test_chat_survives_mistakes(run, expected):
@@ -289,7 +326,13 @@ def test_help_teaches(run):
         (["sing"], "invalid choice: 'sing'"),
         (["transcribe"], "required: CLIP"),
         (["ask", "a.wav", "--batch-size", "0"], "wanted a number of 1 or more, got 0"),
-        (["ask", "a.wav", "--top-p", "2"], "top_p must be above 0 and at most 1, got 2.0"),
+        (["ask", "a.wav", "--top-p", "0.5", "--seed", "1"], "--top-p, --seed does nothing at"),
+        (["chat", "--top-k", "5"], "--top-k does nothing at temperature 0: wanted --temp"),
+        (["transcribe", "a.wav", "--seed", "0"], "--seed does nothing"),
+        (
+            ["ask", "a.wav", "--temperature", "1", "--top-p", "2"],
+            "top_p must be above 0 and at most 1, got 2.0",
+        ),
         (["ask", "a.wav", "--model", "nowhere"], "got 'nowhere'"),
         (["transcribe", "a.wav", "--language", "xx"], "(en), got 'xx'"),
         (["transcribe", "a.wav", "--max-new-tokens", "5000"], "5000 new ones do not fit"),
@@ -300,6 +343,57 @@ def test_mistakes_take_one_line(run, arguments, message):
     status, out, err = run(*arguments)
     assert (status, out) == (2, "")
     assert err.startswith("qwen2audio: error: ") and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nMore: ...")]
+)
+def test_out_of_memory(run, monkeypatch, error):
+    """One line says what takes less."""
+
+    def full(*arguments, **settings):
+        raise error
+
+    monkeypatch.setattr(ask, "stream", full)
+    status, _, err = run("ask", "a.wav")
+    assert status == 2 and err.startswith("qwen2audio: error: ") and err.count("\n") == 1
+    assert "memory" in err and "--batch-size" in err
+
+
+def test_other_faults_keep_their_trace(run, monkeypatch):
+    """What is no user's mistake is not made to look like one."""
+    monkeypatch.setattr(ask, "run", lambda options: {}["absent"])
+    with pytest.raises(KeyError):
+        run("ask", "a.wav")
+
+
+def test_without_a_terminal(run, monkeypatch):
+    """A notebook's streams, and closed ones, do no harm."""
+    monkeypatch.setattr("sys.stderr", None)
+    assert run("ask", "missing.wav")[0] == 2
+    sys.stderr.close()
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    assert run("ask", "missing.wav")[0] == 2
+
+
+def test_not_installed(run, monkeypatch):
+    """A checkout on the path has no version, and works."""
+
+    def absent(name):
+        raise cli.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(cli.importlib.metadata, "version", absent)
+    assert run("--version")[:2] == (0, "qwen2audio (not installed)\n")
+
+
+def test_interrupted_early(run, monkeypatch):
+    """Ctrl-C before a command has begun leaves no trace either."""
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "build_parser", interrupted)
+    assert run("ask", "a.wav") == (130, "", "\n")
 
 
 def test_interrupted(run, monkeypatch):
@@ -327,6 +421,21 @@ def test_programs_are_kept(monkeypatch, tmp_path):
         monkeypatch.setenv("QWEN2AUDIO_CACHE", nowhere)
         session.cache_programs()
         assert not set_to
+
+
+def test_a_user_without_a_home(monkeypatch):
+    """Nothing is kept, unless a folder is named."""
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    set_to = {}
+    monkeypatch.setattr(session.jax.config, "update", set_to.__setitem__)
+    monkeypatch.setattr(session.pathlib.Path, "home", homeless)
+    for name in ("QWEN2AUDIO_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    session.cache_programs()
+    assert not set_to
 
 
 def test_as_a_program(folder, clips, tmp_path):

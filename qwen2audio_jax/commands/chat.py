@@ -96,6 +96,7 @@ class Chat:
 
 
 def run(options: argparse.Namespace) -> int:
+    session.sampling(options)  # a mistake in it is said before a model is loaded
     chat = Chat(session.load(options), Processor.from_pretrained(options.model), options)
     interactive, failed, more = sys.stdin.isatty(), False, True
     if interactive:
@@ -129,8 +130,8 @@ def load(clip: str) -> tuple:
 def names_clip(text: str) -> bool:
     """Whether a message, or its first word, is a clip: more strictly than on a command line."""
     path = _unquote(text)
-    there = "/" in path and os.path.isfile(os.path.expanduser(path))
-    return there or bool(session.URL.match(path) or session.SOUND.search(path))
+    like = "/" in path or session.SOUND.search(path)
+    return bool(like and os.path.isfile(os.path.expanduser(path))) or session.names_sound(path)
 
 
 def _unquote(path: str) -> str:

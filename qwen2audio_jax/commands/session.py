@@ -18,13 +18,13 @@ from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import LongAudioWarning
 from qwen2audio_jax.sampling import Sampling
 
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/|data:")
+URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:/\S+|data:[^\s,]*;base64,[^ ]*)\Z")
 SOUND = re.compile(
-    r"\.(aac|aif[cf]?|aiff|amr|au|caf|flac|m4[ab]|mk[av]|mov|mp[234]|oga|ogg|opus|snd|w64|wave?"
+    r"\S\.(aac|aif[cf]?|aiff|amr|au|caf|flac|m4[ab]|mk[av]|mov|mp[234]|oga|ogg|opus|snd|w64|wave?"
     r"|web[am]|wma)$",
     re.IGNORECASE,
 )
-FILE = re.compile(r"\S+\.\w{2,4}$")  # one word with an ending
+PATH = re.compile(r"(\.\.?|~[^\s/]*)?/")
 
 
 def load(options: argparse.Namespace) -> Qwen2Audio:
@@ -35,12 +35,23 @@ def load(options: argparse.Namespace) -> Qwen2Audio:
 
 
 def sampling(options: argparse.Namespace) -> Sampling:
+    """How the options choose tokens.
+
+    Raises:
+      ValueError: an option is out of range, or would do nothing.
+    """
+    chance = {"--top-p": options.top_p, "--top-k": options.top_k, "--seed": options.seed}
+    idle = [name for name, value in chance.items() if value is not None]
+    if idle and not options.temperature:
+        raise ValueError(
+            f"{', '.join(idle)} does nothing at temperature 0: wanted --temperature above 0 too"
+        )
     return Sampling(
         temperature=options.temperature,
         top_p=options.top_p,
         top_k=options.top_k,
         repetition_penalty=options.repetition_penalty,
-        seed=options.seed,
+        seed=options.seed or 0,
     )
 
 
@@ -50,9 +61,9 @@ def cache_programs() -> None:
     They lie in QWEN2AUDIO_CACHE (none are kept if that is empty), else where jax is told to keep
     them, else under the user's cache folder. A folder that cannot be written is done without.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    usual = jax.config.jax_compilation_cache_dir or pathlib.Path(home, PROGRAM, "compiled")
-    folder = os.environ.get("QWEN2AUDIO_CACHE", usual)
+    folder = os.environ.get("QWEN2AUDIO_CACHE")
+    if folder is None:
+        folder = jax.config.jax_compilation_cache_dir or _usual_cache()
     if not folder:
         return
     try:
@@ -66,13 +77,24 @@ def cache_programs() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def _usual_cache() -> pathlib.Path | None:
+    """The user's cache folder; None for a user without a home."""
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return pathlib.Path(home, PROGRAM, "compiled")
+
+
 def is_clip(argument: str) -> bool:
     """Whether an argument means a sound, there or misspelt, rather than a text."""
-    if os.path.exists(os.path.expanduser(argument)):
-        return True
-    if any(form.match(argument) for form in (URL, FILE)) or SOUND.search(argument):
-        return True
-    return "/" in argument and not re.search(r"\s|[?？]$", argument)
+    there = os.path.exists(os.path.expanduser(argument))
+    return there or names_sound(argument) or bool(PATH.match(argument))
+
+
+def names_sound(text: str) -> bool:
+    """Whether a text is a URL, or one word that ends like a sound file."""
+    return bool(URL.match(text) or (SOUND.search(text) and not re.search(r"\s", text)))
 
 
 def record(*, text: str | None = None, **fields) -> str:
