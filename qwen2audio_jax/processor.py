@@ -88,7 +88,8 @@ class Processor:
         for key, ours in FEATURES.items():
             if features.get(key, ours) != ours:
                 raise ValueError(f"{folder}: wanted {key} {ours}, got {features[key]}")
-        self.mels: int = features.get("feature_size", 128)
+        encoder = read_json(folder / "config.json").get("audio_config") or {}
+        self.mels: int = features.get("feature_size", encoder.get("num_mel_bins", 128))
         self._lacks_features = not features
 
     @classmethod
@@ -98,7 +99,7 @@ class Processor:
         Args:
           source: "tiny", a folder in Hugging Face's format, or a hub id.
         """
-        return cls(locate(source, COPIED))
+        return cls(locate(source, (*COPIED, "config.json")))
 
     def save_pretrained(self, folder: str | pathlib.Path) -> None:
         """Writes a folder that transformers' `Qwen2AudioProcessor` loads.
@@ -284,12 +285,13 @@ class Processor:
         tokens: Int[Array, "*B L"] | Int[np.ndarray, "*B L"] | Sequence,
         skip_special_tokens: bool = True,
     ) -> list[str]:
-        """Turns rows of tokens, [B, L] or one [L], into texts; white space is kept as it is."""
+        """Turns rows of tokens, [B, L] or one [L], into texts; white space is kept as it is.
+
+        Negative ids are left out: a row of labels gives what is learned.
+        """
         rows = tokens if len(tokens) and np.ndim(tokens[0]) else [tokens]
-        return [
-            self.tokenizer.decode(np.asarray(row, int).tolist(), skip_special_tokens)
-            for row in rows
-        ]
+        rows = [np.asarray(row, int) for row in rows]
+        return [self.tokenizer.decode(row[row >= 0].tolist(), skip_special_tokens) for row in rows]
 
     def detokenizer(self) -> Detokenizer:
         """A decoder to be fed tokens one by one, for streaming."""

@@ -1,4 +1,5 @@
 import json
+import shutil
 import warnings
 
 import jax.numpy as jnp
@@ -436,3 +437,22 @@ def test_a_source_that_is_none(monkeypatch, tmp_path):
 def test_tokens_are_counted_as_frames_are():
     for samples in (400, 16_000, 480_000):
         assert count_tokens(np.ones(samples, np.float32)) == (mel.frames(samples) + 1) // 4
+
+
+def test_mels_without_a_feature_file(made, tmp_path):
+    """A checkpoint that has no feature settings has its encoder's bands."""
+    shutil.copyfile(made / "tokenizer.json", tmp_path / "tokenizer.json")
+    assert Processor.from_pretrained(tmp_path).mels == 128
+    (tmp_path / "config.json").write_text('{"audio_config": {"num_mel_bins": 80}}')
+    alone = Processor.from_pretrained(tmp_path)
+    assert alone.mels == 80
+    alone.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy" / "config.json").exists()
+    assert Processor.from_pretrained(tmp_path / "copy").mels == 80
+
+
+def test_labels_are_read_without_what_is_ignored(processor):
+    """Negative ids, which are no tokens, are left out."""
+    ids = processor.tokenizer.encode("a dog")
+    assert processor.decode([[-100, *ids, -100], [-100] * (len(ids) + 2)]) == ["a dog", ""]
+    assert processor.decode(np.array([-100, *ids])) == ["a dog"]
