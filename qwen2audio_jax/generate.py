@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qwen2audio_jax import beam, merge
 from qwen2audio_jax import cache as caches
 from qwen2audio_jax.cache import Cache
-from qwen2audio_jax.model import Qwen2Audio
+from qwen2audio_jax.model import Qwen2Audio, as_array
 from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.sampling import Rules, Sampling, choose, rules_for
 from qwen2audio_jax.stop import StopStrings
@@ -158,8 +158,9 @@ def bucket(n: int, smallest: int, *, per_octave: int) -> int:
 
 def listen(model: Qwen2Audio, inputs: Mapping[str, Any]) -> tuple | None:
     """The clips' audio states and how many of each are valid; None without clips."""
-    features, mask = inputs.get("input_features"), inputs.get("feature_attention_mask")
-    model.check(inputs["input_ids"], mask)
+    features = as_array(inputs.get("input_features"), np.float32)
+    mask = as_array(inputs.get("feature_attention_mask"), np.int32)
+    model.check(as_array(inputs["input_ids"], np.int32), mask)
     return None if features is None else _listen(model, features, mask)
 
 

@@ -113,22 +113,28 @@ class Qwen2Audio(nnx.Module):
 
     def __call__(
         self,
-        input_ids: Int[Array, "B L"] | Int[np.ndarray, "B L"],
-        attention_mask: Int[Array, "B L"] | Int[np.ndarray, "B L"] | None = None,
-        input_features: Float[Array, "C M T"] | Float[np.ndarray, "C M T"] | None = None,
-        feature_attention_mask: Int[Array, "C T"] | Int[np.ndarray, "C T"] | None = None,
+        input_ids: Int[Any, "B L"],
+        attention_mask: Int[Any, "B L"] | None = None,
+        input_features: Float[Any, "C M T"] | None = None,
+        feature_attention_mask: Int[Any, "C T"] | None = None,
+        labels: Int[Any, "B L"] | None = None,
     ) -> Float[Array, "B L V"]:
         """Scores of the next word after every token, in float32.
 
-        Args: what a `Processor` makes; the names and shapes are the reference's.
+        Args: what a `Processor` makes, ours or transformers', of numpy's, jax's or torch's
+          arrays; the names and shapes are the reference's. `labels` are accepted, so that a
+          training batch can be passed whole, and change nothing: `training.loss` reads them.
 
         Raises:
           ValueError: the audio tokens are not as many as the clips' audio states.
         """
         if attention_mask is None:
-            attention_mask = jnp.ones(input_ids.shape, jnp.int32)
-        self.check(input_ids, feature_attention_mask)
-        return _logits(self, input_ids, attention_mask, input_features, feature_attention_mask)
+            attention_mask = np.ones(input_ids.shape, np.int32)
+        ids, mask = as_array(input_ids, np.int32), as_array(attention_mask, np.int32)
+        features = as_array(input_features, np.float32)
+        feature_mask = as_array(feature_attention_mask, np.int32)
+        self.check(ids, feature_mask)
+        return _logits(self, ids, mask, features, feature_mask)
 
     def check(self, input_ids, feature_attention_mask) -> None:
         """Refuses a prompt whose audio tokens and audio states differ in number, where it can."""
@@ -173,6 +179,11 @@ class Qwen2Audio(nnx.Module):
         from qwen2audio_jax import weights
 
         weights.save(self, folder, progress=progress)
+
+
+def as_array(x: Any, dtype: Any) -> jax.Array | np.ndarray | None:
+    """Takes an array from outside, torch's say, in the type that was compiled for; jax's stay."""
+    return x if x is None or isinstance(x, jax.Array) else np.asarray(x, dtype)
 
 
 @jax.jit
