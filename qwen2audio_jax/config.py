@@ -10,6 +10,8 @@ A size that no letter names (kernel taps, cache slots) is spelled out where it o
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,8 @@ class Config:
     audio_token: int = 151_646  # <|AUDIO|>: one per audio state
     pad_token: int = 151_643  # <|endoftext|>
     end_tokens: tuple[int, ...] = (151_643, 151_645)  # <|endoftext|>, <|im_end|>
+    # the rest of generation_config.json, carried along; the model does not depend on it
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self):
         named = {"audio_token": self.audio_token, "pad_token": self.pad_token}
