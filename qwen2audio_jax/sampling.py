@@ -4,6 +4,7 @@ Source: transformers 5.23, `generation/logits_process.py`.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,21 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike, *, seed: int = 0) -> "Sampling":
+        """What a checkpoint suggests in its generation_config.json, as transformers reads it.
+
+        Args:
+          source: as in `Qwen2Audio.from_pretrained`.
+
+        Raises:
+          ValueError: there is no checkpoint, or a value cannot be used.
+        """
+        from qwen2audio_jax.weights import locate, settings  # weights know the model
+
+        folder = locate(os.fspath(source), settings.PATTERNS)
+        return cls(seed=seed, **settings.sampling(folder))
 
 
 @flax.struct.dataclass
