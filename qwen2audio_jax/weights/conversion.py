@@ -43,7 +43,7 @@ def from_huggingface(
             else:
                 yield rows[name].key, np.array(array.view(tensors[name].dtype), dtype, order="C")
 
-    with folder.fresh(target, total, overwrite=overwrite) as partial:
+    with folder.fresh(target, total, source=source, overwrite=overwrite) as partial:
         with bar("converting", total, progress) as shown:
             orbax.write(partial, arrays(), shown.update)
         if dtype is None:
@@ -79,7 +79,7 @@ def to_huggingface(
     names = [table.on_disk(n) for raw in layout.headers.values() for n in huggingface.order(raw)]
     total = sum(rows[name].count * found[rows[name].key].dtype.itemsize for name in names)
     tensors = _stream(source, [(rows[name], found[rows[name].key]) for name in names])
-    with folder.fresh(target, total, overwrite=overwrite) as partial:
+    with folder.fresh(target, total, source=source, overwrite=overwrite) as partial:
         with bar("converting", total, progress) as shown:
             huggingface.write(partial, layout, lambda name: next(tensors), shown.update)
         folder.copy_settings(source, partial)
