@@ -1,7 +1,7 @@
 """parameter path -> letters -> mesh axes.
 
 The layers know nothing of meshes. What may be split is read off a parameter's letters in the
-conversion table; activations are constrained at a block's opening.
+conversion table.
 """
 
 import math
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from qwen2audio_jax.config import Config
 from qwen2audio_jax.weights import table
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -42,8 +43,28 @@ def mesh(**sizes: int) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def check(config: Config, mesh: Mesh) -> None:
+    """Refuses a mesh that a model of these sizes cannot be spread over.
+
+    Raises:
+      ValueError: its axes are explicit or unknown, or do not divide a parameter.
+    """
+    if unknown := [name for name in mesh.axis_names if name not in AXES]:
+        raise ValueError(
+            f"no mesh axis {', '.join(map(str, unknown))}; there are {', '.join(AXES)}"
+        )
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"wanted a mesh of AxisType.Auto axes, as sharding.mesh makes, got {mesh.axis_types}"
+        )
+    for row in table.entries(config):
+        spec(row.path, row.our_shape, mesh)
+
+
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """How a parameter is split.
+
+    Key/value heads that are too few to split are on every device, as is usual for them.
 
     Args:
       path: ours, without the layer's number.
@@ -53,9 +74,12 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
       ValueError: a dimension does not divide by its mesh axis; the message gives both numbers.
     """
     letters = table.LETTERS[path]
+    sizes = dict(zip(letters, shape[len(shape) - len(letters) :], strict=True))
     axes: list[str | None] = [None] * len(letters)
     for letter, axis in RULES:
         if letter in letters and axis not in axes and mesh.shape.get(axis, 1) > 1:
+            if letter == "K" and sizes["K"] % mesh.shape[axis]:
+                continue
             axes[letters.index(letter)] = axis
     axes = [None] * (len(shape) - len(letters)) + axes  # a layer axis is never split
     for axis, size in zip(axes, shape, strict=True):

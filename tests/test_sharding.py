@@ -74,9 +74,9 @@ def test_each_axis_is_spent_once():
 
 
 def test_what_does_not_divide_is_refused_with_both_numbers(folders):
-    """Two key/value heads do not go on four devices; the parameter is named."""
-    mesh = sharding.mesh(fsdp=2, tensor=4)
-    with pytest.raises(ValueError, match=r"key.kernel: a dimension of 2 .* 4 devices .*'tensor'"):
+    """Four heads do not go on eight devices; the parameter is named."""
+    mesh = sharding.mesh(tensor=8)
+    with pytest.raises(ValueError, match=r"query.kernel: a dimension of 4 .* 8 devices .*'tensor'"):
         weights.load(folders[0], mesh=mesh)
 
 

@@ -15,8 +15,10 @@ from qwen2audio_jax import sharding
 from qwen2audio_jax.config import Config
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.weights import huggingface, settings, table
-from qwen2audio_jax.weights.folder import is_ours
+from qwen2audio_jax.weights.folder import CHECKPOINT, is_ours, staged
 from qwen2audio_jax.weights.source import locate
+
+_SUPPORTED = " or ".join(sorted(map(str, huggingface.NAMES)))
 
 # Reads parameters by their keys in `table`, all of one shape: each in this dtype, to this sharding.
 Read = Callable[[list[str], tuple[int, ...], Any, jax.sharding.Sharding], list[jax.Array]]
@@ -37,12 +39,24 @@ def load(
     Raises:
       ValueError: there is no checkpoint, or it is not whole; the message names what is wrong.
     """
-    folder = locate(os.fspath(source), huggingface.PATTERNS)
-    config = settings.read(folder)
-    read = _ours(folder, config) if is_ours(folder) else _theirs(folder, config)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    dtype = _supported(dtype)
+    folder = locate(os.fspath(source), huggingface.PATTERNS)
+    config = settings.read(folder)
+    if mesh is not None:
+        sharding.check(config, mesh)
+    read = _ours(folder, config) if is_ours(folder) else _theirs(folder, config)
     return fill(config, read, dtype=dtype, mesh=mesh, scan_layers=scan_layers, progress=progress)
+
+
+def _supported(dtype: Any) -> np.dtype:
+    try:
+        if (known := jnp.dtype(dtype)) in huggingface.NAMES:
+            return known
+    except TypeError:  # numpy knows no such name
+        pass
+    raise ValueError(f"wanted dtype {_SUPPORTED}, got {dtype!r}")
 
 
 def fill(
@@ -119,36 +133,43 @@ def _ours(folder: pathlib.Path, config: Config) -> Read:
 
 
 def save(model: Qwen2Audio, folder: str | os.PathLike, *, progress: bool = False) -> None:
-    """Writes config and weights in Hugging Face's format; other files in `folder` stay.
+    """Writes config and weights in Hugging Face's format, in place of those that were there.
+
+    The old ones stay until the new ones are complete; other files in `folder` stay.
 
     Raises:
-      ValueError: the parameters' dtype is not one that the format has.
+      ValueError: a parameter's dtype is not one that the format has, or `folder` is one of ours.
     """
     folder = pathlib.Path(folder)
+    if is_ours(folder):
+        raise ValueError(
+            f"{folder} is a folder of ours, whose {CHECKPOINT}/ would be read in place of what is "
+            "saved: name another"
+        )
     arrays = {table.split(path): x for path, x in _leaves(model)}
     rows = {entry.name: entry for entry in table.entries(model.config)}
     if model.config.decoder.tied:
         # transformers 5 never ties this architecture's head, so it has to be there
         rows[table.HEAD] = rows[table.EMBEDDING]
 
-    def read(name: str) -> np.ndarray:
-        row = rows[name]
-        whole = arrays.get((row.path, row.layer))
-        return row.to_theirs(
-            np.asarray(arrays[row.path, None][row.layer] if whole is None else whole)
-        )
+    def held(row: table.Entry) -> jax.Array:
+        """The parameter, or the stack that it is in."""
+        return arrays.get((row.path, row.layer), arrays.get((row.path, None)))
 
-    dtype = np.dtype(model.dtype)
-    if dtype not in huggingface.NAMES:
-        raise ValueError(
-            f"wanted parameters of {', '.join(map(str, huggingface.NAMES))}, got {dtype}"
-        )
-    layout = huggingface.plan((name, dtype, row.their_shape) for name, row in rows.items())
-    folder.mkdir(parents=True, exist_ok=True)
-    settings.write(model.config, folder, dtype.name)
-    total = sum(row.count for row in rows.values()) * dtype.itemsize
-    with bar("saving", total, progress) as shown:
-        huggingface.write(folder, layout, read, shown.update)
+    def read(name: str) -> np.ndarray:
+        row, array = rows[name], held(rows[name])
+        alone = (row.path, row.layer) in arrays
+        return row.to_theirs(np.asarray(array if alone else array[row.layer]))
+
+    tensors = [(name, np.dtype(held(row).dtype), row.their_shape) for name, row in rows.items()]
+    for name, dtype, _ in tensors:
+        if dtype not in huggingface.NAMES:
+            raise ValueError(f"wanted parameters of {_SUPPORTED}, got {name} of {dtype}")
+    total = sum(rows[name].count * dtype.itemsize for name, dtype, _ in tensors)
+    with staged(folder, huggingface.FILES.fullmatch) as partial:
+        settings.write(model.config, partial, np.dtype(model.dtype).name)
+        with bar("saving", total, progress) as shown:
+            huggingface.write(partial, huggingface.plan(tensors), read, shown.update)
 
 
 def bar(what: str, total: int, progress: bool) -> tqdm.tqdm:

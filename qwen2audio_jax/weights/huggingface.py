@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from qwen2audio_jax.weights import table
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PATTERNS = ("*.safetensors", INDEX, "*.json", "*.jinja", "*.txt")
+FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 SHARD_BYTES = 4 * 10**9
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -49,18 +51,18 @@ class Tensor(NamedTuple):
 
 
 def shards(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files that hold a checkpoint's tensors, in order.
+    """The files that hold a checkpoint's tensors, in order; a single file wins over an index.
 
     Raises:
       ValueError: there are none, or the index is damaged or names files that are not there.
     """
+    if (folder / SINGLE).is_file():  # first, as transformers does
+        return [folder / SINGLE]
     if (path := folder / INDEX).is_file():
         files = [folder / name for name in dict.fromkeys(_weight_map(path).values())]
         if missing := [file.name for file in files if not file.is_file()]:
             raise ValueError(f"{path} names shards that are not there: {', '.join(missing)}")
         return files
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
     raise ValueError(f"wanted {SINGLE} or {INDEX} in {folder}, got neither")
 
 
@@ -80,7 +82,10 @@ def header(file: pathlib.Path) -> tuple[bytes, dict[str, Any]]:
         parsed = json.loads(raw)
         for name, info in parsed.items():
             if name != "__metadata__":
-                info["dtype"], info["shape"], info["data_offsets"][1]
+                begin, end = info["data_offsets"]
+                if not all(type(n) is int and n >= 0 for n in (begin, end, *info["shape"])):
+                    raise ValueError(f"{name} has shape {info['shape']}, bytes {begin} to {end}")
+                info["dtype"].isupper()
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} has a damaged header: {error!r}") from error
     return start + raw, parsed
@@ -115,11 +120,25 @@ def find(folder: pathlib.Path, config: Config) -> dict[str, Tensor]:
             if name in found:
                 problems.append(f"{theirs} is there twice")
             found[name] = Tensor(file, len(raw) + begin, dtype, shape)
+        problems += _uncovered(file.name, parsed, size - len(raw))
     problems += _compare(found, config)
     if problems:
         raise ValueError(f"{folder} is no whole model: {'; '.join(problems)}")
     _check_tied(found, config, folder)
     return found
+
+
+def _uncovered(file: str, parsed: Mapping[str, Any], size: int) -> list[str]:
+    """Where the bytes after a header belong to no tensor, or to two."""
+    spans = [info["data_offsets"] for name, info in parsed.items() if name != "__metadata__"]
+    problems, last = [], 0
+    for begin, end in [*sorted(spans), [size, size]]:
+        if begin > last:
+            problems.append(f"{file} has {begin - last} bytes of data that belong to no tensor")
+        elif begin < last and begin < size:
+            problems.append(f"{file} has {last - begin} bytes of data that belong to two tensors")
+        last = max(last, end)
+    return problems
 
 
 def _compare(found: Mapping[str, Tensor], config: Config) -> list[str]:
@@ -155,9 +174,8 @@ class Layout(NamedTuple):
 
 def layout(folder: pathlib.Path) -> Layout:
     """The layout that a folder's files have."""
-    index = folder / INDEX
     headers = {file.name: header(file)[0] for file in shards(folder)}
-    return Layout(headers, index.read_bytes() if index.is_file() else None)
+    return Layout(headers, None if SINGLE in headers else (folder / INDEX).read_bytes())
 
 
 def plan(tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> Layout:
@@ -215,12 +233,19 @@ def write(
     Args:
       read: gives the tensor of a name on disk, in the dtype that the layout says.
       advance: is told the bytes written.
+
+    Raises:
+      ValueError: a tensor is not of the type and shape that the layout says.
     """
     for name, raw in layout.headers.items():
+        infos = json.loads(raw[8:])
         with (folder / name).open("wb") as f:
             f.write(raw)
             for tensor in order(raw):
                 content = np.ascontiguousarray(read(table.on_disk(tensor)))
+                wanted = infos[tensor]["dtype"], tuple(infos[tensor]["shape"])
+                if wanted != (got := (NAMES.get(content.dtype, content.dtype), content.shape)):
+                    raise ValueError(f"{tensor}: wanted {wanted} as in the header, got {got}")
                 f.write(content.reshape(-1).view(np.uint8))
                 advance(content.nbytes)
             f.flush()
