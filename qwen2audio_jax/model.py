@@ -158,15 +158,16 @@ class Qwen2Audio(nnx.Module):
         """Loads `"tiny"`, a folder in Hugging Face's format or in ours, or a hub id.
 
         Args:
-          dtype: of the parameters; None: float32 on CPUs, bfloat16 elsewhere.
-          mesh: spread the parameters over these devices.
+          dtype: of the parameters, float32, bfloat16 or float16; None: float32 on CPUs, bfloat16
+            elsewhere.
+          mesh: spread the parameters over these devices; `sharding.mesh` makes one.
           scan_layers: as in the constructor.
           progress: show a progress bar.
 
         Raises:
-          FileNotFoundError: nothing is there.
-          ValueError: what is there is not a whole model; the message names every tensor that is
-            unknown, missing, of the wrong shape or cut short.
+          ValueError: nothing is there, or what is there is not a whole model; the message names
+            every tensor that is unknown, missing, of the wrong shape or cut short. Or `dtype` or
+            `mesh` is none that the model can have.
         """
         from qwen2audio_jax import weights  # weights know the model, not the model them
 
@@ -175,7 +176,11 @@ class Qwen2Audio(nnx.Module):
         )
 
     def save_pretrained(self, folder: str | os.PathLike, *, progress: bool = False) -> None:
-        """Writes config and weights in Hugging Face's format, which transformers loads."""
+        """Writes config and weights in Hugging Face's format, which transformers loads.
+
+        Raises:
+          ValueError: `folder` is one of ours, or the format has no name for a parameter's dtype.
+        """
         from qwen2audio_jax import weights
 
         weights.save(self, folder, progress=progress)
