@@ -43,7 +43,7 @@ def write_random(folder: pathlib.Path, preset: str) -> None:
     def read(name: str) -> np.ndarray:
         start = zlib.crc32(name.encode()) % PERIOD
         content = np.resize(values, rows[name].count + start)[start:]
-        return content.reshape(rows[name].their_shape)
+        return content.reshape(rows[name].their_shape).view(ml_dtypes.bfloat16)
 
     dtype = np.dtype(ml_dtypes.bfloat16)
     layout = huggingface.plan((name, dtype, row.their_shape) for name, row in rows.items())
