@@ -60,10 +60,10 @@ def fresh(
 
 
 def _check(path: pathlib.Path, nbytes: int, source: pathlib.Path, overwrite: bool) -> None:
-    if path.is_relative_to(source) or source.is_relative_to(path):
-        raise ValueError(f"wanted a folder apart from {source} to write to, got {path}")
     if path.exists() and not path.is_dir():
         raise ValueError(f"wanted a folder to write to, got the file {path}")
+    if path.is_relative_to(source) or source.is_relative_to(path):
+        raise ValueError(f"wanted a folder apart from {source} to write to, got {path}")
     if os.path.ismount(path):
         raise ValueError(f"{path} is a mount point, which cannot be replaced: name a folder in it")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
