@@ -1,6 +1,7 @@
 """The command line: `qwen2audio ask | transcribe | chat`."""
 
 import argparse
+import atexit
 import functools
 import importlib
 import importlib.metadata
@@ -75,14 +76,14 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    # While Python itself ends, Ctrl-C would print a trace.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     try:
         _open_streams()
         options = build_parser().parse_args(arguments)
         # Here, so that --help need not wait for what a command needs.
         status = importlib.import_module(options.module).run(options)
         sys.stdout.flush()
-        if arguments is None:  # a program: Python's own end would print a trace of Ctrl-C
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
