@@ -74,6 +74,11 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
     np.testing.assert_allclose(rates, [0, 1, 2, 1.1, 0.2, 0.2], rtol=1e-5)
 
 
+def test_a_warm_up_that_never_ends_is_refused():
+    with pytest.raises(ValueError, match="fewer warm-up steps than the 50 steps, got 50"):
+        OptimizerConfig(steps=50, warmup_steps=50)
+
+
 def test_long_gradients_are_clipped():
     """Beyond `clip_norm` only the direction counts; below it the length does."""
     tree = {"a": {"kernel": jnp.zeros(3)}}

@@ -20,6 +20,12 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     frozen: tuple[str, ...] = ("encoder.positions",)  # path prefixes that never move
 
+    def __post_init__(self):
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                f"wanted fewer warm-up steps than the {self.steps} steps, got {self.warmup_steps}"
+            )
+
     def schedule(self) -> optax.Schedule:
         return optax.warmup_cosine_decay_schedule(
             init_value=0.0,
