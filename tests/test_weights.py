@@ -202,7 +202,8 @@ def test_saving_and_loading_keep_every_bit(saved, dtype, scan_layers, tmp_path):
 def test_names_in_memory_and_shards_are_read(saved, tmp_path):
     """transformers 5's own names, and an index with shards, give the same model."""
     expected = bits_of(weights.load(saved[1]))
-    shutil.copy(saved[1] / "config.json", tmp_path)
+    for file in ("config.json", "generation_config.json"):
+        shutil.copy(saved[1] / file, tmp_path)
     rewrite(tmp_path, {name: t.numpy() for name, t in saved[0].state_dict().items()})
     assert "lm_head.weight" in tensors_of(tmp_path)
     assert bits_of(weights.load(tmp_path)) == expected
