@@ -106,6 +106,7 @@ def _stream(
         for row, leaf in group:
             array = row.to_theirs(bits(np.asarray(arrays[row.key])))
             yield np.ascontiguousarray(array).view(leaf.dtype)
+        del arrays, array  # before the next ones are read
 
 
 def bits(array: np.ndarray) -> np.ndarray:

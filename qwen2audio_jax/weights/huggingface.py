@@ -248,6 +248,7 @@ def write(
                     raise ValueError(f"{tensor}: wanted {wanted} as in the header, got {got}")
                 f.write(content.reshape(-1).view(np.uint8))
                 advance(content.nbytes)
+                del content  # before the next one is read
             f.flush()
             os.fsync(f.fileno())
     if layout.index is not None:

@@ -23,6 +23,7 @@ from qwen2audio_jax.weights import huggingface, table
 from qwen2audio_jax.weights.folder import CHECKPOINT
 
 LAYOUT = "huggingface"
+CHUNK_BYTES = 64 * 2**20
 GROUP_BYTES = 512 * 2**20  # what is in flight at once, but for a tensor that is larger
 
 
@@ -83,6 +84,8 @@ def write(
     context = ocp.Context()
     # random-looking mantissas hardly compress, and time goes into trying
     context.array.saving.use_compression = False
+    # a device that holds a part reads little more than that
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     context.memory.write_concurrent_bytes = GROUP_BYTES
     context.memory.deepcopy_host_arrays = False  # nobody changes these arrays
 
