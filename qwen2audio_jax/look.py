@@ -21,7 +21,8 @@ def decoder_attention(
     model: Qwen2Audio, input_ids, attention_mask, input_features=None, feature_attention_mask=None
 ) -> Float[Array, "layers B N L L"]:
     """How much each token looks at each token before it, per layer and head."""
-    x = model.embed(jnp.asarray(input_ids), input_features, feature_attention_mask)
+    given = (input_ids, input_features, feature_attention_mask)
+    x = model.embed(*jax.tree.map(jnp.asarray, given))
     segments = jnp.asarray(attention_mask, jnp.int32)
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
     seen = []
