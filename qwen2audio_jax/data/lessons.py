@@ -106,6 +106,7 @@ def write_tokenizer(folder: pathlib.Path, texts: list[str], *, vocabulary: int) 
         for message in conversation(list(rng.choice(words, 3)), rng)
     ]
     scaffold = [prompt.transcription("en"), prompt.ChatTemplate().render([_user(prompt.CLIP)])]
-    core.train_from_iterator([*words, *(f" {w}" for w in words), *chats, *scaffold * 50], trainer)
+    said = [*words, *(f" {word}" for word in words)]
+    core.train_from_iterator([*said * 100, *chats, *scaffold * 50], trainer)
     folder.mkdir(parents=True, exist_ok=True)
     core.save(str(folder / "tokenizer.json"))
