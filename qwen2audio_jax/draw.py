@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from qwen2audio_jax import look, prompt
+from qwen2audio_jax.audio import SAMPLE_RATE
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
 
@@ -33,7 +34,7 @@ def heard(
 ) -> None:
     """A clip's log-mel over where in it the decoder looks while it writes each word of `text`."""
     given = prompt.transcription("en")
-    inputs = processor(text=given + text, audio=[(wave, 16_000)])
+    inputs = processor(text=given + text, audio=[(wave, SAMPLE_RATE)])
     weights = np.asarray(look.decoder_attention(model, **inputs))[:, 0].mean(axis=1)
     ids = inputs["input_ids"][0]
     slots = np.flatnonzero(ids == processor.tokenizer.audio_id)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from qwen2audio_jax import beam, merge
+from qwen2audio_jax import beam
 from qwen2audio_jax import cache as caches
 from qwen2audio_jax.cache import Cache
 from qwen2audio_jax.model import Qwen2Audio, as_array
@@ -281,10 +281,7 @@ def _listen(model, features, mask):
 
 @jax.jit
 def _embed(model, ids, heard):
-    x = model.decoder.embed(ids)
-    if heard is None:
-        return x
-    return merge.merge(x, ids == model.config.audio_token, *heard)
+    return model.decoder.embed(ids) if heard is None else model.place(ids, *heard)
 
 
 @partial(jax.jit, static_argnames="slots", donate_argnames="cache")

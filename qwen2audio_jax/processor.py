@@ -33,7 +33,7 @@ WINDOW = 30 * sound.SAMPLE_RATE  # samples that the encoder hears at once
 SHORTEST_WINDOW = sound.SAMPLE_RATE // 10
 # Few lengths, so that a new clip rarely compiles anew; 10 ms each.
 FRAME_BUCKETS = (*range(100, 400, 100), *range(400, 1000, 200), *range(1000, 3001, 500))
-IGNORED = -100  # a label that the loss leaves out
+IGNORED = -100  # a label that the loss leaves out, as in PyTorch
 
 # A checkpoint's files that are no weights.
 COPIED = (

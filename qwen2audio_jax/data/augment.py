@@ -10,7 +10,8 @@ import scipy.signal
 import soxr
 from jaxtyping import Float
 
-SAMPLE_RATE = 16_000  # Hz
+from qwen2audio_jax.audio import SAMPLE_RATE
+
 SHORTEST = 800  # samples; 320 or fewer would give the model no audio token
 
 

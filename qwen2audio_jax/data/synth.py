@@ -14,7 +14,7 @@ import numpy as np
 import soxr
 from jaxtyping import Float, Int16
 
-SAMPLE_RATE = 16_000  # Hz
+from qwen2audio_jax.audio import SAMPLE_RATE
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS = (

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from qwen2audio_jax import prompt
+from qwen2audio_jax.audio import SAMPLE_RATE
 from qwen2audio_jax.data import synth
 from qwen2audio_jax.evaluation import metrics
 from qwen2audio_jax.generate import generate
@@ -52,7 +53,7 @@ def score(
         chosen = order[start : start + batch]
         inputs = processor(
             text=[prompt.transcription(language)] * len(chosen),
-            audio=[(waves[i], 16_000) for i in chosen],
+            audio=[(waves[i], SAMPLE_RATE) for i in chosen],
         )
         texts = processor.decode(generate(model, inputs, max_new_tokens=max_new_tokens))
         for i, text in zip(chosen, texts, strict=True):

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from qwen2audio_jax.decoder import Decoder
 from qwen2audio_jax.model import Qwen2Audio
+from qwen2audio_jax.processor import IGNORED
 
-IGNORED = -100  # the label of a token that is given rather than learned, as in PyTorch
 INPUTS = ("input_ids", "attention_mask", "input_features", "feature_attention_mask")
 CHUNK = 1024  # tokens whose logits exist at the same time
 
