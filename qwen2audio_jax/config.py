@@ -121,7 +121,7 @@ PRESETS = {
             kv_heads=2,
             head_width=36,
             hidden=384,
-            vocabulary=512,
+            vocabulary=576,
             positions=2048,
             tied=True,
         ),

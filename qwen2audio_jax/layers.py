@@ -20,6 +20,11 @@ CPU_QUERIES = 512
 _NEVER = jnp.finfo(jnp.float32).min
 
 
+def one_cpu() -> bool:
+    """Whether a program will run on a single CPU, where XLA does best with plain matrices."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
+
+
 class Linear(nnx.LinearGeneral):
     """An affine map that rounds once: product and bias are added in float32, as PyTorch does."""
 
@@ -29,7 +34,11 @@ class Linear(nnx.LinearGeneral):
         )
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*out"]:
-        return super().__call__(x).astype(jnp.result_type(x, self.kernel))
+        batch = x.shape[: x.ndim - len(self.in_features)]
+        if one_cpu():
+            x = x.reshape(-1, *self.in_features)
+        y = super().__call__(x).astype(jnp.result_type(x, self.kernel))
+        return y.reshape(*batch, *self.out_features)
 
 
 class RMSNorm(nnx.Module):
@@ -49,7 +58,7 @@ class GatedMLP(nnx.Module):
     """SwiGLU: SiLU(x gate) * (x up), projected down."""
 
     def __init__(self, width: int, hidden: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        make = lambda i, o: nnx.Linear(i, o, use_bias=False, param_dtype=dtype, rngs=rngs)
+        make = lambda i, o: Linear(i, o, use_bias=False, dtype=dtype, rngs=rngs)
         self.gate = make(width, hidden)
         self.up = make(width, hidden)
         self.down = make(hidden, width)

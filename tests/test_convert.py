@@ -148,21 +148,20 @@ def test_a_folder_that_cannot_be_made_is_one_line(source, tmp_path, capsys, monk
     assert "Permission denied" in one_line(capsys)
 
 
-def test_a_full_disk_leaves_nothing_behind(source, tmp_path, capsys):
+def test_a_full_disk_leaves_nothing_behind(source, tmp_path):
     """The system refuses to write on: one line each way, and no half folder."""
     ours = tmp_path / "ours"
     assert convert(from_hf, source, ours) == 0
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-    try:
-        assert convert(from_hf, source, tmp_path / "again") == 2
-        assert convert(to_hf, ours, tmp_path / "back") == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and all("File too large" in line for line in lines)
+
+    def full():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    for program, start in (("convert.from_hf", source), ("convert.to_hf", ours)):
+        command = [sys.executable, "-m", program, start, tmp_path / "more", "--quiet"]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=full)
+        assert run.returncode == 2 and run.stdout == ""
+        assert len(run.stderr.splitlines()) == 1 and "File too large" in run.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["ours"]
 
 

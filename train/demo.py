@@ -74,7 +74,7 @@ def main(settings: Settings) -> None:
         warmup_steps=settings.steps // 20,
         weight_decay=0.05,
     )
-    model = Qwen2Audio(config, rngs=nnx.Rngs(settings.seed))
+    model = Qwen2Audio(config, scan_layers=False, rngs=nnx.Rngs(settings.seed))
     model.encoder.look_nearby()
     batches = batch.ahead(functools.partial(batch.make, course), range(settings.steps))
     model, history = loop.train(model, batches, optimizer, loss=loss.next_token_and_words)

@@ -24,7 +24,7 @@ class Shape:
     """Sizes that many batches share, so that few programs are compiled."""
 
     clips: int  # one per row
-    frames: int  # the longest clip, in mel frames of 10 ms
+    frames: tuple[int, int]  # the shortest and the longest clip, in mel frames of 10 ms
     tokens: int  # the longest prompt with its answer
     words: tuple[int, int]  # how many are said, at least and at most
     lesson: lessons.Kind = "recognise"
@@ -38,10 +38,13 @@ class Course:
     processor: str  # a folder with a tokenizer
     seed: int = 0
     shapes: tuple[Shape, ...] = (
-        Shape(clips=24, frames=90, tokens=38, words=(1, 1), weight=0.3),
-        Shape(clips=14, frames=200, tokens=66, words=(2, 3), weight=0.35),
-        Shape(clips=10, frames=320, tokens=96, words=(4, 5), weight=0.2),
-        Shape(clips=12, frames=200, tokens=96, words=(1, 3), lesson="converse", weight=0.15),
+        Shape(clips=32, frames=(0, 70), tokens=36, words=(1, 2), weight=0.15),
+        Shape(clips=20, frames=(60, 120), tokens=48, words=(1, 4), weight=0.25),
+        Shape(clips=13, frames=(110, 190), tokens=68, words=(2, 5), weight=0.25),
+        Shape(clips=8, frames=(180, 300), tokens=94, words=(3, 5), weight=0.2),
+        Shape(
+            clips=16, frames=(0, 130), tokens=104, words=(1, 4), lesson="converse", weight=0.15
+        ),
     )
     warmup: int = 0  # batches that are all clean; augmentation comes in over as many more
     voices: tuple[str, ...] = synth.TRAIN_VOICES
@@ -63,6 +66,8 @@ def make(course: Course, number: int) -> Inputs:
     chosen = []
     while len(chosen) < shape.clips:
         wave, text = draw(course, number, shape, rng)
+        if _frames(wave) < shape.frames[0]:
+            continue
         if rng.random() < augmented:
             wave = augment.augment(wave, rng)
         lesson = lessons.make(processor, wave, text, shape.lesson, rng)
@@ -73,7 +78,7 @@ def make(course: Course, number: int) -> Inputs:
         [lesson.wave for lesson in chosen],
         padding_side="right",
         labels=True,
-        frames=shape.frames,
+        frames=shape.frames[1],
         length=shape.tokens,
     )
     for picture, valid in zip(
@@ -89,10 +94,14 @@ def make(course: Course, number: int) -> Inputs:
 
 def _fits(lesson: lessons.Lesson, shape: Shape) -> bool:
     return (
-        needed_frames(mel.frames(len(lesson.wave))) <= shape.frames
+        _frames(lesson.wave) <= shape.frames[1]
         and sum(len(segment.ids) for segment in lesson.prompt) <= shape.tokens
         and len(lesson.words) <= _most_words(shape)
     )
+
+
+def _frames(wave: Float[np.ndarray, " S"]) -> int:
+    return needed_frames(mel.frames(len(wave)))
 
 
 def _most_words(shape: Shape) -> int:
@@ -141,7 +150,7 @@ def usable(
     Returns:
       Those that the largest shape can use, and how many were left out for which reason.
     """
-    longest = max(shape.frames for shape in shapes) / 100 - 0.1
+    longest = max(shape.frames[1] for shape in shapes) / 100 - 0.1
     most = max(shape.words[1] for shape in shapes)
     kept, left_out = [], collections.Counter()
     for sample in samples:

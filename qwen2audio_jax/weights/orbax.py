@@ -141,6 +141,20 @@ def _quietly() -> Iterator[None]:
     sys.unraisablehook = lambda unraisable: None
     try:
         yield
+    except Exception:
+        hook = _without_late_writes(hook)
+        raise
     finally:
         logger.setLevel(level)
         sys.unraisablehook = hook
+
+
+def _without_late_writes(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`hook`, but for writes that end after the first one's failure has closed their event loop."""
+
+    def late(unraisable):
+        return isinstance(unraisable.exc_value, RuntimeError) and str(
+            unraisable.exc_value
+        ).startswith("Event loop is closed")
+
+    return lambda unraisable: None if late(unraisable) else hook(unraisable)
