@@ -1,0 +1,201 @@
+"""A sample, whatever it was made from -> typed segments and the clips they hear: one way to a batch.
+
+What cannot be used is a `BadSample` that says why, for whoever counts them to decide.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from qwen2audio_jax import audio as sound
+from qwen2audio_jax.processor import Processor, Wave
+from qwen2audio_jax.prompt import Prompt, parse
+
+LONGEST = 30.0  # seconds that the encoder hears at once
+STORAGE = re.compile(r"(?!https?|file|data)\w+://")  # what epath reaches and audio.load does not
+# How audio.load says that there is nothing, rather than something broken.
+ABSENT = ("there is no such file", "the server answered", "cannot be fetched")
+
+
+class BadSample(ValueError):
+    """One line: what is wrong with a sample.
+
+    Attributes:
+      reason: a short slug to count it under: "missing audio", "too long", ...
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(reason, message)  # both, or worker processes could not pass it on
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """One row: a prompt with what is learned in it, and its clips."""
+
+    prompt: Prompt
+    waves: tuple[Wave, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pair:
+    """Two answers to one prompt; the clips are the prompt's."""
+
+    prompt: Prompt
+    chosen: Prompt
+    rejected: Prompt
+    waves: tuple[Wave, ...]
+
+
+def hear(source: Any, longest: float = LONGEST) -> Wave:
+    """Loads a clip of at most `longest` seconds.
+
+    Args:
+      source: what `audio.load` takes, any storage that etils.epath reaches (gs://, s3://), or
+        datasets' {"array", "sampling_rate"} and {"bytes", "path"}.
+
+    Raises:
+      BadSample: "missing audio", "corrupt audio" or "too long".
+    """
+    if isinstance(source, Mapping):
+        if source.get("array") is not None:
+            source = (source["array"], source.get("sampling_rate"))
+        else:
+            source = source.get("bytes") or source.get("path")
+    if source is None or source == "":
+        raise BadSample("missing audio", "wanted a clip, got none")
+    try:
+        if isinstance(source, str) and STORAGE.match(source):
+            wave = sound.load(_stored(source))
+        else:
+            wave = sound.load(source)
+    except sound.AudioError as error:
+        absent = any(words in str(error) for words in ABSENT)
+        raise BadSample("missing audio" if absent else "corrupt audio", str(error)) from None
+    if (seconds := len(wave) / sound.SAMPLE_RATE) > longest:
+        length = f"wanted at most {longest:g} s, got {seconds:.2f} s"
+        raise BadSample("too long", f"{sound.name(source)}: {length}")
+    return wave
+
+
+def _stored(path: str) -> bytes:
+    try:
+        return epath.Path(path).read_bytes()
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise BadSample("missing audio", f"{path}: {reason}") from None
+
+
+def from_messages(record: Mapping, processor: Processor) -> Example:
+    """Compiles {"messages": [...]}: a conversation whose assistant turns are learned.
+
+    Raises:
+      BadSample: a clip's reason, "missing field", "empty text" or "bad conversation".
+    """
+    messages = _listen(_conversation(_field(record, "messages")))
+    _check_answers(messages)
+    prompt, waves = _compile(processor, messages, learn=True)
+    return Example(prompt, waves)
+
+
+def from_preference(record: Mapping, processor: Processor) -> Pair:
+    """Compiles {"messages": [...], "chosen": ..., "rejected": ...}.
+
+    Answers are texts, messages, or lists of messages. TRL's conversational form has the messages
+    under "prompt", or at the head of both lists of answers.
+
+    Raises:
+      BadSample: as in `from_messages`; "equal answers" where there is nothing to prefer.
+    """
+    chosen, rejected = (_turns(_field(record, name)) for name in ("chosen", "rejected"))
+    if chosen == rejected:
+        raise BadSample("equal answers", "wanted chosen and rejected to differ, got the same")
+    given = next((record[key] for key in ("messages", "prompt") if record.get(key)), None)
+    if given is None:
+        pairs = enumerate(zip(chosen, rejected, strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+        given, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    messages = _listen(_conversation(given))
+    prompt, waves = _compile(processor, messages, learn=False)
+    answers = (_answer(processor, messages, turns) for turns in (chosen, rejected))
+    return Pair(prompt, *answers, waves)
+
+
+def _field(record: Mapping, name: str) -> Any:
+    if record.get(name) is None:
+        raise BadSample("missing field", f"no {name!r} among {', '.join(record) or 'no fields'}")
+    return record[name]
+
+
+def _conversation(messages: Any) -> list[dict]:
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        got = type(messages).__name__
+        raise BadSample("bad conversation", f"wanted a list of messages, got {got}")
+    try:
+        return parse(messages)
+    except ValueError as error:
+        raise BadSample("bad conversation", str(error)) from None
+
+
+def _listen(messages: list[dict]) -> list[dict]:
+    """The same messages with every clip loaded."""
+    for message in messages:
+        if not isinstance(message["content"], str):
+            message["content"] = [
+                {**part, "audio": (hear(part["audio"]), sound.SAMPLE_RATE)}
+                if part["type"] == "audio"
+                else part
+                for part in message["content"]
+            ]
+    return messages
+
+
+def _compile(
+    processor: Processor, messages: list[dict], *, learn: bool
+) -> tuple[Prompt, tuple[Wave, ...]]:
+    try:
+        prompt, waves = processor.conversation(messages, learn=learn, long_audio="error")
+    except ValueError as error:
+        raise BadSample("bad conversation", str(error)) from None
+    return prompt, tuple(waves)
+
+
+def _turns(answer: Any) -> list[Any]:
+    if isinstance(answer, str):
+        return [{"role": "assistant", "content": answer}]
+    return [answer] if isinstance(answer, Mapping) else list(answer)
+
+
+def _answer(processor: Processor, messages: list[dict], turns: list[Any]) -> Prompt:
+    """Compiles an answer by itself: its tokens are what would be generated behind the prompt."""
+    turns = _conversation(turns)
+    _check_answers(turns)
+    try:
+        given = processor.template.render(messages, add_generation_prompt=True)
+        text, spans = processor.template.learned([*messages, *turns])
+        spans = [(first - len(given), last - len(given)) for first, last in spans]
+        learned = [(first, last) for first, last in spans if first >= 0]
+        if not learned or learned[0][0] or turns[-1]["role"] != "assistant":
+            raise ValueError("wanted an answer that begins and ends with an assistant's turn")
+        answer = text[len(given) : len(given) + learned[-1][1]]
+        return processor.tokenizer.compile(answer, learned=learned)
+    except ValueError as error:
+        raise BadSample("bad conversation", str(error)) from None
+
+
+def _check_answers(messages: list[dict]) -> None:
+    for number, message in enumerate(messages, 1):
+        if message["role"] != "assistant":
+            continue
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if any(part["type"] == "audio" for part in parts):
+            raise BadSample("bad conversation", f"message {number}: an answer is text, got audio")
+        if not "".join(part["text"] for part in parts).strip():
+            raise BadSample("empty text", f"message {number}: the assistant says nothing")
