@@ -1,4 +1,4 @@
-"""A sample, whatever it was made from -> typed segments and the clips they hear: one way to a batch.
+"""A sample, whatever it was made from -> typed segments and the clips that they hear.
 
 What cannot be used is a `BadSample` that says why, for whoever counts them to decide.
 """
@@ -114,17 +114,16 @@ def from_preference(record: Mapping, processor: Processor) -> Pair:
       BadSample: as in `from_messages`; "equal answers" where there is nothing to prefer.
     """
     chosen, rejected = (_turns(_field(record, name)) for name in ("chosen", "rejected"))
-    if chosen == rejected:
-        raise BadSample("equal answers", "wanted chosen and rejected to differ, got the same")
     given = next((record[key] for key in ("messages", "prompt") if record.get(key)), None)
     if given is None:
-        pairs = enumerate(zip(chosen, rejected, strict=False))
-        shared = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+        shared = _shared(chosen, rejected)
         given, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     messages = _listen(_conversation(given))
     prompt, waves = _compile(processor, messages, learn=False)
-    answers = (_answer(processor, messages, turns) for turns in (chosen, rejected))
-    return Pair(prompt, *answers, waves)
+    chosen, rejected = (_answer(processor, messages, turns) for turns in (chosen, rejected))
+    if chosen == rejected:
+        raise BadSample("equal answers", "wanted chosen and rejected to differ, got the same")
+    return Pair(prompt, chosen, rejected, waves)
 
 
 def _field(record: Mapping, name: str) -> Any:
@@ -166,13 +165,24 @@ def _compile(
     return prompt, tuple(waves)
 
 
-def _turns(answer: Any) -> list[Any]:
+def _turns(answer: Any) -> Any:
     if isinstance(answer, str):
         return [{"role": "assistant", "content": answer}]
-    return [answer] if isinstance(answer, Mapping) else list(answer)
+    return [answer] if isinstance(answer, Mapping) else answer
 
 
-def _answer(processor: Processor, messages: list[dict], turns: list[Any]) -> Prompt:
+def _shared(chosen: Any, rejected: Any) -> int:
+    """How many messages both begin with: their prompt."""
+    chosen, rejected = _conversation(chosen), _conversation(rejected)
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    try:
+        return next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+    except ValueError:  # arrays do not compare
+        wanted = "clips as paths, or the prompt by itself"
+        raise BadSample("bad conversation", f"wanted {wanted}, got arrays in both") from None
+
+
+def _answer(processor: Processor, messages: list[dict], turns: Any) -> Prompt:
     """Compiles an answer by itself: its tokens are what would be generated behind the prompt."""
     turns = _conversation(turns)
     _check_answers(turns)

@@ -1,0 +1,209 @@
+r"""A task is one line: what is given, an arrow, what is learned.
+
+    [AUDIO:speech] Detect the language and recognize the speech: -> <|en|>[TEXT:text]
+
+A slot `[TYPE:field,attribute,key=value]` takes a field of the sample; all else is literal.
+
+    no_loss           behind the arrow: said, but not learned
+    optional          a sample that lacks the field leaves the slot empty
+    closed_set=a|b|c  the text is one of these; closed_set=FIELD: of the list in the sample's field
+    max_seconds=10    a longer clip is a bad sample; never more than 30
+
+A backslash makes the next character literal (`\[`, `\->`, `\,`, `\|`, `\\`, and `\ ` where white
+space would be dropped); `\n` and `\t` are a new line and a tab. White space directly behind a clip
+and before the arrow is dropped; one behind the arrow begins the answer, if there is a prompt. The
+prompt is tokenized by itself, as when it is to be answered, and the answer by itself behind it.
+"""
+
+import dataclasses
+import itertools
+import math
+import numbers
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from qwen2audio_jax.data.example import BadSample, Example, hear
+from qwen2audio_jax.data.slots import TYPES, Filled, Part, Slot, heard, parts_of, slot_type
+from qwen2audio_jax.processor import Processor, Wave, count_tokens
+from qwen2audio_jax.prompt import AUDIO, AUDIO_BOS, AUDIO_EOS, PAD, Prompt
+
+Style = Literal["prompt", "tags", "none"]
+
+
+@slot_type("AUDIO", attributes=["max_seconds"], heard=True)
+def fill_audio(value: Any, slot: Slot, sample: Mapping) -> Filled:
+    return Filled(f"{AUDIO_BOS}{AUDIO}{AUDIO_EOS}", (hear(value, slot.max_seconds),))
+
+
+@slot_type("TEXT", attributes=["closed_set"])
+def fill_text(value: Any, slot: Slot, sample: Mapping) -> Filled:
+    text = _text(value, slot.field)
+    if not text:
+        raise BadSample("empty text", f"{slot.field!r} says nothing")
+    if slot.closed_set is not None and text not in (among := closed_set(slot, sample)):
+        raise BadSample("outside closed set", f"{slot.field!r} is {text!r}, wanted one of {among}")
+    return Filled(text)
+
+
+def closed_set(slot: Slot, sample: Mapping) -> list[str]:
+    """The texts that a slot's closed set allows this sample."""
+    if not isinstance(slot.closed_set, str):
+        return list(slot.closed_set or ())
+    texts = _field(slot.closed_set, sample)
+    if isinstance(texts, str | bytes) or not len(texts):
+        raise BadSample("missing field", f"{slot.closed_set!r}: wanted a list, got {texts!r}")
+    return [_text(text, slot.closed_set) for text in texts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Says how samples become prompts and answers."""
+
+    given: tuple[Part, ...]
+    answer: tuple[Part, ...]
+
+    @classmethod
+    def parse(cls, line: str, *, tags: str | None = None, style: Style = "prompt") -> "Task":
+        """Reads a line.
+
+        Args:
+          tags: what says the task in `style="tags"`; `hierarchical_tags` makes it. It may hold
+            slots too: `<|[TEXT:language]|>`.
+          style: "prompt" keeps the line's words; "tags" has tags in their place, behind the last
+            clip; "none" has nothing there. What slots give, and the answer, stay the same.
+
+        Raises:
+          ValueError: the line is wrong; the message says at which column.
+        """
+        given, answer = parts_of(line, arrows=1)
+        return cls(_styled(given, tags, style), tuple(answer))
+
+    def compile(self, sample: Mapping, processor: Processor, *, learn: bool = True) -> Example:
+        """Fills the line with a sample: to learn the answer, or (not `learn`) to give one.
+
+        Raises:
+          BadSample: "missing field", "missing audio", "corrupt audio", "too long", "empty text",
+            "not text", "outside closed set" or "audio token in text".
+        """
+        prompt, waves = _compile(_fill(self.given, sample, False), processor)
+        if learn:
+            filled = [*_fill(self.answer, sample, True), Filled(PAD, learned=True)]
+            answer, more = _compile(filled, processor, first=len(waves))
+            prompt, waves = prompt + answer, waves + more
+        return Example(prompt, waves)
+
+    def choices(self, sample: Mapping) -> list[str] | None:
+        """All that a sample's answer can be, for `generate`; None if there is no end of it."""
+        sets = []
+        for part in self.answer:
+            if isinstance(part, str):
+                sets.append([part])
+            elif part.closed_set is None:
+                return None
+            else:
+                sets.append([*closed_set(part, sample), *[""] * part.optional])
+        return ["".join(parts) for parts in itertools.product(*sets)]
+
+
+def hierarchical_tags(
+    task: Literal["transcribe", "translate", "caption", "keyword", "question"],
+    *,
+    audio_language: str = "unknown",
+    text_language: str = "en",
+    timestamps: bool = False,
+    instruction: str | None = None,
+) -> str:
+    """Says a task in Qwen-Audio's tags.
+
+    Args:
+      audio_language: of what is heard: a code, "unknown", or a slot such as `[TEXT:language]`.
+      text_language: of the answer.
+      instruction: on the answer's form: "itn", "wo_itn", "emotion_recognition", "scene", ...
+
+    Source: arXiv:2311.07919, section 3.2, and Qwen-Audio's tokenizer.
+    """
+    tasks = ("transcribe", "translate", "caption", "keyword", "question")
+    if task not in tasks:
+        raise ValueError(f"wanted a task of {', '.join(tasks)}, got {task!r}")
+    for language in (audio_language, text_language):
+        if not re.fullmatch(r"[a-z]{2,3}(_[a-z]+)?|unknown|\[TEXT:[^\[\]]+\]", language):
+            raise ValueError(f"wanted a language code, unknown or [TEXT:...], got {language!r}")
+    if instruction is not None and not re.fullmatch(r"\w+", instruction):
+        raise ValueError(f"wanted one word as an output instruction, got {instruction!r}")
+    start = "startoftranscript" if task in ("transcribe", "translate") else "startofanalysis"
+    times = "timestamps" if timestamps else "notimestamps"
+    names = (start, audio_language, task, text_language, times, instruction)
+    return "".join(f"<|{name}|>" for name in names if name is not None)
+
+
+def _styled(given: list[Part], tags: str | None, style: str) -> tuple[Part, ...]:
+    if style not in ("prompt", "tags", "none"):
+        raise ValueError(f"wanted a style of prompt, tags, none, got {style!r}")
+    if style == "prompt":
+        return tuple(given)
+    hint: list[Part] = []
+    if style == "tags":
+        if not tags:
+            raise ValueError("style 'tags' wants tags=, got none")
+        try:
+            (hint,) = parts_of(tags, arrows=0)
+        except ValueError as error:
+            raise ValueError(f"tags: {error}") from None
+    slots: list[Part] = []
+    for slot in (part for part in given if isinstance(part, Slot)):
+        # the words that parted two texts are gone
+        slots += [slot] if not slots or heard(slots[-1]) or heard(slot) else [" ", slot]
+    clips = [i for i, slot in enumerate(slots, 1) if heard(slot)]
+    last = clips[-1] if clips else 0
+    return (*slots[:last], *hint, *slots[last:])
+
+
+def _fill(parts: tuple[Part, ...], sample: Mapping, learned: bool) -> list[Filled]:
+    filled = []
+    for part in parts:
+        if isinstance(part, str):
+            filled.append(Filled(part, learned=learned))
+            continue
+        value = sample.get(part.field)
+        empty = value is None or (isinstance(value, str | bytes) and not value.strip())
+        if part.optional and empty:
+            continue
+        made = TYPES[part.type].fill(_field(part.field, sample), part, sample)
+        filled.append(dataclasses.replace(made, learned=learned and not part.no_loss))
+    return filled
+
+
+def _compile(
+    filled: list[Filled], processor: Processor, first: int = 0
+) -> tuple[Prompt, tuple[Wave, ...]]:
+    """Tokenizes what belongs together; its clips are the row's `first` and following."""
+    waves = tuple(wave for each in filled for wave in each.waves)
+    ends = list(itertools.accumulate(len(each.text) for each in filled))
+    spans = [
+        (end - len(each.text), end) for each, end in zip(filled, ends, strict=True) if each.learned
+    ]
+    text = "".join(each.text for each in filled)
+    if text.count(AUDIO) != len(waves):
+        raise BadSample("audio token in text", f"wanted {AUDIO} for clips alone, got {text!r}")
+    compiled = processor.tokenizer.compile(text, [count_tokens(wave) for wave in waves], spans)
+    return tuple(
+        segment if segment.clip is None else dataclasses.replace(segment, clip=first + segment.clip)
+        for segment in compiled
+    ), waves
+
+
+def _field(name: str, sample: Mapping) -> Any:
+    if name not in sample:
+        raise BadSample("missing field", f"no {name!r} among {', '.join(sample) or 'no fields'}")
+    return sample[name]
+
+
+def _text(value: Any, field: str) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # tables' empty cells
+        return ""
+    if isinstance(value, bytes):  # what TensorFlow's data sets have for strings
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, bool) or not isinstance(value, str | numbers.Number):
+        raise BadSample("not text", f"{field!r}: wanted a text, got {type(value).__name__}")
+    return str(value).strip()
