@@ -1,0 +1,326 @@
+"""Where samples come from, by name: manifests, ArrayRecord shards, data sets that tfds prepared.
+
+A source is anything with `len(source)` and `source[i] -> dict`; worker processes get a pickled
+copy. Audio stays what a row says (a path, a URL, bytes, samples) until a sample is compiled.
+"""
+
+import functools
+import json
+import mmap
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import msgpack
+import numpy as np
+from etils import epath
+
+from qwen2audio_jax.data.example import BadSample
+
+MESSAGES = ("messages", "prompt", "chosen", "rejected")  # fields whose parts name clips
+NAMED = ("audio", "audio_url", "path", "url")  # how a part names its clip
+ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:|~|/")  # what no folder goes in front of
+SUFFIX = ".array_record"
+# As tensorflow-datasets names the types of what it stores.
+TFDS_AUDIO = "tensorflow_datasets.core.features.audio_feature.Audio"
+TFDS_TENSOR = "tensorflow_datasets.core.features.tensor_feature.Tensor"
+
+
+@runtime_checkable
+class RandomAccess(Protocol):
+    """What a mixture draws from."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+def open_source(
+    spec: str | os.PathLike, *, audio: Sequence[str] = ("audio",), rate: int | None = None
+) -> RandomAccess:
+    """Opens samples by name.
+
+    Args:
+      spec: `rows.jsonl`, or `rows.jsonl:test` for the rows whose "split" is test, on this disk or
+        any storage that etils.epath reaches (gs://, s3://); ArrayRecord shards: one, a pattern
+        (`train-*.array_record`) or a folder of them; or `tfds:name/config:split`, as
+        tensorflow-datasets prepared it (`tfds:librispeech:train_clean100[:10%]`).
+      audio: a manifest's fields that name clips: relative paths start at the manifest's folder,
+        as those in conversations do.
+      rate: sampling rate of a tfds data set that states none.
+
+    Raises:
+      FileNotFoundError: there is no such file or data set.
+      ValueError: it has no samples, or is of no kind that can be read.
+    """
+    text = os.fspath(spec)
+    if text.startswith("tfds:"):
+        return open_prepared(text.removeprefix("tfds:"), rate=rate)
+    if manifest := re.fullmatch(r"(.+\.jsonl?)(?::([^:/]+))?", text):
+        return Manifest(manifest[1], split=manifest[2], audio=audio)
+    if SUFFIX in text or epath.Path(text).is_dir():
+        return Shards(text)
+    wanted = f"a .jsonl manifest, {SUFFIX} shards or tfds:name/config:split"
+    raise ValueError(f"wanted {wanted}, got {text}")
+
+
+class Manifest:
+    """JSON Lines. Rows are parsed when they are asked for; what cannot be is a `BadSample`."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        split: str | None = None,
+        audio: Sequence[str] = ("audio",),
+    ):
+        self.path, self.audio = os.fspath(path), tuple(audio)
+        if not epath.Path(path).is_file():
+            raise FileNotFoundError(f"no manifest at {self.path}")
+        self.lines = _lines(self._data)
+        if split is not None:
+            kept = [self._split(i) == split for i in range(len(self))]
+            self.lines = self.lines[kept]
+        if not len(self):
+            wanted = "rows" if split is None else f"rows with split {split!r}"
+            raise ValueError(f"{self.path}: no {wanted}")
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number, start, stop = self.lines[index]
+        try:
+            row = json.loads(self._data[start:stop].decode("utf-8"))
+            if not isinstance(row, dict):
+                raise ValueError(f"wanted an object, got {type(row).__name__}")
+        except ValueError as error:
+            raise BadSample("bad row", f"{self.path}, line {number}: {error}") from None
+        return resolve(row, epath.Path(self.path).parent, self.audio)
+
+    def _split(self, index: int) -> str | None:
+        try:
+            return self[index].get("split")
+        except BadSample:  # belongs to no split; the whole manifest's reader will meet it
+            return None
+
+    @functools.cached_property
+    def _data(self) -> mmap.mmap | bytes:
+        path = epath.Path(self.path)
+        if "://" in self.path:
+            return path.read_bytes()
+        with open(path, "rb") as file:
+            try:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except ValueError:  # an empty file cannot be mapped
+                return b""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_data"}
+
+
+def _lines(data: mmap.mmap | bytes) -> np.ndarray:
+    """Number, start and stop of each line that is not blank."""
+    lines, start, number = [], 0, 0
+    while start < len(data):
+        number += 1
+        stop = data.find(b"\n", start)
+        stop = len(data) if stop < 0 else stop
+        if data[start:stop].strip():
+            lines.append((number, start, stop))
+        start = stop + 1
+    return np.array(lines, np.int64).reshape(-1, 3)
+
+
+def resolve(row: dict[str, Any], folder: epath.Path, audio: Sequence[str]) -> dict[str, Any]:
+    """The row, with relative paths of clips made to start at `folder`."""
+    row = {**row, **{name: _rooted(row[name], folder) for name in audio if name in row}}
+    for name in MESSAGES:
+        if name in row:
+            row[name] = _rooted_messages(row[name], folder)
+    return row
+
+
+def _rooted_messages(messages: Any, folder: epath.Path) -> Any:
+    if isinstance(messages, list):
+        return [_rooted_messages(message, folder) for message in messages]
+    if not isinstance(messages, dict):
+        return messages
+    if "content" in messages:
+        return {**messages, "content": _rooted_messages(messages["content"], folder)}
+    return messages | {name: _rooted(messages[name], folder) for name in NAMED if name in messages}
+
+
+def _rooted(source: Any, folder: epath.Path) -> Any:
+    if isinstance(source, str) and source and not ELSEWHERE.match(source):
+        return os.fspath(folder / source)
+    if isinstance(source, dict):
+        return source | {name: _rooted(source[name], folder) for name in NAMED if name in source}
+    return source
+
+
+class Shards:
+    """ArrayRecord files whose records are samples, in msgpack or JSON; `write` makes them."""
+
+    def __init__(self, spec: str):
+        import grain  # an extra
+
+        folder, pattern = epath.Path(spec), f"*{SUFFIX}*"
+        if not folder.is_dir():
+            folder, pattern = folder.parent, folder.name
+        self.paths = sorted(os.fspath(path) for path in folder.glob(pattern))
+        if not self.paths:
+            raise FileNotFoundError(f"no {SUFFIX} shards at {spec}")
+        self._records = grain.sources.ArrayRecordDataSource(self.paths)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            record = self._records[index]
+            return json.loads(record) if record[:1] == b"{" else msgpack.unpackb(record)
+        except (ValueError, RuntimeError, msgpack.UnpackException) as error:
+            message = f"{os.path.dirname(self.paths[0])}, record {index}: {error}"
+            raise BadSample("bad row", message) from None
+
+
+def write(path: epath.PathLike, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Writes rows as one ArrayRecord shard, whole or not at all; gives how many there were."""
+    from array_record.python import array_record_module  # an extra
+
+    unfinished = f"{os.fspath(path)}.unfinished"
+    # Groups of one: a row is read without the rows around it.
+    writer = array_record_module.ArrayRecordWriter(unfinished, "group_size:1")
+    count = 0
+    try:
+        for row in rows:
+            writer.write(msgpack.packb(dict(row)))
+            count += 1
+    finally:
+        writer.close()
+    os.replace(unfinished, path)
+    return count
+
+
+def open_prepared(name: str, *, rate: int | None = None) -> "Prepared":
+    """Opens `name/config:split`, in its newest version.
+
+    Raises:
+      ImportError: tensorflow-datasets is not installed.
+      FileNotFoundError: it is not prepared on this disk as ArrayRecord; the message says how.
+      ValueError: there is no such split, or it holds audio without a sampling rate.
+    """
+    data_set, _, split = name.partition(":")
+    if not split:
+        raise ValueError(f"wanted tfds:name/config:split, got tfds:{name}")
+    return Prepared(os.fspath(_folder(data_set)), split, rate)
+
+
+def _folder(data_set: str) -> epath.Path:
+    root = epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    infos = (root / data_set).glob("*/dataset_info.json")
+    versions = [
+        path.parent for path in infos if _info(path.parent).get("fileFormat") == "array_record"
+    ]
+    if not versions:
+        build = f"tfds build {data_set} --file_format=array_record"
+        raise FileNotFoundError(
+            f"no {data_set} as ArrayRecord in {root} (TFDS_DATA_DIR): run `{build}`, which may"
+            " need TensorFlow, on any machine"
+        )
+    return max(versions, key=lambda path: [int(n) for n in path.name.split(".") if n.isdigit()])
+
+
+def _info(folder: epath.Path) -> dict[str, Any]:
+    return json.loads((folder / "dataset_info.json").read_text())
+
+
+class Prepared:
+    """One split: audio is (samples, rate) or a file's bytes, text is text, a class its name.
+
+    `tfds.data_source` reads without TensorFlow, except for audio: merely to declare an Audio
+    feature it imports TensorFlow. Audio is stored as a plain tensor of samples, or as a sound
+    file's bytes, and is declared as that here; all else, slices of splits too, is left to tfds.
+    """
+
+    def __init__(self, folder: str, split: str, rate: int | None = None):
+        self.folder, self.split, self.rate = folder, split, rate
+        for field, told in self._audio.items():
+            if not told.get("lazyDecode") and not (rate or told.get("sampleRate")):
+                raise ValueError(f"{folder} states no sampling rate for {field!r}: give rate=")
+        self._records, self._features  # noqa: B018 what cannot be read is refused here, not later
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self._features.deserialize_example_np(self._records[index])
+        return {name: self._plain(name, value) for name, value in row.items()}
+
+    def _plain(self, name: str, value: Any) -> Any:
+        if name in self._audio:
+            return self._sound(value, self._audio[name])
+        if hasattr(self._features[name], "int2str"):
+            return self._features[name].int2str(value) if value >= 0 else None
+        return value.decode("utf-8") if isinstance(value, bytes) else value
+
+    def _sound(self, value: Any, told: dict[str, Any]) -> Any:
+        if told.get("lazyDecode"):
+            return value
+        samples = np.asarray(value)
+        if samples.dtype.kind == "i":  # stored wide, whatever the recording's own width was
+            narrow = np.abs(samples).max(initial=0) <= 1 << 15
+            samples = samples.clip(-(1 << 31), (1 << 31) - 1).astype(np.int32)
+            samples = (
+                samples.clip(-(1 << 15), (1 << 15) - 1).astype(np.int16) if narrow else samples
+            )
+        return samples, self.rate or int(told["sampleRate"])
+
+    @functools.cached_property
+    def _declared(self) -> dict[str, Any]:
+        return json.loads((epath.Path(self.folder) / "features.json").read_text())
+
+    @functools.cached_property
+    def _audio(self) -> dict[str, dict[str, Any]]:
+        """What is declared of the features that are audio."""
+        features = self._declared["featuresDict"]["features"]
+        return {
+            name: feature["audio"]
+            for name, feature in features.items()
+            if feature["pythonClassName"] == TFDS_AUDIO
+        }
+
+    @functools.cached_property
+    def _features(self) -> Any:
+        from tensorflow_datasets.core import features as tfds_features
+
+        declared = {**self._declared["featuresDict"]["features"]}
+        for name, audio in self._audio.items():
+            stored = {"dtype": audio["dtype"], "shape": audio.get("shape", {}), "encoding": "none"}
+            if audio.get("lazyDecode"):
+                stored |= {"dtype": "string", "shape": {}}
+            declared[name] = {"pythonClassName": TFDS_TENSOR, "tensor": stored}
+        top = {**self._declared, "featuresDict": {"features": declared}}
+        features = tfds_features.FeaturesDict.from_json(top)
+        features.load_metadata(self.folder)  # the classes' names
+        return features
+
+    @functools.cached_property
+    def _records(self) -> Any:
+        import grain
+        from tensorflow_datasets.core import dataset_info, naming, splits
+
+        told = dataset_info.read_from_json(epath.Path(self.folder) / "dataset_info.json")
+        template = naming.ShardedFileTemplate(
+            data_dir=epath.Path(self.folder), dataset_name=told.name, filetype_suffix="array_record"
+        )
+        known = splits.SplitDict.from_proto(told.splits, template)
+        name = self.split.partition("[")[0]
+        if name not in known:
+            raise ValueError(f"{self.folder}: no split {name!r}, wanted one of {', '.join(known)}")
+        return grain.sources.ArrayRecordDataSource(known[self.split].file_instructions)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "split": self.split, "rate": self.rate}

@@ -1,0 +1,194 @@
+"""Sources give the rows that were written, by position, wherever they lie."""
+
+import json
+import pathlib
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+from etils.epath import backend
+from fsspec.implementations.local import LocalFileSystem
+
+from qwen2audio_jax import audio
+from qwen2audio_jax.data.example import BadSample, hear
+from qwen2audio_jax.data.sources import Manifest, open_source, write
+
+CLIP = {"type": "audio", "audio": "a.wav"}
+
+
+@pytest.fixture
+def manifest(tmp_path, chirp) -> pathlib.Path:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    soundfile.write(folder / "a.wav", chirp(0.2), 16_000)
+    rows = [
+        json.dumps({"audio": "a.wav", "text": "one\u2028two", "split": "test"}, ensure_ascii=False),
+        "",
+        json.dumps({"audio": "https://example.org/b.wav", "text": "b", "split": "train"}),
+        json.dumps({"messages": [{"role": "user", "content": [CLIP, {"text": "sub/what?"}]}]}),
+        '{"audio": ',
+        "[1]",
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return folder / "rows.jsonl"
+
+
+def test_a_manifest_s_clips_start_at_its_folder(manifest):
+    """Relative paths are made whole, in fields and in conversations; nothing else changes."""
+    source = pickle.loads(pickle.dumps(open_source(manifest)))
+    assert len(source) == 5
+    whole = str(manifest.parent / "a.wav")
+    assert source[0] == {"audio": whole, "text": "one\u2028two", "split": "test"}
+    assert source[1]["audio"] == "https://example.org/b.wav"
+    clip, text = source[2]["messages"][0]["content"]
+    assert clip == {"type": "audio", "audio": whole} and text == {"text": "sub/what?"}
+    assert len(hear(source[0]["audio"])) == 3200
+
+
+def test_a_broken_row_is_a_bad_sample_with_its_line(manifest):
+    """It is met when asked for, so that it can be counted; a split leaves it out."""
+    source = open_source(manifest)
+    for index, message in ((3, "line 5: Expecting value"), (4, "line 6: wanted an object")):
+        with pytest.raises(BadSample, match=message) as error:
+            source[index]
+        assert error.value.reason == "bad row" and str(manifest) in str(error.value)
+    assert [row["text"] for row in open_source(f"{manifest}:train")] == ["b"]
+
+
+def test_storage_elsewhere(manifest, monkeypatch):
+    """A manifest on s3:// and its clips are reached through epath; pickles carry no data."""
+
+    class Bucket(LocalFileSystem):
+        protocol = "s3"
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return str(path).replace("s3://bucket", str(manifest.parent.parent))
+
+    monkeypatch.setattr(type(backend.fsspec_backend), "fs", lambda self, path: Bucket())
+    source = pickle.loads(pickle.dumps(Manifest("s3://bucket/set/rows.jsonl")))
+    assert source[0]["audio"] == "s3://bucket/set/a.wav"
+    np.testing.assert_array_equal(hear(source[0]["audio"]), audio.load(manifest.parent / "a.wav"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ("nothing.jsonl", FileNotFoundError, "no manifest at nothing.jsonl"),
+        (
+            "rows.csv",
+            ValueError,
+            r"wanted a .jsonl manifest, .array_record shards or tfds:.*rows.csv",
+        ),
+        ("no-*.array_record", FileNotFoundError, r"no .array_record shards at no-\*"),
+        ("tfds:fleurs", ValueError, "wanted tfds:name/config:split, got tfds:fleurs"),
+    ],
+)
+def test_what_is_not_there_is_refused(spec, error, message):
+    """In one line that names it."""
+    if "array_record" in spec:
+        pytest.importorskip("grain")
+    with pytest.raises(error, match=message):
+        open_source(spec)
+
+
+def test_a_manifest_without_rows_of_the_split(manifest):
+    with pytest.raises(ValueError, match=r"rows.jsonl: no rows with split 'dev'"):
+        open_source(f"{manifest}:dev")
+
+
+def test_shards_give_what_was_written(tmp_path):
+    """Rows with bytes in them, over two shards, by folder and by pattern; a pickle reopens them."""
+    pytest.importorskip("grain")
+    rows = [
+        {"audio": bytes([i] * 5), "text": f"{i}é", "n": i, "list": [{"a": None}]} for i in range(7)
+    ]
+    assert write(tmp_path / "x-0.array_record", rows[:4]) == 4
+    assert write(tmp_path / "x-1.array_record", rows[4:]) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "x-0.array_record",
+        "x-1.array_record",
+    ]
+    source = pickle.loads(pickle.dumps(open_source(tmp_path)))
+    assert [source[i] for i in range(len(source))] == rows
+    assert len(open_source(f"{tmp_path}/x-1*.array_record")) == 3
+
+
+def declare_audio(folder: pathlib.Path, **told) -> None:
+    """tfds cannot declare audio without TensorFlow, but stores it as it stores this tensor."""
+    path = next(folder.rglob("features.json"))
+    features = json.loads(path.read_text())
+    stored = features["featuresDict"]["features"]["speech"]["tensor"]
+    features["featuresDict"]["features"]["speech"] = {
+        "pythonClassName": "tensorflow_datasets.core.features.audio_feature.Audio",
+        "audio": {**stored, **told},
+    }
+    path.write_text(json.dumps(features))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, chirp):
+    """A data set that tensorflow-datasets really wrote, in place of a download."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    pytest.importorskip("grain")
+
+    class MadeSpeech(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.2.0")
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="en")]  # noqa: RUF012
+
+        def _info(self):
+            features = {
+                "speech": tfds.features.Tensor(shape=(None,), dtype=np.int64),
+                "text": tfds.features.Text(),
+                "gender": tfds.features.ClassLabel(names=["male", "female"]),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, _):
+            return {"train": self._generate_examples(6), "test": self._generate_examples(2)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                wave = np.round(32767 * chirp(0.1, i)).astype(np.int64)
+                yield i, {"speech": wave, "text": f"wörd {i}", "gender": i % 2}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    builder = MadeSpeech(config="en", data_dir=folder, file_format="array_record")
+    builder.download_and_prepare()
+    theirs = builder.as_data_source("train")
+    rows = [theirs[i] for i in range(len(theirs))]
+    declare_audio(folder, sampleRate="8000")
+    return folder, rows
+
+
+def test_tfds_without_tensorflow(prepared, monkeypatch):
+    """The rows that tfds.data_source gives, audio with its rate, classes by name, splits sliced."""
+    folder, rows = prepared
+    monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
+    source = pickle.loads(pickle.dumps(open_source("tfds:made_speech/en:train")))
+    assert len(source) == 6
+    for ours, theirs in zip((source[i] for i in range(6)), rows, strict=True):
+        samples, rate = ours["speech"]
+        assert rate == 8000 and samples.dtype == np.int16
+        np.testing.assert_array_equal(samples, theirs["speech"])
+        assert ours["text"] == theirs["text"].decode()
+        assert ours["gender"] == ("male", "female")[theirs["gender"]]
+        assert len(hear(ours["speech"])) == 2 * len(samples)
+    assert len(open_source("tfds:made_speech/en:train[:50%]")) == 3
+    assert "tensorflow" not in sys.modules
+
+
+def test_tfds_says_what_is_missing(prepared, monkeypatch, tmp_path):
+    """The data set, the split, or the rate."""
+    folder, _ = prepared
+    monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
+    with pytest.raises(FileNotFoundError, match="tfds build fleurs/de_de --file_format=array_rec"):
+        open_source("tfds:fleurs/de_de:train")
+    with pytest.raises(
+        ValueError, match=r"no split 'dev', wanted one of (train, test|test, train)"
+    ):
+        open_source("tfds:made_speech/en:dev")
