@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from qwen2audio_jax import beam
+from qwen2audio_jax import beam, constraint
 from qwen2audio_jax import cache as caches
 from qwen2audio_jax.cache import Cache
 from qwen2audio_jax.model import Qwen2Audio, as_array
@@ -45,6 +45,7 @@ class State:
       last: the last token of every row.
       lengths: tokens of every answer, that which ended it included.
       seen: the tokens that repetition counts; None where it is not penalised.
+      nodes: where in the trie of choices the answers are; None where all may be said.
       ended: rows that are complete.
       step: tokens of an answer that has not ended.
     """
@@ -53,6 +54,7 @@ class State:
     last: Int[Array, " B"]
     lengths: Int[Array, " B"]
     seen: Bool[Array, "B V"] | None
+    nodes: Int[Array, " B"] | None
     ended: Bool[Array, " B"]
     step: Int[Array, ""]
 
@@ -67,6 +69,7 @@ def generate(
     n: int = 1,
     end_tokens: Sequence[int] | None = None,
     stop: Sequence[str] = (),
+    choices: constraint.Choices | None = None,
     processor: Processor | None = None,
     num_beams: int = 1,
     length_penalty: float = 1.0,
@@ -82,7 +85,9 @@ def generate(
       n: answers per prompt, one after the other: rows are B * n.
       end_tokens: an answer ends with any of these; None: the config's.
       stop: an answer ends with the token that completes any of these strings.
-      processor: reads the tokens for `stop`.
+      choices: every answer is one of these texts; or a list of texts per prompt. An end token
+        follows it. Special tokens count as such, and white space at its start belongs to it.
+      processor: reads the tokens for `stop` and makes those of `choices`.
       num_beams: search with so many beams rather than sample; the best `n` come back.
       length_penalty: beams are ranked by log-probability / length ** length_penalty.
       early_stopping: when a search is over: True, once there are as many ended beams as
@@ -102,13 +107,14 @@ def generate(
     rows = unpad(inputs)
     limit = room(model, rows, max_new_tokens)
     rules = rules_for(model.config, sampling, min_new_tokens=min_new_tokens, end_tokens=end_tokens)
+    if num_beams > 1 and (sampling.temperature > 0 or stop or choices or n > num_beams):
+        raise ValueError(
+            f"{num_beams} beams want temperature 0, no stop strings, no choices and at most "
+            f"{num_beams} answers, got {sampling.temperature}, {list(stop)}, {choices} and {n}"
+        )
+    rules, nodes = constrain(rules, choices, processor, len(rows), min_new_tokens, limit)
     heard = listen(model, inputs)
     if num_beams > 1:
-        if sampling.temperature > 0 or stop or n > num_beams:
-            raise ValueError(
-                f"{num_beams} beams want temperature 0, no stop strings and at most {num_beams} "
-                f"answers, got {sampling.temperature}, {list(stop)} and {n}"
-            )
         logits, cache = prefill(model, rows, heard, limit)
         tokens, scores = beam.search(
             model, logits, cache, seen(rules, rows, logits), rules, limit,
@@ -119,7 +125,7 @@ def generate(
         raise ValueError(f"{n} answers at temperature 0 would be the same; wanted a temperature")
     stops = StopStrings(stop, processor, len(rows) * n) if stop else None
     logits, cache = prefill(model, rows, heard, limit)
-    made = decode(model, rows, logits, cache, rules, limit, n=n, stops=stops)
+    made = decode(model, rows, logits, cache, rules, limit, n=n, stops=stops, nodes=nodes)
     tokens, scores = (np.concatenate(parts, axis=1) for parts in zip(*made, strict=True))
     return (tokens, scores) if logprobs else tokens
 
@@ -146,6 +152,24 @@ def room(model: Qwen2Audio, rows: Rows, max_new_tokens: int | None) -> int:
             f"{positions}"
         )
     return min(NEW_TOKENS, positions - longest) if max_new_tokens is None else max_new_tokens
+
+
+def constrain(
+    rules: Rules,
+    choices: constraint.Choices | None,
+    processor: Processor | None,
+    rows: int,
+    shortest: int,
+    longest: int,
+) -> tuple[Rules, Int[np.ndarray, " rows"] | None]:
+    """The rules with a trie of `choices`, and the node at which each row begins."""
+    if choices is None:
+        return rules, None
+    ends = np.asarray(rules.end_tokens).tolist()
+    trie, nodes = constraint.build(
+        choices, processor, rows, end_tokens=ends, shortest=shortest, longest=longest
+    )
+    return rules.replace(trie=trie), nodes
 
 
 def bucket(n: int, smallest: int, *, per_octave: int) -> int:
@@ -222,6 +246,7 @@ def decode(
     *,
     n: int = 1,
     stops: StopStrings | None = None,
+    nodes: Int[np.ndarray, " prompts"] | None = None,
     paced: bool = False,
 ) -> Generator[tuple[Tokens, Scores], None, Cache]:
     """Answers, some tokens at a time: the first, then as many as one call of the loop makes.
@@ -230,6 +255,7 @@ def decode(
       rows: the prompts, `n` answers to each.
       logits: scores of the prompts' next tokens.
       cache: the prompts, given away.
+      nodes: where each row's choices begin in the rules' trie.
       paced: give pieces often enough to be watched, rather than as large as can be.
 
     Returns:
@@ -238,13 +264,14 @@ def decode(
     if n > 1:
         rows = [row for row in rows for _ in range(n)]
         logits, cache = jnp.repeat(logits, n, axis=0), caches.repeat(cache, n)
+        nodes = None if nodes is None else np.repeat(nodes, n)
     # a row's chance depends on its prompt and on which of its answers it is, not on its place
     number = [
         zlib.crc32(np.int32(i % n).tobytes(), zlib.crc32(row.tobytes()))
         for i, row in enumerate(rows)
     ]
     draws = np.array(number, np.uint32)
-    state, tokens, scores = _begin(logits, cache, seen(rules, rows, logits), draws, rules)
+    state, tokens, scores = _begin(logits, cache, seen(rules, rows, logits), draws, nodes, rules)
     made, count = 0, 1
     while True:
         lengths, ended = np.asarray(state.lengths), np.asarray(state.ended)
@@ -299,13 +326,14 @@ def _prefill(model, x, mask, cache, slots, used):
 
 
 @partial(jax.jit, donate_argnames="cache")
-def _begin(logits, cache, seen, draws, rules):
+def _begin(logits, cache, seen, draws, nodes, rules):
     """Chooses the answers' first tokens."""
     state = State(
         cache=cache,
         last=jnp.zeros(len(logits), jnp.int32),
         lengths=jnp.zeros(len(logits), jnp.int32),
         seen=seen,
+        nodes=nodes,
         ended=jnp.zeros(len(logits), bool),
         step=jnp.zeros((), jnp.int32),
     )
@@ -337,14 +365,17 @@ def _decode(model, state, draws, rules, count):
 
 def _choose(state, logits, draws, rules):
     """Chooses the next token of every row; rows that have ended get one that counts for nothing."""
-    tokens, scores = choose(logits, state.seen, state.step, draws, rules)
-    seen = state.seen
+    tokens, scores = choose(logits, state.seen, state.step, draws, rules, state.nodes)
+    seen, nodes = state.seen, state.nodes
+    if nodes is not None:
+        nodes = rules.trie.advance(nodes, tokens)
     if seen is not None:
         seen = seen.at[jnp.arange(len(tokens)), tokens].set(True)
     state = state.replace(
         last=tokens,
         lengths=state.lengths + ~state.ended,
         seen=seen,
+        nodes=nodes,
         ended=state.ended | jnp.isin(tokens, rules.end_tokens),
         step=state.step + 1,
     )

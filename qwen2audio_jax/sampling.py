@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from qwen2audio_jax.config import Config
+from qwen2audio_jax.constraint import Trie
 
 Scores = Float[Array, "B V"]
 Seen = Bool[Array, "B V"]
@@ -78,6 +79,7 @@ class Rules:
     end_tokens: Any  # Int " ends"
     seed: Any
     top_k: int | None = flax.struct.field(pytree_node=False)
+    trie: Trie | None = None
 
 
 def rules_for(
@@ -109,6 +111,7 @@ def choose(
     step: Int[Array, ""],
     draws: UInt[Array, " B"],
     rules: Rules,
+    nodes: Int[Array, " B"] | None = None,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Chooses a token a row.
 
@@ -117,11 +120,14 @@ def choose(
       seen: tokens that the prompt or the answer holds; None unless repetition is penalised.
       step: how many tokens the answer has.
       draws: a number for each row's own chance.
+      nodes: where each row is in the rules' trie; None: all tokens are allowed.
 
     Returns:
       The tokens, and their log-probabilities in the model's own distribution, before any rule.
     """
     scores = adjust(logits, seen, step, rules)
+    if nodes is not None:
+        scores = rules.trie.allow(scores, nodes)
     if rules.temperature is None:
         tokens = jnp.argmax(scores, axis=-1)
     else:

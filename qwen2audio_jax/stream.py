@@ -4,7 +4,8 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from qwen2audio_jax.cache import Cache
-from qwen2audio_jax.generate import GREEDY, decode, listen, prefill, room, unpad
+from qwen2audio_jax.constraint import Choices
+from qwen2audio_jax.generate import GREEDY, constrain, decode, listen, prefill, room, unpad
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.sampling import Sampling, rules_for
@@ -21,6 +22,7 @@ def stream(
     sampling: Sampling = GREEDY,
     end_tokens: Sequence[int] | None = None,
     stop: Sequence[str] = (),
+    choices: Choices | None = None,
 ) -> Iterator[str]:
     """Answers one prompt piece by piece, with the tokens that `generate` would give.
 
@@ -38,12 +40,15 @@ def stream(
         raise ValueError(f"wanted one prompt to stream an answer to, got {len(rows)}")
     limit = room(model, rows, max_new_tokens)
     rules = rules_for(model.config, sampling, min_new_tokens=min_new_tokens, end_tokens=end_tokens)
+    rules, nodes = constrain(rules, choices, processor, 1, min_new_tokens, limit)
     stops = StopStrings(stop, processor, 1) if stop else None
     heard = listen(model, inputs)
 
     def answer() -> Iterator[str]:
         logits, cache = prefill(model, rows, heard, limit)
-        made = decode(model, rows, logits, cache, rules, limit, stops=stops, paced=True)
+        made = decode(
+            model, rows, logits, cache, rules, limit, stops=stops, nodes=nodes, paced=True
+        )
         yield from read(processor, made, stop)
 
     return answer()
