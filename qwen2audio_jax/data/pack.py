@@ -1,0 +1,182 @@
+"""Samples -> batches of few static shapes, several samples in a row where they fit.
+
+Audio tokens are filled in the batch's order, so clips stand in the order of rows, and within a row
+of its samples; clip rows that are left over hear nothing: their masks are zero throughout.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int32
+
+from qwen2audio_jax.processor import IGNORED, Inputs, needed_frames
+
+OPEN = 2  # groups of a bucket that are filled at the same time: the next may fill the first's gaps
+ANSWERS = ("chosen", "rejected")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Sizes that many batches share, so that few programs are compiled."""
+
+    rows: int  # B
+    tokens: int  # L, of a row
+    clips: int  # C, of a batch; 0 for text alone
+    frames: int  # T, room for each clip's own mel frames and what the convolutions see behind them
+    weight: float = 1.0  # how often, relative to the others, where several hosts keep step
+
+    def __post_init__(self):
+        if min(self.rows, self.tokens) < 1 or self.clips < 0 or self.weight <= 0:
+            raise ValueError(f"wanted positive sizes and a positive weight, got {self}")
+        if self.clips and (self.frames % 2 or not 4 <= self.frames <= 3000):
+            raise ValueError(f"wanted an even number of 4 to 3000 frames, got {self.frames}")
+
+    def fits(self, tokens: int, clips: Sequence[int]) -> bool:
+        """Whether a sample fits, of so many tokens and of clips of so many valid mel frames."""
+        return (
+            tokens <= self.tokens
+            and len(clips) <= self.clips
+            and all(needed_frames(valid) <= self.frames for valid in clips)
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Text:
+    """Tokens, and which of them are learned."""
+
+    ids: Int32[np.ndarray, " L"]
+    learned: Bool[np.ndarray, " L"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Sample:
+    """What takes part of a row, ready to be copied there."""
+
+    texts: tuple[Text, ...]  # one; two of a preference pair, chosen and rejected
+    pictures: tuple[Float[np.ndarray, "M _"], ...]  # log-mel, as many frames as are needed
+    valid: tuple[int, ...]  # the clips' own mel frames
+    bucket: int = 0
+    part: str = ""  # of the mixture
+    row: int = 0  # of the part's source
+    seconds: float = 0.0  # of sound
+    reference: tuple[float, ...] = ()  # log-probabilities of a pair's answers, if precomputed
+
+    @property
+    def tokens(self) -> int:
+        return max(len(text.ids) for text in self.texts)
+
+
+class Group:
+    """One batch being filled, or several to accumulate gradients over.
+
+    Args:
+      bucket: the sizes of each batch.
+      packed: whether rows hold several samples; pairs have a row each.
+      batches: how many.
+    """
+
+    def __init__(self, bucket: Bucket, *, packed: bool, batches: int = 1):
+        self.bucket, self.packed = bucket, packed
+        self.batches: list[list[list[Sample]]] = [[] for _ in range(batches)]
+        self.keys: list[int] = []  # of what was taken, in that order, which decides its places
+
+    def take(self, sample: Sample, key: int) -> bool:
+        """Finds a place where the least is left over; whether there was one."""
+        places = []
+        for b, rows in enumerate(self.batches):
+            clips = sum(len(each.pictures) for row in rows for each in row)
+            if clips + len(sample.pictures) > self.bucket.clips:
+                continue
+            if self.packed and len(sample.texts) == 1:
+                for r, row in enumerate(rows):
+                    left = self.bucket.tokens - sum(each.tokens for each in row) - sample.tokens
+                    if left >= 0:
+                        places.append((left, b, r))
+            if len(rows) < self.bucket.rows:
+                places.append((self.bucket.tokens, b, len(rows)))
+        if not places:
+            return False
+        _, b, r = min(places)
+        if r == len(self.batches[b]):
+            self.batches[b].append([])
+        self.batches[b][r].append(sample)
+        self.keys.append(key)
+        return True
+
+    @property
+    def full(self) -> bool:
+        """Whether no sample can find a place, however small it is."""
+        return not self.packed and all(len(rows) == self.bucket.rows for rows in self.batches)
+
+    def samples(self) -> list[Sample]:
+        return [sample for rows in self.batches for row in rows for sample in row]
+
+    def arrays(self, *, mels: int, pad: int, pairs: bool = False) -> Inputs:
+        """What a step of training takes; several batches have an axis of their own, the first."""
+        made = [_arrays(self.bucket, rows, mels, pad, pairs) for rows in self.batches]
+        if len(made) == 1:
+            return made[0]
+        return {name: np.stack([each[name] for each in made]) for name in made[0]}
+
+
+def _arrays(bucket: Bucket, rows: list[list[Sample]], mels: int, pad: int, pairs: bool) -> Inputs:
+    if pairs:
+        batch = _references(bucket, rows)
+        for i, answer in enumerate(ANSWERS):
+            texts = [[sample.texts[i] for sample in row] for row in rows]
+            batch |= {f"{answer}_{name}": x for name, x in _tokens(bucket, texts, pad).items()}
+            del batch[f"{answer}_segment_ids"]  # a pair has its row to itself
+    else:
+        batch = _tokens(bucket, [[sample.texts[0] for sample in row] for row in rows], pad)
+    if bucket.clips:
+        batch |= _features(bucket, [sample for row in rows for sample in row], mels)
+    return batch
+
+
+def _references(bucket: Bucket, rows: list[list[Sample]]) -> Inputs:
+    """Where each pair is in its source, -1 for none, and its reference's log-probabilities."""
+    samples = [row[0] for row in rows]
+    batch = {"rows": np.full(bucket.rows, -1, np.int32)}
+    batch["rows"][: len(samples)] = [sample.row for sample in samples]
+    if samples and all(sample.reference for sample in samples):
+        for i, answer in enumerate(ANSWERS):
+            batch[f"ref_{answer}_logps"] = np.zeros(bucket.rows, np.float32)
+            batch[f"ref_{answer}_logps"][: len(samples)] = [s.reference[i] for s in samples]
+    return batch
+
+
+def _tokens(bucket: Bucket, rows: list[list[Text]], pad: int) -> Inputs:
+    shape = bucket.rows, bucket.tokens
+    batch = {
+        "input_ids": np.full(shape, pad, np.int32),
+        "labels": np.full(shape, IGNORED, np.int32),
+        "attention_mask": np.zeros(shape, np.int32),
+        "segment_ids": np.zeros(shape, np.int32),
+    }
+    for b, row in enumerate(rows):
+        start = 0
+        for number, text in enumerate(row, 1):
+            place = b, slice(start, start + len(text.ids))
+            batch["input_ids"][place] = text.ids
+            batch["labels"][place] = np.where(text.learned, text.ids, IGNORED)
+            # Else the end of the sample before would be taught to foretell it.
+            batch["labels"][b, start] = IGNORED
+            batch["attention_mask"][place] = 1
+            batch["segment_ids"][place] = number
+            start += len(text.ids)
+    return batch
+
+
+def _features(bucket: Bucket, samples: list[Sample], mels: int) -> Inputs:
+    batch = {
+        "input_features": np.zeros((bucket.clips, mels, bucket.frames), np.float32),
+        "feature_attention_mask": np.zeros((bucket.clips, bucket.frames), np.int32),
+    }
+    clips = [clip for s in samples for clip in zip(s.pictures, s.valid, strict=True)]
+    for c, (picture, valid) in enumerate(clips):
+        frames = picture.shape[1]
+        batch["input_features"][c, :, :frames] = picture
+        batch["input_features"][c, :, frames:] = picture[:, -1:]  # silence, as log_mel goes on
+        batch["feature_attention_mask"][c, :valid] = 1
+    return batch
