@@ -21,14 +21,15 @@ import math
 import numbers
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from qwen2audio_jax.data.example import BadSample, Example, hear
 from qwen2audio_jax.data.slots import TYPES, Filled, Part, Slot, heard, parts_of, slot_type
 from qwen2audio_jax.processor import Processor, Wave, count_tokens
 from qwen2audio_jax.prompt import AUDIO, AUDIO_BOS, AUDIO_EOS, PAD, Prompt
 
-Style = Literal["prompt", "tags", "none"]
+STYLES = ("prompt", "tags", "none")
+TASKS = ("transcribe", "translate", "caption", "keyword", "question")  # that have a tag
 
 
 @slot_type("AUDIO", attributes=["max_seconds"], heard=True)
@@ -64,7 +65,7 @@ class Task:
     answer: tuple[Part, ...]
 
     @classmethod
-    def parse(cls, line: str, *, tags: str | None = None, style: Style = "prompt") -> "Task":
+    def parse(cls, line: str, *, tags: str | None = None, style: str = "prompt") -> "Task":
         """Reads a line.
 
         Args:
@@ -107,7 +108,7 @@ class Task:
 
 
 def hierarchical_tags(
-    task: Literal["transcribe", "translate", "caption", "keyword", "question"],
+    task: str,
     *,
     audio_language: str = "unknown",
     text_language: str = "en",
@@ -117,29 +118,29 @@ def hierarchical_tags(
     """Says a task in Qwen-Audio's tags.
 
     Args:
+      task: one of TASKS; the first two transcribe, the others analyse.
       audio_language: of what is heard: a code, "unknown", or a slot such as `[TEXT:language]`.
       text_language: of the answer.
       instruction: on the answer's form: "itn", "wo_itn", "emotion_recognition", "scene", ...
 
     Source: arXiv:2311.07919, section 3.2, and Qwen-Audio's tokenizer.
     """
-    tasks = ("transcribe", "translate", "caption", "keyword", "question")
-    if task not in tasks:
-        raise ValueError(f"wanted a task of {', '.join(tasks)}, got {task!r}")
+    if task not in TASKS:
+        raise ValueError(f"wanted a task of {', '.join(TASKS)}, got {task!r}")
     for language in (audio_language, text_language):
         if not re.fullmatch(r"[a-z]{2,3}(_[a-z]+)?|unknown|\[TEXT:[^\[\]]+\]", language):
             raise ValueError(f"wanted a language code, unknown or [TEXT:...], got {language!r}")
     if instruction is not None and not re.fullmatch(r"\w+", instruction):
         raise ValueError(f"wanted one word as an output instruction, got {instruction!r}")
-    start = "startoftranscript" if task in ("transcribe", "translate") else "startofanalysis"
+    start = "startoftranscript" if task in TASKS[:2] else "startofanalysis"
     times = "timestamps" if timestamps else "notimestamps"
     names = (start, audio_language, task, text_language, times, instruction)
     return "".join(f"<|{name}|>" for name in names if name is not None)
 
 
 def _styled(given: list[Part], tags: str | None, style: str) -> tuple[Part, ...]:
-    if style not in ("prompt", "tags", "none"):
-        raise ValueError(f"wanted a style of prompt, tags, none, got {style!r}")
+    if style not in STYLES:
+        raise ValueError(f"wanted a style of {', '.join(STYLES)}, got {style!r}")
     if style == "prompt":
         return tuple(given)
     hint: list[Part] = []

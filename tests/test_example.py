@@ -1,0 +1,172 @@
+"""Conversations and preferences are compiled as they are asked; what cannot be used says why."""
+
+import base64
+import io
+import pickle
+
+import numpy as np
+import pytest
+import soundfile
+import words
+
+from qwen2audio_jax import Processor, prompt
+from qwen2audio_jax.data.example import BadSample, from_messages, from_preference, hear
+
+QUESTION = {"type": "text", "text": "What is that sound?"}
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    return Processor(words.made_tokenizer(tmp_path_factory.mktemp("words")))
+
+
+@pytest.fixture
+def heard(tmp_path, chirp):
+    """A user's turn with a recording."""
+    soundfile.write(tmp_path / "clip.wav", chirp(0.7), 16_000, "FLOAT")
+    part = {"type": "audio", "audio": str(tmp_path / "clip.wav")}
+    return {"role": "user", "content": [part, QUESTION]}
+
+
+def ids_of(compiled):
+    return [token for segment in compiled for token in segment.ids]
+
+
+def learned_of(processor, compiled):
+    ids = [token for segment in compiled if segment.learned for token in segment.ids]
+    return processor.decode(ids, skip_special_tokens=False)[0]
+
+
+def says(text):
+    return {"role": "assistant", "content": text}
+
+
+def test_conversations_are_learned_as_they_are_asked(processor, heard, chirp):
+    """The processor's tokens; every assistant's turn and its end is learned, and no more."""
+    messages = [heard, says("A dog."), heard, says("那是狗。")]
+    example = from_messages({"messages": messages, "source": "mine"}, processor)
+    assert learned_of(processor, example.prompt) == "A dog.<|im_end|>那是狗。<|im_end|>"
+    np.testing.assert_array_equal(
+        processor.batch([example.prompt], example.waves, labels=True)["labels"],
+        processor(messages, labels=True)["labels"],
+    )
+    asked = processor(messages[:3])["input_ids"][0].tolist()
+    assert ids_of(example.prompt)[: len(asked)] == asked
+    for wave in example.waves:
+        np.testing.assert_array_equal(wave, chirp(0.7))
+
+
+@pytest.mark.parametrize("form", ["texts", "messages", "prompt", "implicit prompt"])
+def test_pairs_share_their_prompt(processor, heard, form):
+    """Each answer behind it is what training on that conversation sees, however it was written."""
+    messages = [heard, says("Yes."), {"role": "user", "content": "And over?"}]
+    chosen, rejected = "今天天气很好。", "No\n"
+    record = {
+        "texts": {"messages": messages, "chosen": chosen, "rejected": rejected},
+        "messages": {"messages": messages, "chosen": says(chosen), "rejected": says(rejected)},
+        "prompt": {"prompt": messages, "chosen": [says(chosen)], "rejected": [says(rejected)]},
+        "implicit prompt": {
+            "chosen": [*messages, says(chosen)],
+            "rejected": [*messages, says(rejected)],
+        },
+    }[form]
+    pair = from_preference(record, processor)
+    assert ids_of(pair.prompt) == processor(messages)["input_ids"][0].tolist()
+    assert learned_of(processor, pair.prompt) == ""
+    assert len(pair.waves) == 1
+    for answer, text in ((pair.chosen, chosen), (pair.rejected, rejected)):
+        whole = from_messages({"messages": [*messages, says(text)]}, processor).prompt
+        row = ids_of(pair.prompt + answer)
+        # what is learned ends with the turn; a line's end follows in the template
+        assert ids_of(whole)[: len(row)] == row
+        assert learned_of(processor, answer) == f"{text}<|im_end|>"
+        assert all(segment.learned for segment in answer)
+
+
+def test_an_answer_may_be_several_turns(processor, heard):
+    """What is between the assistant's turns is not learned."""
+    turns = [says("Yes."), {"role": "user", "content": "And over?"}, says("No.")]
+    record = {"messages": [heard], "chosen": turns, "rejected": "It is the sound of glass."}
+    pair = from_preference(record, processor)
+    assert learned_of(processor, pair.chosen) == "Yes.<|im_end|>No.<|im_end|>"
+    assert "And over?" in processor.decode(ids_of(pair.chosen))[0]
+
+
+def test_clips_come_from_anywhere(chirp, tmp_path):
+    """Paths, bytes, arrays, and what datasets makes of them: the same wave."""
+    file = io.BytesIO()
+    soundfile.write(file, chirp(0.3), 16_000, "FLOAT", format="WAV")
+    (tmp_path / "clip.wav").write_bytes(file.getvalue())
+    path = str(tmp_path / "clip.wav")
+    for source in (
+        path,
+        file.getvalue(),
+        (chirp(0.3), 16_000),
+        {"array": chirp(0.3), "sampling_rate": 16_000},
+        {"bytes": file.getvalue(), "path": "elsewhere.wav"},
+        {"bytes": None, "path": path},
+        f"data:audio/wav;base64,{base64.b64encode(file.getvalue()).decode()}",
+    ):
+        np.testing.assert_array_equal(hear(source), chirp(0.3))
+
+
+def test_clips_in_remote_storage_are_fetched(chirp, monkeypatch):
+    """Through epath; what is not there is missing, not broken."""
+    file = io.BytesIO()
+    soundfile.write(file, chirp(0.3), 16_000, "FLOAT", format="WAV")
+    bucket = {"gs://bucket/clip.wav": file.getvalue()}
+
+    class Path:
+        def __init__(self, path):
+            self.path = path
+
+        def read_bytes(self):
+            if self.path not in bucket:
+                raise FileNotFoundError(2, "No such file or directory")
+            return bucket[self.path]
+
+    monkeypatch.setattr("qwen2audio_jax.data.example.epath.Path", Path)
+    np.testing.assert_array_equal(hear("gs://bucket/clip.wav"), chirp(0.3))
+    with pytest.raises(BadSample, match=r"missing audio: s3://bucket/no.wav: No such file"):
+        hear("s3://bucket/no.wav")
+
+
+def test_bad_conversations_say_why(processor, heard, chirp):
+    """A reason to count them under, and one line; also when they come from another process."""
+    clip = lambda source: {"role": "user", "content": [{"type": "audio", "audio": source}]}
+    long = clip((chirp(30.1), 16_000))
+    learn = lambda *messages: (from_messages, {"messages": list(messages)})
+    prefer = lambda chosen, rejected, **rest: (
+        from_preference,
+        {"messages": [heard], "chosen": chosen, "rejected": rejected, **rest},
+    )
+    for (make, record), reason, message in (
+        ((from_messages, {"text": "a"}), "missing field", "no 'messages' among text"),
+        ((from_messages, {"messages": "a"}), "bad conversation", "list of messages, got str"),
+        (learn(), "bad conversation", "got no messages"),
+        (learn({"role": "judge"}), "bad conversation", "message 1: wanted a role of"),
+        (learn(heard), "bad conversation", "no assistant turn"),
+        (learn(heard, says(" ")), "empty text", "message 2: the assistant says nothing"),
+        (learn(heard, {**heard, "role": "assistant"}), "bad conversation", "is text, got audio"),
+        (learn(clip("no.wav"), says("a")), "missing audio", "no.wav: there is no such file"),
+        (learn(clip(b"no sound"), says("a")), "corrupt audio", "8 bytes: "),
+        (learn(long, says("a")), "too long", "wanted at most 30 s, got 30.10 s"),
+        (
+            learn({"role": "user", "content": prompt.AUDIO}, says("a")),
+            "bad conversation",
+            "the prompt has 1 <|AUDIO|>",
+        ),
+        (prefer("a", None), "missing field", "no 'rejected' among"),
+        (prefer("a", ""), "empty text", "the assistant says nothing"),
+        (prefer("a", "a"), "equal answers", "got the same"),
+        (prefer("a", 5), "bad conversation", "list of messages, got int"),
+        (prefer("a", heard), "bad conversation", "no assistant turn"),
+        (prefer("a", "b", messages=[heard, says("c")]), "bad conversation", "a user's turn"),
+        (prefer("a", [says("b"), heard]), "bad conversation", "begins and ends with"),
+    ):
+        with pytest.raises(BadSample) as caught:
+            make(record, processor)
+        error = pickle.loads(pickle.dumps(caught.value))
+        assert error.reason == reason, error
+        assert message in str(error)
+        assert "\n" not in str(error)

@@ -1,0 +1,259 @@
+"""A line declares a task: what it compiles to is what the processor makes when it is asked."""
+
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+import words
+
+from qwen2audio_jax import Processor, audio, prompt
+from qwen2audio_jax.data.example import BadSample
+from qwen2audio_jax.data.instruction import Task, hierarchical_tags
+from qwen2audio_jax.data.slots import TYPES, Filled, slot_type
+
+ASR = "[AUDIO:speech] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"
+TAG = "<|audio_bos|><|AUDIO|><|audio_eos|>"
+
+
+@pytest.fixture(scope="module", params=["language tags", "no language tags"])
+def processor(request, tmp_path_factory):
+    special = ["<|en|>"] if request.param == "language tags" else []
+    folder = tmp_path_factory.mktemp("words")
+    return Processor(words.made_tokenizer(folder, words.SPECIAL + special))
+
+
+def ids_of(compiled):
+    return [token for segment in compiled for token in segment.ids]
+
+
+def learned_of(compiled):
+    return [token for segment in compiled if segment.learned for token in segment.ids]
+
+
+def given(line, sample, processor, **options):
+    """What a line's prompt and what its answer says; the pieces of a clip as one."""
+    example = Task.parse(line, **options).compile(sample, processor)
+    asked = Task.parse(line, **options).compile(sample, processor, learn=False)
+    assert ids_of(example.prompt)[: len(ids_of(asked.prompt))] == ids_of(asked.prompt)
+    text = lambda ids: processor.decode(ids, skip_special_tokens=False)[0] if ids else ""
+    once = [s if s.clip is None else dataclasses.replace(s, ids=s.ids[:1]) for s in example.prompt]
+    whole, shown = text(ids_of(once)), len(text(ids_of(once[: len(asked.prompt)])))
+    return whole[:shown], whole[shown:], text(learned_of(example.prompt))
+
+
+def check_recognition(processor, source, text):
+    """Token for token the reference's prompt, which the processor's is; then the answer."""
+    example = Task.parse(ASR).compile({"speech": source, "text": text}, processor)
+    batch = processor.batch([example.prompt], example.waves, labels=True)
+    asked = processor(text=prompt.transcription("en"), audio=[source])
+    encode = processor.tokenizer.encode
+    answer = [*encode(" <|en|>" + text), processor.tokenizer.pad_id]
+    beginning = asked["input_ids"][0, : -len(encode(" <|en|>"))].tolist()
+    assert ids_of(example.prompt) == beginning + answer
+    language = asked["input_ids"].shape[1]  # the reference's prompt has the answer's language
+    np.testing.assert_array_equal(batch["input_ids"][:, :language], asked["input_ids"])
+    np.testing.assert_array_equal(
+        batch["labels"][0], [-100] * len(beginning) + answer
+    )  # no more and no less than the answer
+    for key in ("input_features", "feature_attention_mask"):
+        np.testing.assert_array_equal(batch[key], asked[key])
+    alone = Task.parse(ASR).compile({"speech": source}, processor, learn=False)
+    assert ids_of(alone.prompt) == beginning
+    assert processor.decode(batch["labels"])[0].endswith(text)
+
+
+@pytest.mark.parametrize("text", ["What is that sound?", "今天天气很好。那是什么声音？"])
+def test_recognition_is_compiled_as_it_is_asked(processor, chirp, text):
+    check_recognition(processor, (chirp(1.3), audio.SAMPLE_RATE), text)
+
+
+def test_recognition_of_real_clips_in_the_real_vocabulary(shared_data, tmp_path):
+    processor = Processor(words.real_tokenizer(shared_data, tmp_path))
+    check_recognition(processor, str(shared_data / "speech_en/jfk.flac"), "And so my fellow 美国人")
+
+
+def test_several_clips_texts_and_literals(processor, chirp):
+    """Slots on both sides, in order; a backslash writes what would be syntax."""
+    line = (
+        r"[AUDIO:a] [AUDIO:b] Is \[it\] [TEXT:what]\, a \-> b? -> "
+        r"\[[TEXT:first,no_loss]\n-> and \\ [TEXT:second] -- ]"
+    ).replace("n->", r"n\->")
+    clips = {"a": (chirp(0.5), 16_000), "b": (chirp(0.9), 16_000)}
+    sample = clips | {"what": " a cat\n", "first": 7, "second": b"dogs"}
+    left, right, learned = given(line, sample, processor)
+    assert left == f"{TAG}{TAG}Is [it] a cat, a -> b?"
+    assert right == " [7\n-> and \\ dogs -- ]<|endoftext|>"
+    assert learned == right.replace("7", "")
+    example = Task.parse(line).compile(sample, processor)
+    assert [len(wave) for wave in example.waves] == [8000, 14_400]
+    assert [s.clip for s in example.prompt if s.clip is not None] == [0, 1]
+
+
+def test_clips_in_the_answer_follow_those_of_the_prompt(processor, chirp):
+    """They are heard, and not learned."""
+    line = "[AUDIO:a] And -> that: [AUDIO:b,no_loss] a dog"
+    sample = {"a": (chirp(0.5), 16_000), "b": (chirp(0.9), 16_000)}
+    assert given(line, sample, processor)[1:] == (
+        f" that: {TAG}a dog<|endoftext|>",
+        " that: a dog<|endoftext|>",
+    )
+    example = Task.parse(line).compile(sample, processor)
+    counts = [(s.clip, len(s.ids)) for s in example.prompt if s.clip is not None]
+    assert counts == [(0, 12), (1, 22)]
+
+
+def test_text_without_a_clip(processor):
+    """Questions; and plain text, of which all is learned and which begins with no space."""
+    sample = {"q": "What can you hear?", "text": "今天"}
+    assert given("[TEXT:q] -> [TEXT:text]", sample, processor)[:2] == (
+        "What can you hear?",
+        " 今天<|endoftext|>",
+    )
+    example = Task.parse("-> [TEXT:text]").compile(sample, processor)
+    assert example.waves == ()
+    assert learned_of(example.prompt) == ids_of(example.prompt)
+    assert processor.decode(ids_of(example.prompt)) == ["今天"]
+
+
+def test_optional_slots_may_be_empty(processor, chirp):
+    line = "[AUDIO:clip,optional][TEXT:hint,optional] What? -> no[TEXT:more,optional]"
+    for nothing in ({}, {"clip": None, "hint": " ", "more": ""}):
+        assert given(line, nothing, processor)[:2] == (" What?", " no<|endoftext|>")
+    full = {"clip": (chirp(0.2), 16_000), "hint": "a dog", "more": "yes"}
+    assert given(line, full, processor)[:2] == (f"{TAG}a dog What?", " noyes<|endoftext|>")
+
+
+def test_closed_sets(processor):
+    """The sample's value is in the set, and the set is what can be answered."""
+    listed = Task.parse(r"Is it? -> [TEXT:a,closed_set=a dog | a dog barks|a\|b]!")
+    assert listed.choices({}) == [" a dog!", " a dog barks!", " a|b!"]
+    with pytest.raises(BadSample, match=r"outside closed set: 'a' is 'cat', wanted one of \['a d"):
+        listed.compile({"a": "cat"}, processor)
+    given("Is it? -> [TEXT:a,closed_set=a dog|a cat]", {"a": "a dog"}, processor)
+    own = Task.parse("Is it? -> <|en|>[TEXT:a,closed_set=among][TEXT:b,optional,closed_set=.|!]")
+    sample = {"a": "no", "among": ["yes", "no"]}
+    assert own.choices(sample) == [f" <|en|>{a}{b}" for a in ("yes", "no") for b in (".", "!", "")]
+    own.compile(sample, processor)
+    with pytest.raises(BadSample, match="missing field: no 'among' among a"):
+        own.choices({"a": "no"})
+    with pytest.raises(BadSample, match="missing field: 'among': wanted a list, got 'yes'"):
+        own.choices({"among": "yes"})
+    assert Task.parse("Is it? -> [TEXT:a,closed_set=b] [TEXT:c]").choices({"b": ["a"]}) is None
+
+
+def test_tags_say_what_the_prompt_said(processor, chirp):
+    """In its place, behind the clips; what slots give and the answer stay the same."""
+    line = "[TEXT:hint] then [AUDIO:a] Answer [TEXT:q] or [TEXT:r]: -> <|en|>[TEXT:text]"
+    sample = {"a": (chirp(0.4), 16_000), "hint": "no", "q": "What?", "r": "A dog?", "text": "yes",
+              "language": "zh"}  # fmt: skip
+    tags = hierarchical_tags("transcribe", audio_language="[TEXT:language]", instruction="wo_itn")
+    answer = " <|en|>yes<|endoftext|>"
+    assert given(line, sample, processor, tags=tags, style="tags") == (
+        f"no{TAG}<|startoftranscript|><|zh|><|transcribe|><|en|><|notimestamps|><|wo_itn|>"
+        "What? A dog?",
+        answer,
+        answer,
+    )
+    assert given(line, sample, processor, style="none") == (f"no{TAG}What? A dog?", answer, answer)
+    assert given(line, sample, processor, tags=tags)[0] == f"no then {TAG}Answer What? or A dog?:"
+    analysis = hierarchical_tags("caption", timestamps=True)
+    assert analysis == "<|startofanalysis|><|unknown|><|caption|><|en|><|timestamps|>"
+    given_only = ids_of(
+        Task.parse("[TEXT:q] -> a", tags="<|en|>", style="tags")
+        .compile(sample, processor, learn=False)
+        .prompt
+    )
+    tag = processor.tokenizer.core.token_to_id("<|en|>")
+    assert (given_only[0] == tag) == (tag is not None)  # text where the vocabulary has no such tag
+
+
+def test_tags_that_do_not_fit_are_refused():
+    for tags, message in (
+        (None, "style 'tags' wants tags=, got none"),
+        ("<|a|> -> b", "tags: column 7: wanted 0 of '->'"),
+        ("<|[WORD:a]|>", "tags: column 4: wanted a slot type"),
+    ):
+        with pytest.raises(ValueError, match=message.replace("|", r"\|").replace("[", r"\[")):
+            Task.parse(ASR, tags=tags, style="tags")
+    with pytest.raises(ValueError, match="wanted a style of prompt, tags, none, got 'tag'"):
+        Task.parse(ASR, style="tag")
+    with pytest.raises(ValueError, match=r"wanted a language code.*got 'English'"):
+        hierarchical_tags("translate", audio_language="en", text_language="English")
+    with pytest.raises(ValueError, match=r"wanted a task of transcribe, .* got 'asr'"):
+        hierarchical_tags("asr")
+    with pytest.raises(ValueError, match="wanted one word as an output instruction, got '<a>'"):
+        hierarchical_tags("caption", instruction="<a>")
+
+
+WRONG = {
+    "[AUDO:x] -> [TEXT:t]": "column 2: wanted a slot type of AUDIO, TEXT, got 'AUDO'",
+    "a [AUDIO:x": "column 11: wanted ']' to close the slot of column 3, got the end of the line",
+    "[AUDIO:x [TEXT:y] -> a": "column 10: wanted ']' to close the slot of column 1, got '['",
+    "[AUDIO] -> a": "column 7: wanted ':' and the name of a field, got none",
+    "hello": "column 6: wanted '->' before what is learned, got the end of the line",
+    "a -> ": "column 6: wanted what is learned behind '->', got the end of the line",
+    "a -> b  -> c": "column 9: wanted 1 of '->' (literal: '\\->'), got one more",
+    "[TEXT:a,no_loss] -> b": "column 9: wanted no_loss behind the arrow, got it before, where"
+    " nothing is learned",
+    "a -> [AUDIO:x]": "column 6: wanted no_loss for an AUDIO slot behind the arrow, got none",
+    "a -> [TEXT:x,closed_set]": "column 24: wanted a field, or texts parted by '|', got nothing",
+    "a -> [TEXT:x,closed_set=b| |c]": "column 28: wanted a field, or texts parted by '|', got"
+    " nothing",
+    "[AUDIO:x, max_seconds=40] -> a": "column 23: wanted seconds above 0 and up to 30, got '40'",
+    "[AUDIO:x,max_seconds=nan] -> a": "column 22: wanted seconds above 0 and up to 30, got 'nan'",
+    "[AUDIO:x, closed_set=b] -> a": "column 11: wanted an attribute of AUDIO (max_seconds,"
+    " no_loss, optional), got 'closed_set'",
+    "a -> [TEXT:x,no_loss=1]": "column 22: wanted an attribute without a value, got '1'",
+    "a -> [TEXT:x,no_loss,no_loss]": "column 22: wanted no_loss once, got it again",
+    "a -> b\\": "column 7: wanted a character behind '\\', got the end of the line",
+    "a -> [TEXT:x\\]": "column 15: wanted ']' to close the slot of column 6, got the end of the"
+    " line",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_mistake_in_a_line_is_pointed_at(line):
+    with pytest.raises(ValueError) as caught:
+        Task.parse(line)
+    assert str(caught.value) == WRONG[line]
+
+
+def test_bad_samples_say_why(processor, chirp, tmp_path):
+    """A reason to count them under, and one line; also when they come from another process."""
+    (tmp_path / "bad.wav").write_bytes(b"RIFF no sound")
+    clip = lambda seconds: (chirp(seconds), 16_000)
+    task = Task.parse(ASR.replace(":speech", ":speech,max_seconds=2"))
+    for sample, reason, message in (
+        ({"text": "a"}, "missing field", "no 'speech' among text"),
+        ({"speech": clip(1)}, "missing field", "no 'text' among speech"),
+        ({"speech": None, "text": "a"}, "missing audio", "wanted a clip, got none"),
+        ({"speech": "no.wav", "text": "a"}, "missing audio", "no.wav: there is no such file"),
+        ({"speech": str(tmp_path / "bad.wav"), "text": "a"}, "corrupt audio", "bad.wav: "),
+        ({"speech": clip(2.5), "text": "a"}, "too long", "wanted at most 2 s, got 2.50 s"),
+        ({"speech": clip(1), "text": " \n"}, "empty text", "'text' says nothing"),
+        ({"speech": clip(1), "text": None}, "empty text", "'text' says nothing"),
+        ({"speech": clip(1), "text": float("nan")}, "empty text", "'text' says nothing"),
+        ({"speech": clip(1), "text": ["a"]}, "not text", "wanted a text, got list"),
+        ({"speech": clip(1), "text": "<|AUDIO|>"}, "audio token in text", "for clips alone"),
+    ):
+        with pytest.raises(BadSample) as caught:
+            task.compile(sample, processor)
+        error = pickle.loads(pickle.dumps(caught.value))
+        assert error.reason == reason
+        assert message in str(error)
+        assert str(error).startswith(reason)
+    with pytest.raises(BadSample, match=r"too long: .*wanted at most 30 s, got 30.10 s"):
+        Task.parse(ASR).compile({"speech": clip(30.1), "text": "a"}, processor)
+    assert pickle.loads(pickle.dumps(task)) == task
+
+
+def test_a_new_type_is_a_function(processor, monkeypatch):
+    """Codec tokens, say: learned as words of the vocabulary."""
+    monkeypatch.setitem(TYPES, "PHONES", None)  # to be gone again after the test
+
+    @slot_type("PHONES")
+    def fill(value, slot, sample):
+        return Filled(" ".join(f"<{phone}>" for phone in value))
+
+    assert given("Say: -> [PHONES:p]", {"p": ["a", "b"]}, processor)[1] == " <a> <b><|endoftext|>"
