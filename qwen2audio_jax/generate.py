@@ -107,11 +107,13 @@ def generate(
     rows = unpad(inputs)
     limit = room(model, rows, max_new_tokens)
     rules = rules_for(model.config, sampling, min_new_tokens=min_new_tokens, end_tokens=end_tokens)
-    if num_beams > 1 and (sampling.temperature > 0 or stop or choices or n > num_beams):
+    if num_beams > 1 and (sampling.temperature > 0 or stop or n > num_beams):
         raise ValueError(
-            f"{num_beams} beams want temperature 0, no stop strings, no choices and at most "
-            f"{num_beams} answers, got {sampling.temperature}, {list(stop)}, {choices} and {n}"
+            f"{num_beams} beams want temperature 0, no stop strings and at most {num_beams} "
+            f"answers, got {sampling.temperature}, {list(stop)} and {n}"
         )
+    if num_beams > 1 and choices is not None:
+        raise ValueError(f"choices are made without beams, got {num_beams} beams")
     rules, nodes = constrain(rules, choices, processor, len(rows), min_new_tokens, limit)
     heard = listen(model, inputs)
     if num_beams > 1:

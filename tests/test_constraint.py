@@ -149,5 +149,5 @@ def test_sets_that_cannot_be_chosen_from_are_refused(model, processor, inputs):
         answer(["a", "somebody laughs"], max_new_tokens=2)
     with pytest.raises(ValueError, match="'a' has 1 tokens, wanted 2 to"):
         answer(["a"], min_new_tokens=2)
-    with pytest.raises(ValueError, match=r"2 beams want .* no choices"):
+    with pytest.raises(ValueError, match="without beams, got 2 beams"):
         answer(["a"], num_beams=2)
