@@ -26,10 +26,10 @@ def sample(seed: int, words: int, *frames: int, texts: int = 1, **more) -> Sampl
     return Sample(texts=tuple(made), pictures=pictures, valid=frames, **more)
 
 
-def packed(samples, bucket, **more):
+def packed(samples, bucket):
     group = Group(bucket, packed=True)
     assert all(group.take(each, i) for i, each in enumerate(samples))
-    return group, group.arrays(mels=MELS, pad=0, **more)
+    return group, group.arrays(samples[0].kind, mels=MELS, pad=0)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_places_follow_from_the_order_alone():
         group.take(each, key)
     again = Group(bucket, packed=True, batches=2)
     assert all(again.take(samples[key], key) for key in group.keys)
-    one, two = (g.arrays(mels=MELS, pad=0) for g in (group, again))
+    one, two = (g.arrays([1, 0], mels=MELS, pad=0) for g in (group, again))
     assert one["input_ids"].shape == (2, 4, 40) and one["input_features"].shape[:2] == (2, 12)
     assert all(np.array_equal(one[name], two[name]) for name in one)
     assert one["attention_mask"].mean() > 0.9
@@ -110,7 +110,7 @@ def test_pairs_share_their_clips():
     """A row each, both answers behind the same slots, one set of clips, known log-probabilities."""
     pairs = [sample(i, 3 + i, 20, texts=2, row=7 - i, reference=(-1.0 - i, -2.0)) for i in range(2)]
     bucket = Bucket(rows=3, tokens=32, clips=3, frames=40)
-    group, batch = packed(pairs, bucket, pairs=True)
+    group, batch = packed(pairs, bucket)
     assert [len(row) for row in group.batches[0]] == [1, 1]
     assert batch["rows"].tolist() == [7, 6, -1]
     assert batch["ref_chosen_logps"].tolist() == [-1, -2, 0]

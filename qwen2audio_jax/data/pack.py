@@ -10,7 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int32
 
-from qwen2audio_jax.processor import IGNORED, Inputs, needed_frames
+from qwen2audio_jax import audio, mel
+from qwen2audio_jax.data import augment
+from qwen2audio_jax.data.example import BadSample, Example, Pair
+from qwen2audio_jax.processor import IGNORED, Inputs, Wave, count_tokens, needed_frames
+from qwen2audio_jax.prompt import Prompt
 
 OPEN = 2  # groups of a bucket that are filled at the same time: the next may fill the first's gaps
 ANSWERS = ("chosen", "rejected")
@@ -66,6 +70,87 @@ class Sample:
     def tokens(self) -> int:
         return max(len(text.ids) for text in self.texts)
 
+    @property
+    def kind(self) -> list[int]:
+        """What decides which arrays there are: answers, and log-probabilities known of them."""
+        return [len(self.texts), len(self.reference)]
+
+
+def draw(
+    example: Example | Pair,
+    buckets: Sequence[Bucket],
+    rng: np.random.Generator,
+    *,
+    mels: int,
+    augmented: float = 0.0,
+    masked: float = 0.0,
+) -> Sample:
+    """Makes of an example what takes part of a row.
+
+    Args:
+      buckets: the first that it fits is its own.
+      rng: of augmentation.
+      augmented: the chance of each clip to come from another room, microphone and speaker.
+      masked: the chance of each clip to lose bands and spans (SpecAugment).
+
+    Raises:
+      BadSample: "too long": it fits none of the buckets.
+    """
+    waves = [_augmented(wave, rng, augmented) for wave in example.waves]
+    prompts = [example.prompt]
+    if isinstance(example, Pair):
+        prompts = [example.prompt + example.chosen, example.prompt + example.rejected]
+    texts = tuple(_text(prompt, waves) for prompt in prompts)
+    valid = tuple(mel.frames(len(wave)) for wave in waves)
+    bucket = _bucket(max(len(text.ids) for text in texts), valid, buckets)
+    return Sample(
+        texts=texts,
+        pictures=tuple(_picture(wave, rng, mels, masked) for wave in waves),
+        valid=valid,
+        bucket=bucket,
+        seconds=sum(map(len, waves)) / audio.SAMPLE_RATE,
+    )
+
+
+def _augmented(wave: Wave, rng: np.random.Generator, chance: float) -> Wave:
+    if rng.random() < chance:
+        changed = augment.augment(wave, rng)
+        if len(changed) <= mel.LONGEST:
+            return changed
+    return wave
+
+
+def _text(prompt: Prompt, waves: Sequence[Wave]) -> Text:
+    """The prompt's tokens, with as many for each clip as it is long now."""
+    ids, learned = [], []
+    for segment in prompt:
+        run = segment.ids
+        if segment.clip is not None:
+            run = run[:1] * count_tokens(waves[segment.clip])
+        ids += run
+        learned += [segment.learned] * len(run)
+    return Text(ids=np.array(ids, np.int32), learned=np.array(learned, bool))
+
+
+def _bucket(tokens: int, valid: Sequence[int], buckets: Sequence[Bucket]) -> int:
+    for number, bucket in enumerate(buckets):
+        if bucket.fits(tokens, valid):
+            return number
+    got = f"{tokens} tokens"
+    if valid:
+        got += f" and {len(valid)} clips of up to {needed_frames(max(valid))} frames"
+    raise BadSample("too long", f"fits no bucket: {got}")
+
+
+def _picture(
+    wave: Wave, rng: np.random.Generator, mels: int, masked: float
+) -> Float[np.ndarray, "M _"]:
+    valid = mel.frames(len(wave))
+    picture = mel.log_mel(wave, mels=mels, frames=needed_frames(valid))
+    if rng.random() < masked:
+        picture[:, :valid] = augment.spec_augment(picture[:, :valid], rng)
+    return picture
+
 
 class Group:
     """One batch being filled, or several to accumulate gradients over.
@@ -112,17 +197,20 @@ class Group:
     def samples(self) -> list[Sample]:
         return [sample for rows in self.batches for row in rows for sample in row]
 
-    def arrays(self, *, mels: int, pad: int, pairs: bool = False) -> Inputs:
+    def arrays(self, kind: list[int], *, mels: int, pad: int) -> Inputs:
         """What a step of training takes; several batches have an axis of their own, the first."""
-        made = [_arrays(self.bucket, rows, mels, pad, pairs) for rows in self.batches]
+        made = [_arrays(self.bucket, rows, kind, mels, pad) for rows in self.batches]
         if len(made) == 1:
             return made[0]
         return {name: np.stack([each[name] for each in made]) for name in made[0]}
 
 
-def _arrays(bucket: Bucket, rows: list[list[Sample]], mels: int, pad: int, pairs: bool) -> Inputs:
-    if pairs:
-        batch = _references(bucket, rows)
+def _arrays(
+    bucket: Bucket, rows: list[list[Sample]], kind: list[int], mels: int, pad: int
+) -> Inputs:
+    answers, known = kind
+    if answers > 1:
+        batch = _references(bucket, rows, known)
         for i, answer in enumerate(ANSWERS):
             texts = [[sample.texts[i] for sample in row] for row in rows]
             batch |= {f"{answer}_{name}": x for name, x in _tokens(bucket, texts, pad).items()}
@@ -134,12 +222,12 @@ def _arrays(bucket: Bucket, rows: list[list[Sample]], mels: int, pad: int, pairs
     return batch
 
 
-def _references(bucket: Bucket, rows: list[list[Sample]]) -> Inputs:
+def _references(bucket: Bucket, rows: list[list[Sample]], known: int) -> Inputs:
     """Where each pair is in its source, -1 for none, and its reference's log-probabilities."""
     samples = [row[0] for row in rows]
     batch = {"rows": np.full(bucket.rows, -1, np.int32)}
     batch["rows"][: len(samples)] = [sample.row for sample in samples]
-    if samples and all(sample.reference for sample in samples):
+    if known:
         for i, answer in enumerate(ANSWERS):
             batch[f"ref_{answer}_logps"] = np.zeros(bucket.rows, np.float32)
             batch[f"ref_{answer}_logps"][: len(samples)] = [s.reference[i] for s in samples]

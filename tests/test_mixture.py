@@ -1,0 +1,267 @@
+"""The order of samples is a function of the seed; nothing is lost, and nothing in silence."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import words
+
+pytest.importorskip("grain")
+
+from qwen2audio_jax import mel
+from qwen2audio_jax.data.example import BadSample, from_messages, from_preference
+from qwen2audio_jax.data.instruction import Task
+from qwen2audio_jax.data.mixture import Mixture, Part
+from qwen2audio_jax.data.pack import Bucket
+from qwen2audio_jax.data.sources import open_source
+from qwen2audio_jax.processor import Processor
+
+TASK = Task.parse("[AUDIO:audio] What is that sound? -> [TEXT:text]")
+SHORT = Bucket(rows=2, tokens=90, clips=5, frames=60)
+LONG = Bucket(rows=2, tokens=160, clips=4, frames=110)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> str:
+    return str(words.made_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory, chirp) -> list[dict]:
+    """Twelve clips of 0.2 to 1 s; one that is not there, one that is no sound, one without text."""
+    folder = tmp_path_factory.mktemp("clips")
+    for i in range(12):
+        soundfile.write(folder / f"{i}.wav", chirp(0.2 + 0.07 * i, i), 16_000)
+    (folder / "noise.wav").write_bytes(b"no sound at all")
+    rows = [{"audio": str(folder / f"{i}.wav"), "text": f"yes {i}"} for i in range(12)]
+    rows.insert(3, {"audio": str(folder / "absent.wav"), "text": "yes"})
+    rows.insert(7, {"audio": str(folder / "noise.wav"), "text": "yes"})
+    rows.insert(9, {"audio": rows[0]["audio"], "text": " "})
+    return rows
+
+
+def text_only(record, processor):
+    """Compiles {"n": number} to an answer that tells it."""
+    messages = [
+        {"role": "user", "content": "no"},
+        {"role": "assistant", "content": f"{record['n']}"},
+    ]
+    return from_messages({"messages": messages}, processor)
+
+
+def numbers(count, start=0):
+    return [{"n": n} for n in range(start, start + count)]
+
+
+def told(batch, tokenizer) -> list[int]:
+    """The numbers that a batch of `text_only` teaches, in order."""
+    processor = Processor.from_pretrained(tokenizer)
+    segments = batch["segment_ids"].reshape(-1, batch["segment_ids"].shape[-1])
+    labels = batch["labels"].reshape(segments.shape)
+    found = []
+    for row, ids in zip(labels, segments, strict=True):
+        for number in range(1, ids.max(initial=0) + 1):
+            found.append(int(processor.decode(row[(ids == number) & (row >= 0)])[0]))
+    return found
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def take(batches, count):
+    return [next(batches) for _ in range(count)]
+
+
+def test_interrupted_is_uninterrupted(tokenizer, clips):
+    """Packed, augmented, in two shapes: from a state on, also in other processes, the same bits.
+
+    The counts go on too; and slots are as many as states, however augmentation stretched a clip.
+    """
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": "no"},
+                {"role": "assistant", "content": f"yes {i}"},
+            ]
+        }
+        for i in range(5)
+    ]
+    hear = Part(
+        name="hear", source=clips, compile=TASK.compile, weight=0.8, augmented=0.6, masked=0.5
+    )
+    chat = Part(name="chat", source=chats, compile=from_messages, weight=0.2)
+    mixture = Mixture(parts=(hear, chat), processor=tokenizer, buckets=(SHORT, LONG), seed=5)
+    whole = iter(mixture)
+    expected, counts = take(whole, 14), whole.counts
+    whole.close()
+    assert {batch["input_ids"].shape[1] for batch in expected} == {90, 160}
+    audio_id = Processor.from_pretrained(tokenizer).tokenizer.audio_id
+    for batch in expected:
+        slots = (batch["input_ids"] == audio_id).sum()
+        assert mel.audio_tokens(batch["feature_attention_mask"].sum(axis=1)).sum() == slots
+
+    first = iter(mixture)
+    assert all(map(same, take(first, 5), expected[:5]))
+    state = json.loads(json.dumps(first.get_state()))
+    first.close()
+
+    second = iter(Mixture(**{**vars(mixture), "workers": 2}))
+    second.set_state(state)
+    assert all(map(same, take(second, 4), expected[5:9]))
+    state = json.loads(json.dumps(second.get_state()))
+    second.close()
+
+    third = iter(mixture)
+    third.set_state(state)
+    assert all(map(same, take(third, 5), expected[9:]))
+    assert third.counts == counts and "missing audio" in counts["hear"]["bad"]
+    third.close()
+
+
+def test_bad_samples_are_counted_by_reason(tokenizer, clips):
+    """All good ones are given, all others told; `fatal` ends at the first."""
+    part = Part(name="hear", source=clips, compile=TASK.compile)
+    small = Bucket(rows=2, tokens=90, clips=5, frames=90)  # the longest two clips do not fit
+    mixture = Mixture(parts=(part,), processor=tokenizer, buckets=(small,), epochs=1)
+    batches = iter(mixture)
+    labels = [batch["labels"] for batch in batches]
+    counts = batches.counts["hear"]
+    reasons = {reason: count for reason, (count, _) in counts["bad"].items()}
+    assert reasons == {"missing audio": 1, "corrupt audio": 1, "empty text": 1, "too long": 2}
+    assert counts["samples"] == 10 and sum((x >= 0).any(axis=1).sum() for x in labels) > 0
+    report = batches.report()
+    assert "1 missing audio, the last: row 3" in report and "absent.wav" in report
+    batches.close()
+    fatal = iter(Mixture(**{**vars(mixture), "fatal": True}))
+    with pytest.raises(ValueError, match="part 'hear': "):
+        list(fatal)
+    fatal.close()
+
+
+def unusable(record, processor):
+    raise BadSample("empty text", "nothing is said")
+
+
+def test_no_night_is_spent_on_nothing(tokenizer, monkeypatch):
+    """A mixture without a single usable sample says so, once through or for ever."""
+    monkeypatch.setattr("qwen2audio_jax.data.mixture.HOPELESS", 50)
+    part = Part(name="mute", source=numbers(7), compile=unusable)
+    mixture = Mixture(parts=(part,), processor=tokenizer, buckets=(SHORT,))
+    for epochs, message in ((1, "none of 7 samples can be used"), (None, "50 samples in a row")):
+        batches = iter(Mixture(**{**vars(mixture), "epochs": epochs}))
+        with pytest.raises(ValueError, match=f"{message}.*nothing is said"):
+            next(batches)
+        batches.close()
+
+
+def told_by(tokenizer, mixture, count=None):
+    batches = iter(mixture)
+    made = list(batches) if count is None else take(batches, count)
+    batches.close()
+    return [number for batch in made for number in told(batch, tokenizer)]
+
+
+def test_an_epoch_is_every_sample_once(tokenizer):
+    """In an order of the seed's, another one in each epoch; as written without shuffling."""
+    part = Part(name="n", source=numbers(20), compile=text_only)
+    bucket = Bucket(rows=4, tokens=60, clips=0, frames=0)
+    mixture = Mixture(parts=(part,), processor=tokenizer, buckets=(bucket,), epochs=2, pack=False)
+    flat = lambda **more: told_by(tokenizer, Mixture(**{**vars(mixture), **more}))
+    order = flat()
+    assert sorted(order[:20]) == sorted(order[20:]) == list(range(20))
+    assert order[:20] != order[20:] and order != flat(seed=1) and order == flat()
+    assert flat(shuffle=False, epochs=1) == list(range(20))
+    assert sorted(flat(pack=True, accumulate=2)) == sorted(order)
+
+
+def test_weights_are_kept_and_measured(tokenizer):
+    """Of three parts with weights 5, 3 and 2; a part's own order heeds no other part."""
+    parts = [
+        Part(name=name, source=numbers(50, 100 * i), compile=text_only, weight=weight)
+        for i, (name, weight) in enumerate((("a", 5.0), ("b", 3.0), ("c", 2.0)))
+    ]
+    bucket = Bucket(rows=10, tokens=60, clips=0, frames=0)
+    make = lambda *parts: Mixture(parts=parts, processor=tokenizer, buckets=(bucket,), pack=False)
+    batches = iter(make(*parts))
+    order = [number for batch in take(batches, 20) for number in told(batch, tokenizer)]
+    measured = {name: count["samples"] / 200 for name, count in batches.counts.items()}
+    assert measured == pytest.approx({"a": 0.5, "b": 0.3, "c": 0.2}, abs=0.01)
+    batches.close()
+    alone = told_by(tokenizer, make(parts[1]), 4)
+    assert [n for n in order if 100 <= n < 200][:40] == alone
+
+
+def test_hosts_keep_step(tokenizer):
+    """Each has samples of its own, and at every step a batch of the other's shape."""
+    long = "yes " * 30
+    rows = [{"n": f"{n}" if n % 3 else f"{n} {long}"} for n in range(60)]
+
+    def compile(record, processor):
+        return text_only(record, processor)
+
+    part = Part(name="n", source=rows, compile=compile)
+    small = Bucket(rows=3, tokens=60, clips=0, frames=0, weight=2.0)
+    large = Bucket(rows=3, tokens=200, clips=0, frames=0)
+    mixture = Mixture(
+        parts=(part,), processor=tokenizer, buckets=(small, large), pack=False, hosts=2
+    )
+    made = [take(iter(Mixture(**{**vars(mixture), "host": host})), 8) for host in (0, 1)]
+    shapes = [[batch["input_ids"].shape for batch in each] for each in made]
+    assert shapes[0] == shapes[1] and len(set(shapes[0])) == 2
+    given = [
+        {row.tobytes() for batch in each for row in batch["labels"] if (row >= 0).any()}
+        for each in made
+    ]
+    assert len(given[0]) > 15 and not given[0] & given[1]
+
+
+def test_pairs_are_drawn_from_preferences(tokenizer, clips):
+    """Chosen and rejected over one set of clips, with the reference's figures where they are."""
+    rows = [
+        {
+            "messages": [{"role": "user", "content": [{"type": "audio", "audio": clip["audio"]}]}],
+            "chosen": "yes",
+            "rejected": "no",
+            "ref_chosen_logps": -1.5,
+            "ref_rejected_logps": -2.5,
+        }
+        for clip in clips[:3]
+    ]
+    part = Part(name="prefer", source=rows, compile=from_preference)
+    mixture = Mixture(parts=(part,), processor=tokenizer, buckets=(LONG,), epochs=1, shuffle=False)
+    batches = iter(mixture)
+    one, two = list(batches)
+    batches.close()
+    assert one["rows"].tolist() == [0, 1] and two["rows"].tolist() == [2, -1]
+    assert one["ref_rejected_logps"].tolist() == [-2.5, -2.5]
+    processor = Processor.from_pretrained(tokenizer)
+    assert processor.decode(one["chosen_labels"][:1])[0].strip() == "yes"
+    assert processor.decode(one["rejected_labels"][:1])[0].strip() == "no"
+
+
+def test_another_mixture_s_state_is_refused(tokenizer):
+    """The message names what differs."""
+    part = Part(name="n", source=numbers(5), compile=text_only)
+    mixture = Mixture(parts=(part,), processor=tokenizer, buckets=(SHORT,))
+    state = iter(mixture).get_state()
+    with pytest.raises(ValueError, match="cannot resume: seed was 0, is 1"):
+        iter(Mixture(**{**vars(mixture), "seed": 1})).set_state(state)
+    grown = Part(name="n", source=numbers(6), compile=text_only)
+    with pytest.raises(ValueError, match=r"cannot resume: parts was .*5.* is .*6"):
+        iter(Mixture(**{**vars(mixture), "parts": (grown,)})).set_state(state)
+    with pytest.raises(ValueError, match="one part on one host"):
+        Mixture(**{**vars(mixture), "epochs": 1, "hosts": 2})
+
+
+def test_real_digits(tokenizer, shared_data):
+    """The recorded digits make whole batches, none of them bad."""
+    source = open_source(f"{shared_data / 'fsdd' / 'manifest.jsonl'}:test")
+    part = Part(name="digits", source=source, compile=TASK.compile)
+    bucket = Bucket(rows=4, tokens=160, clips=24, frames=130)
+    batches = iter(Mixture(parts=(part,), processor=tokenizer, buckets=(bucket,)))
+    made = take(batches, 3)
+    assert not batches.counts["digits"]["bad"]
+    assert all(batch["segment_ids"].max() > 1 for batch in made)
+    batches.close()
