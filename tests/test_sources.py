@@ -1,5 +1,6 @@
 """Sources give the rows that were written, by position, wherever they lie."""
 
+import dataclasses
 import json
 import pathlib
 import pickle
@@ -114,6 +115,63 @@ def test_shards_give_what_was_written(tmp_path):
     source = pickle.loads(pickle.dumps(open_source(tmp_path)))
     assert [source[i] for i in range(len(source))] == rows
     assert len(open_source(f"{tmp_path}/x-1*.array_record")) == 3
+
+
+@pytest.fixture
+def many(tmp_path, chirp) -> pathlib.Path:
+    """A manifest of eleven rows, two of them bad."""
+    for i in range(9):
+        soundfile.write(tmp_path / f"{i}.wav", chirp(0.1, i), 16_000)
+    rows = [{"audio": f"{i}.wav", "text": str(i)} for i in range(9)]
+    rows.insert(2, {"audio": "absent.wav", "text": ""})
+    rows.insert(8, {"messages": [{"role": "user", "content": [{"audio": "absent.wav"}]}]})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_killed_while_writing_shards(many, tmp_path, monkeypatch, capsys):
+    """What was whole is kept, what was not is written anew; the end is as if nothing had been."""
+    pytest.importorskip("grain")
+    from train import shard
+
+    settings = shard.Settings(manifest=str(many), out=tmp_path / "out", rows=3, workers=0)
+    whole, write = dataclasses.replace(settings, out=tmp_path / "whole"), shard.write
+    shard.main(whole)
+
+    def killed(settings, source, shards, number):
+        if number == 2:
+            (settings.out / "00002-of-00004.array_record.unfinished").write_bytes(b"half")
+            raise KeyboardInterrupt
+        return write(settings, source, shards, number)
+
+    monkeypatch.setattr(shard, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        shard.main(settings)
+    with open(settings.out / "progress.jsonl", "a") as progress:
+        progress.write('{"shard": 2, "ro')  # cut off
+    written = []
+    monkeypatch.setattr(shard, "write", lambda *a: written.append(a[3]) or write(*a))
+    shard.main(settings)
+    assert written == [2, 3]
+
+    files = {path.name: path.read_bytes() for path in settings.out.glob("*")}
+    expected = {path.name: path.read_bytes() for path in whole.out.glob("*")}
+    assert files.pop("progress.jsonl") and expected.pop("progress.jsonl")
+    assert files == expected and len(files) == 5
+    told = [json.loads(line) for line in files["left_out.jsonl"].decode().splitlines()]
+    assert [(row["line"], row["reason"]) for row in told] == [
+        (3, "missing audio"),
+        (9, "missing audio"),
+    ]
+    assert "9 rows in 4 shards" in capsys.readouterr().out
+    source = open_source(settings.out)
+    assert [row["text"] for row in (source[i] for i in range(9))] == [str(i) for i in range(9)]
+    np.testing.assert_array_equal(hear(source[4]["audio"]), audio.load(tmp_path / "4.wav"))
+
+    many.write_text(many.read_text().replace('"8"', '"9"'))
+    with pytest.raises(ValueError, match="out holds other shards: crc"):
+        shard.main(settings)
 
 
 def declare_audio(folder: pathlib.Path, **told) -> None:

@@ -205,7 +205,7 @@ class _Groups(grain.DatasetIterator):
             # Processes read at once already; a queue of pictures would only fill memory.
             stream = rest.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
             options = grain.MultiprocessingOptions(self._mixture.workers, per_worker_buffer_size=4)
-            self._stream = iter(stream.mp_prefetch(options, _settle))
+            self._stream = iter(stream.mp_prefetch(options, settle))
         return next(self._stream)
 
     def close(self) -> None:
@@ -342,7 +342,7 @@ def _make(
     return dataclasses.replace(sample, part=part.name, row=row, reference=reference)
 
 
-def _settle(index: int, count: int) -> None:
+def settle(*_: int) -> None:
     """What a worker does first: leaves accelerator and priority to the trainer, and ends with it.
 
     A trainer that is killed cannot stop its workers, and they would wait for work forever.

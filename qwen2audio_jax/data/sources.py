@@ -9,14 +9,14 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import msgpack
 import numpy as np
 from etils import epath
 
-from qwen2audio_jax.data.example import BadSample
+from qwen2audio_jax.data.example import BadSample, hear
 
 MESSAGES = ("messages", "prompt", "chosen", "rejected")  # fields whose parts name clips
 NAMED = ("audio", "audio_url", "path", "url")  # how a part names its clip
@@ -97,7 +97,12 @@ class Manifest:
                 raise ValueError(f"wanted an object, got {type(row).__name__}")
         except ValueError as error:
             raise BadSample("bad row", f"{self.path}, line {number}: {error}") from None
-        return resolve(row, epath.Path(self.path).parent, self.audio)
+        folder = epath.Path(self.path).parent
+        return each_clip(row, self.audio, lambda clip: _rooted(clip, folder))
+
+    def line(self, index: int) -> int:
+        """The number of a row's line in the file."""
+        return int(self.lines[index, 0])
 
     def _split(self, index: int) -> str | None:
         try:
@@ -133,31 +138,45 @@ def _lines(data: mmap.mmap | bytes) -> np.ndarray:
     return np.array(lines, np.int64).reshape(-1, 3)
 
 
-def resolve(row: dict[str, Any], folder: epath.Path, audio: Sequence[str]) -> dict[str, Any]:
-    """The row, with relative paths of clips made to start at `folder`."""
-    row = {**row, **{name: _rooted(row[name], folder) for name in audio if name in row}}
-    for name in MESSAGES:
-        if name in row:
-            row[name] = _rooted_messages(row[name], folder)
-    return row
+def each_clip(row: dict[str, Any], audio: Sequence[str], change: Callable) -> dict[str, Any]:
+    """The row with `change(clip)` in place of each clip, in `audio` fields and in conversations."""
+    row = {**row, **{name: change(row[name]) for name in audio if row.get(name) is not None}}
+    return row | {name: _in_messages(row[name], change) for name in MESSAGES if name in row}
 
 
-def _rooted_messages(messages: Any, folder: epath.Path) -> Any:
+def _in_messages(messages: Any, change: Callable) -> Any:
     if isinstance(messages, list):
-        return [_rooted_messages(message, folder) for message in messages]
+        return [_in_messages(message, change) for message in messages]
     if not isinstance(messages, dict):
         return messages
     if "content" in messages:
-        return {**messages, "content": _rooted_messages(messages["content"], folder)}
-    return messages | {name: _rooted(messages[name], folder) for name in NAMED if name in messages}
+        return {**messages, "content": _in_messages(messages["content"], change)}
+    clips = {name: messages[name] for name in NAMED if messages.get(name) is not None}
+    return messages | {name: change(clip) for name, clip in clips.items()}
 
 
-def _rooted(source: Any, folder: epath.Path) -> Any:
-    if isinstance(source, str) and source and not ELSEWHERE.match(source):
-        return os.fspath(folder / source)
-    if isinstance(source, dict):
-        return source | {name: _rooted(source[name], folder) for name in NAMED if name in source}
-    return source
+def _rooted(clip: Any, folder: epath.Path) -> Any:
+    if isinstance(clip, str) and clip and not ELSEWHERE.match(clip):
+        return os.fspath(folder / clip)
+    if isinstance(clip, dict) and clip.get("path") and not clip.get("bytes"):
+        return {**clip, "path": _rooted(clip["path"], folder)}
+    return clip
+
+
+def embed(row: dict[str, Any], audio: Sequence[str] = ("audio",)) -> dict[str, Any]:
+    """The row with each clip's file in it, as it is; clips on web servers stay URLs.
+
+    Raises:
+      BadSample: a clip is missing, is no sound or is too long.
+    """
+
+    def file(clip: Any) -> Any:
+        hear(clip)
+        clip = clip["path"] if isinstance(clip, dict) and clip.get("path") else clip
+        web = isinstance(clip, str) and clip.startswith(("http:", "https:", "data:"))
+        return clip if web or not isinstance(clip, str) else epath.Path(clip).read_bytes()
+
+    return each_clip(row, audio, file)
 
 
 class Shards:

@@ -1,0 +1,154 @@
+"""Writes a manifest and its clips into ArrayRecord shards, which a training reads in any order.
+
+    python -m train.shard clips/manifest.jsonl shards            # all processors
+    python -m train.shard gs://bucket/rows.jsonl shards --rows 4096 --workers 16
+
+A clip's file is stored as it is, after a look whether it can be heard; rows that cannot be used
+are left out, told by reason, and listed in shards/left_out.jsonl. A run that was killed goes on
+where it was. Train on the result with `shards` in the manifest's place.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import pathlib
+import sys
+import zlib
+from collections.abc import Iterator
+from typing import Annotated
+
+import tqdm
+import tyro
+from etils import epath
+
+from qwen2audio_jax.data import sources
+from qwen2audio_jax.data.example import BadSample
+from qwen2audio_jax.data.mixture import settle
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to write, and where."""
+
+    manifest: Annotated[str, tyro.conf.Positional]
+    """JSONL on this disk, gs:// or s3://; `rows.jsonl:train` for the rows of one split."""
+    out: Annotated[pathlib.Path, tyro.conf.Positional]
+    """The folder for the shards."""
+    rows: int = 1000
+    """Of the manifest, in a shard."""
+    audio: tuple[str, ...] = ("audio",)
+    """The fields that name clips, beside the parts of conversations."""
+    workers: int = os.cpu_count() or 1
+    """Processes; 0 to work in this one."""
+    fatal: bool = False
+    """Whether a row that cannot be used ends the run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A shard that is done: its number, how many rows it holds, and those that were left out."""
+
+    shard: int
+    rows: int
+    left_out: list[dict]
+
+
+def main(settings: Settings) -> None:
+    settings.out.mkdir(parents=True, exist_ok=True)
+    path, split = _split(settings.manifest)
+    source = sources.Manifest(path, split=split, audio=settings.audio)
+    shards = -(-len(source) // settings.rows)
+    done = _resume(settings, source)
+    todo = [shard for shard in range(shards) if shard not in done]
+    with (
+        open(settings.out / "progress.jsonl", "a") as progress,
+        tqdm.tqdm(total=shards, initial=len(done), unit="shard", desc="writing") as bar,
+    ):
+        for written in _write_all(settings, source, shards, todo):
+            # After the shard itself: what is noted here exists.
+            progress.write(json.dumps(dataclasses.asdict(written)) + "\n")
+            progress.flush()
+            os.fsync(progress.fileno())
+            done[written.shard] = written
+            bar.update()
+    _tell(settings, [done[shard] for shard in range(shards)])
+
+
+def _split(spec: str) -> tuple[str, str | None]:
+    path, colon, split = spec.rpartition(":")
+    return (path, split) if colon and path.endswith((".jsonl", ".json")) else (spec, None)
+
+
+def _resume(settings: Settings, source: sources.Manifest) -> dict[int, Written]:
+    """What an earlier run has done, if it was about the same rows; else notes what this one is."""
+    path = settings.out / "progress.jsonl"
+    crc = zlib.crc32(epath.Path(source.path).read_bytes())
+    plan = {"manifest": settings.manifest, "crc": crc, "rows": settings.rows}
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last may be cut
+    if not lines:
+        path.write_text(json.dumps(plan) + "\n")
+        return {}
+    path.write_text("\n".join(lines) + "\n")
+    for name, theirs in json.loads(lines[0]).items():
+        if theirs != plan[name]:
+            raise ValueError(
+                f"{settings.out} holds other shards: {name} {theirs}, not {plan[name]}"
+            )
+    return {row["shard"]: Written(**row) for row in map(json.loads, lines[1:])}
+
+
+def _write_all(
+    settings: Settings, source: sources.Manifest, shards: int, todo: list[int]
+) -> Iterator[Written]:
+    if not settings.workers:
+        yield from (write(settings, source, shards, shard) for shard in todo)
+        return
+    context = multiprocessing.get_context("spawn")  # jax does not survive a fork
+    with concurrent.futures.ProcessPoolExecutor(settings.workers, context, settle) as pool:
+        jobs = [pool.submit(write, settings, source, shards, shard) for shard in todo]
+        try:
+            for job in concurrent.futures.as_completed(jobs):
+                yield job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def write(settings: Settings, source: sources.Manifest, shards: int, shard: int) -> Written:
+    """Writes one shard: whole, or not at all."""
+    left_out = []
+
+    def rows():
+        first = shard * settings.rows
+        for index in range(first, min(first + settings.rows, len(source))):
+            try:
+                yield sources.embed(source[index], settings.audio)
+            except BadSample as error:
+                if settings.fatal:
+                    raise
+                told = {"line": source.line(index), "reason": error.reason, "message": str(error)}
+                left_out.append(told)
+
+    path = settings.out / f"{shard:05}-of-{shards:05}{sources.SUFFIX}"
+    return Written(shard, sources.write(path, rows()), left_out)
+
+
+def _tell(settings: Settings, written: list[Written]) -> None:
+    left_out = [row for each in written for row in each.left_out]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in left_out]
+    (settings.out / "left_out.jsonl").write_text("".join(lines), "utf-8")
+    print(f"{sum(each.rows for each in written)} rows in {len(written)} shards in {settings.out}")
+    for reason, count in collections.Counter(row["reason"] for row in left_out).most_common():
+        print(f"{count} left out: {reason}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Settings, description=__doc__))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"train.shard: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
