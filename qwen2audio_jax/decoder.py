@@ -128,7 +128,9 @@ class Decoder(nnx.Module):
 
     def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Scores of every word, in float32."""
-        table = self.embedding if self.config.tied else self.head
-        return jnp.einsum(
-            "...D,VD->...V", x, table.embedding[...], preferred_element_type=jnp.float32
-        )
+        return jnp.einsum("...D,VD->...V", x, self.table, preferred_element_type=jnp.float32)
+
+    @property
+    def table(self) -> Float[Array, "V D"]:
+        """What the last states are compared with."""
+        return (self.embedding if self.config.tied else self.head).embedding[...]

@@ -89,24 +89,34 @@ class Qwen2Audio(nnx.Module):
         input_features: Float[Array, "C M T"] | None = None,
         feature_attention_mask: Int[Array, "C T"] | None = None,
         *,
+        segment_ids: Int[Array, "B L"] | None = None,
         cache: Cache | None = None,
         remat: bool = False,
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
         """The decoder's last states, from which `decoder.logits` makes scores, and the cache."""
         x = self.embed(input_ids, input_features, feature_attention_mask, remat=remat)
-        return self.read(x, attention_mask, cache=cache, remat=remat)
+        return self.read(x, attention_mask, segment_ids=segment_ids, cache=cache, remat=remat)
 
     def read(
         self,
         x: Float[Array, "B L D"],
         attention_mask: Int[Array, "B L"],
         *,
+        segment_ids: Int[Array, "B L"] | None = None,
         cache: Cache | None = None,
         remat: bool = False,
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
-        """As `hidden`, from merged embeddings."""
+        """As `hidden`, from merged embeddings.
+
+        Args:
+          segment_ids: which sample of a packed row a token belongs to, 1 and up, 0 for padding;
+            samples do not see each other, and each is read as if it stood alone.
+        """
         mask = attention_mask.astype(jnp.int32)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        if segment_ids is not None:
+            mask *= segment_ids
+            positions = _restarted(positions, mask)
         if cache is not None:
             positions += cache.segments.sum(axis=1, keepdims=True)
         return self.decoder(x, positions, mask, cache, remat=remat)
@@ -189,6 +199,12 @@ class Qwen2Audio(nnx.Module):
 def as_array(x: Any, dtype: Any) -> jax.Array | np.ndarray | None:
     """Takes an array from outside, torch's say, in the type that was compiled for; jax's stay."""
     return x if x is None or isinstance(x, jax.Array) else np.asarray(x, dtype)
+
+
+def _restarted(positions: Int[Array, "B L"], segments: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    """Positions counted from the start of each segment."""
+    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return positions - jax.lax.cummax(jnp.where(starts, positions, 0), axis=1)
 
 
 @jax.jit

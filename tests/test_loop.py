@@ -8,6 +8,7 @@ from flax import nnx
 
 from qwen2audio_jax import Qwen2Audio
 from qwen2audio_jax.training import loop
+from qwen2audio_jax.training import loss as losses
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 
 STEPS = 3
@@ -42,7 +43,7 @@ def test_every_batch_is_one_step_of_the_history(model):
     assert not np.array_equal(seen[1][1], before)
     np.testing.assert_array_equal(seen[2][1], trained.projector.kernel[...])
     assert [set(row) for row in history] == [
-        {"loss", "accuracy", "tokens", "grad_norm", "learning_rate", "seconds"}
+        {"loss", "accuracy", "tokens", "grad_norm", "skipped", "learning_rate", "seconds"}
     ] * STEPS
     np.testing.assert_allclose(
         [row["learning_rate"] for row in history], [0, 0.01, 0.005], rtol=1e-5
@@ -56,7 +57,8 @@ def test_a_loss_that_is_no_number_stops_the_training(model, value):
 
     def breaks(model, batch):
         first = (batch["number"] == 0) * model.projector.bias.sum()
-        return first + jnp.where(batch["number"] == 1, value, 0.0), {"accuracy": 0.0, "tokens": 1}
+        total = first + jnp.where(batch["number"] == 1, value, 0.0)
+        return losses.Sums(total, jnp.array(1), {"accuracy": jnp.array(0.0), "tokens": 1})
 
     config = OptimizerConfig(steps=STEPS, warmup_steps=1)
     with pytest.raises(FloatingPointError, match=f"the loss is {value} at step 2"):

@@ -1,6 +1,8 @@
 """The loss is the mean cross entropy of learned tokens, and never holds all logits at once."""
 
+import dataclasses
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +36,11 @@ def batch():
 def measure(model):
     """Loss, metrics and gradients of a batch."""
     graph, params = nnx.split(model)
-    next_token = lambda p, batch: loss.next_token(nnx.merge(graph, p), batch)
+
+    def next_token(params, batch):
+        sums = loss.next_token(nnx.merge(graph, params), batch)
+        return sums.mean(), sums.means()
+
     run = jax.jit(jax.value_and_grad(next_token, has_aux=True))
     return lambda batch: run(params, batch)
 
@@ -52,29 +58,31 @@ def test_the_loss_is_optax_cross_entropy_of_what_comes_next(model, measure, batc
     np.testing.assert_allclose(metrics["accuracy"], hits.mean(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 16, 69])
-def test_chunks_change_nothing(monkeypatch, chunk):
-    """Sizes that do not divide the 69 tokens among them; values and gradients."""
+@pytest.mark.parametrize("chunk", [3, 7, 1024])
+def test_token_log_probabilities_are_log_softmax(monkeypatch, chunk):
+    """With their gradients, for chunks that divide nothing; the rows learn 0 to 23 tokens."""
+    monkeypatch.setattr(loss, "CHUNK", chunk)
     c = DecoderConfig(**{**vars(small.DECODER), "layers": 1})
     graph, params = nnx.split(small.shaken(Decoder(c, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
-    x = jnp.float32(rng.standard_normal((3, 23, 12)))
-    labels = jnp.array(np.where(rng.random((3, 23)) < 0.5, rng.integers(0, 64, (3, 23)), -100))
+    x, slopes = jnp.float32(rng.standard_normal((4, 23, 12))), rng.standard_normal((4, 23))
+    kept = rng.random((4, 23)) < np.array([[0.0], [0.2], [0.6], [1.0]])
+    labels = jnp.array(np.where(kept, rng.integers(0, 64, (4, 23)), -100))
 
-    def run(params, x):
-        nll, hits = loss.token_losses(nnx.merge(graph, params), x, labels)
-        return (nll**2).sum(), (nll, hits)
+    def ours(params, x):
+        logps, hits = loss.token_logps(nnx.merge(graph, params), x, labels)
+        return (slopes * logps).sum(), (logps, hits)
 
-    both = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)
-    whole = jax.jit(both)(params, x)
-    monkeypatch.setattr(loss, "CHUNK", chunk)
-    parts = jax.jit(lambda *a: both(*a))(params, x)
-    for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    nll, hits = whole[0][1]
-    ignored = np.asarray(labels) == -100
-    assert (np.asarray(nll)[~ignored] > 0).all()
-    assert not np.asarray(nll)[ignored].any() and not np.asarray(hits)[ignored].any()
+    def wanted(params, x):
+        logps = jax.nn.log_softmax(nnx.merge(graph, params).logits(x))
+        each = jnp.take_along_axis(logps, jnp.where(kept, labels, 0)[..., None], axis=2)[..., 0]
+        hits = kept & (logps.argmax(axis=-1) == labels)
+        return (slopes * kept * each).sum(), (kept * each, hits)
+
+    run = lambda f: jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(params, x)
+    pairs = map(jax.tree.leaves, (run(ours), run(wanted)))
+    for a, b in zip(*pairs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_ignored_has_no_say(measure, batch):
@@ -107,30 +115,75 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-def test_all_logits_never_exist_at_once(monkeypatch):
-    """Forward and backward: no array has a vocabulary for more tokens than a chunk."""
+def test_the_compiled_step_holds_no_logits_of_a_batch():
+    """Qwen2-Audio's vocabulary, 16 rows of 1024 tokens: the whole step fits into a fifth of
+    [B L V]."""
+    B, L, V = 16, 1024, 156_032
+    c = DecoderConfig(**{**vars(small.DECODER), "layers": 1, "vocabulary": V})
+    model = nnx.eval_shape(
+        lambda: Qwen2Audio(dataclasses.replace(small.CONFIG, decoder=c), rngs=nnx.Rngs(0))
+    )
+    batch = {
+        name: jax.ShapeDtypeStruct((B, L), np.int32)
+        for name in ("input_ids", "attention_mask", "segment_ids", "labels")
+    }
+    graph, params = nnx.split(model)
+    mean = lambda params, batch: loss.next_token(nnx.merge(graph, params), batch, remat=True).mean()
+    memory = jax.jit(jax.grad(mean)).lower(params, batch).compile().memory_analysis()
+    assert loss.CHUNK * V * 4 < memory.temp_size_in_bytes < B * L * V * 4 / 5
+
+
+def test_logits_cost_what_is_learned(monkeypatch):
+    """As many chunks of logits are made as the row with the most labels needs."""
     monkeypatch.setattr(loss, "CHUNK", 8)
-    V = 2048
-    c = DecoderConfig(**{**vars(small.DECODER), "layers": 1, "vocabulary": V, "width": 4})
-    graph, params = nnx.split(Decoder(c, rngs=nnx.Rngs(0)))
-    labels = jnp.ones((2, 25), int)
-    total = lambda p, x: loss.token_losses(nnx.merge(graph, p), x, labels)[0].sum()
-    gradient = jax.value_and_grad(total, argnums=(0, 1))
-    program = jax.make_jaxpr(gradient)(params, jnp.ones((2, 25, 4)))
-    shapes = {v.aval.shape for e in equations(program.jaxpr) for v in e.outvars}
-    found = [shape for shape in shapes if V in shape]
-    # a chunk's logits are there to be found
-    assert max(int(np.prod(s)) for s in found) == 8 * V
+    labels = np.full((2, 40), loss.IGNORED)
+    labels[0, 3:40:4] = 1  # ten, spread out; four a chunk
+    labels[1, :2] = 1
+    order, chunks = loss._learned_first(jnp.array(labels), 4)
+    assert chunks == 3
+    assert (np.asarray(order[0, :10]) == np.arange(3, 40, 4)).all()
+    assert loss._learned_first(jnp.full((2, 40), loss.IGNORED), 4)[1] == 0
+
+
+def packed(batch):
+    """The three samples in one row, in the order of their clips."""
+    rows = [np.flatnonzero(mask) for mask in batch["attention_mask"]]
+    join = lambda x: np.concatenate([x[b][at] for b, at in enumerate(rows)])
+    flat = {name: join(batch[name]) for name in ("input_ids", "labels", "attention_mask")}
+    flat["segment_ids"] = np.repeat([1, 2, 3], [len(at) for at in rows])
+    pad = lambda name, x: np.pad(x, (0, 5), constant_values=-100 * (name == "labels"))
+    return batch | {name: pad(name, x)[None] for name, x in flat.items()}
+
+
+def test_a_packed_row_adds_up_to_its_samples(measure, batch):
+    """Samples neither see nor predict each other, positions start anew, clips find their own."""
+    (value, metrics), grads = measure(batch)
+    (same, counted), others = measure(packed(batch))
+    np.testing.assert_allclose(same, value, rtol=1e-6)
+    assert counted["tokens"] == metrics["tokens"] and counted["accuracy"] == metrics["accuracy"]
+    for a, b in zip(*map(jax.tree.leaves, (grads, others)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_sums_of_parts_are_the_sum_of_the_whole(model, batch):
+    """Whatever a batch is parted into; each metric has a weight of its own."""
+    words = np.array([[9, 11, -100], [12, -100, -100], [20, 21, -100]])
+    whole = batch | {"words": words}
+    run = jax.jit(loss.next_token_and_words)
+    parts = [{name: x[i : i + 1] for name, x in whole.items()} for i in range(3)]
+    total = functools.reduce(operator.add, (run(model, part) for part in parts)).means()
+    for name, value in run(model, whole).means().items():
+        np.testing.assert_allclose(total[name], value, rtol=1e-5)
 
 
 def test_audio_states_that_spell_the_words_help(model, batch):
     """CTC is added with its weight: a mean over words, to which ignored words add nothing."""
     words = np.array([[9, 11, -100], [12, -100, -100], [20, 21, -100]])
     spelled = batch | {"words": words}
-    plain, _ = jax.jit(loss.next_token)(model, batch)
-    value, metrics = jax.jit(functools.partial(loss.next_token_and_words, weight=0.3))(
-        model, spelled
-    )
+    plain = jax.jit(loss.next_token)(model, batch).mean()
+    helped = jax.jit(functools.partial(loss.next_token_and_words, weight=0.3))
+    metrics = helped(model, spelled).means()
+    value = metrics["loss"]
     np.testing.assert_allclose(value, plain + 0.3 * metrics["ctc"], rtol=1e-5)
     states, counts = jax.jit(model.listen)(
         jnp.array(batch["input_features"]), jnp.array(batch["feature_attention_mask"])
@@ -159,7 +212,9 @@ def spelling(chances, words, blank=0):
 
 def test_rematerialised_loss_is_the_same(model, batch):
     """`remat` reaches both towers: the same value, with checkpoints in the program."""
-    run = lambda remat: jax.jit(functools.partial(loss.next_token, remat=remat))(model, batch)[0]
+    run = lambda remat: jax.jit(functools.partial(loss.next_token, remat=remat))(
+        model, batch
+    ).mean()
     np.testing.assert_allclose(run(True), run(False), rtol=1e-6)
     programs = {
         remat: jax.make_jaxpr(functools.partial(loss.next_token, remat=remat))(model, batch)

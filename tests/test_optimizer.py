@@ -1,4 +1,6 @@
-"""AdamW moves what it should, as far as it should."""
+"""The optimizer moves what it should, as far as it should."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import small
 from flax import nnx
 
 from qwen2audio_jax import Qwen2Audio
-from qwen2audio_jax.training.optimizer import OptimizerConfig, by_path
+from qwen2audio_jax.training.optimizer import OptimizerConfig, averaged, by_path, part_of
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +69,118 @@ def test_frozen_parameters_never_move(params):
     assert not step(OptimizerConfig(warmup_steps=0), params, params)["encoder.positions"].any()
 
 
-def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
-    """Linear to the peak, half of the way down in the middle, the final fraction at the end."""
-    config = OptimizerConfig(learning_rate=2.0, steps=110, warmup_steps=10, final_fraction=0.1)
-    rates = [float(config.schedule()(i)) for i in (0, 5, 10, 60, 110, 500)]
-    np.testing.assert_allclose(rates, [0, 1, 2, 1.1, 0.2, 0.2], rtol=1e-5)
+def test_each_part_has_a_learning_rate_of_its_own(params):
+    """The encoder's is 0: frozen; the projector's a tenth; the embeddings' that of all."""
+    config = OptimizerConfig(
+        learning_rate=1e-2,
+        encoder_learning_rate=0.0,
+        projector_learning_rate=1e-3,
+        decoder_learning_rate=1e-4,
+        warmup_steps=0,
+        weight_decay=0.0,
+    )
+    sizes = {"encoder": 0.0, "projector": 1e-3, "decoder": 1e-4, "embeddings": 1e-2}
+    for path, delta in step(config, params, jax.tree.map(jnp.ones_like, params)).items():
+        assert config.trains(path) == bool(sizes[part_of(path)])
+        np.testing.assert_allclose(delta, -sizes[part_of(path)], rtol=1e-3, atol=1e-8)
+    np.testing.assert_allclose(config.schedule("projector")(0), 1e-3)
 
 
-def test_a_warm_up_that_never_ends_is_refused():
-    with pytest.raises(ValueError, match="fewer warm-up steps than the 50 steps, got 50"):
-        OptimizerConfig(steps=50, warmup_steps=50)
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("cosine", [0, 1, 2, 1.1, 0.2, 0.2]),
+        ("linear", [0, 1, 2, 1.1, 0.2, 0.2]),
+        ("wsd", [0, 1, 2, 2, 0.2, 0.2]),
+        ("constant", [0, 1, 2, 2, 2, 2]),
+    ],
+)
+def test_the_learning_rate_warms_up_and_falls(schedule, rates):
+    """Linear to the peak; in the middle; the final fraction at the end and behind it."""
+    config = OptimizerConfig(
+        learning_rate=2.0,
+        schedule_type=schedule,
+        steps=110,
+        warmup_steps=10,
+        final_fraction=0.1,
+        decay_fraction=0.2,
+    )
+    at = config.schedule()
+    np.testing.assert_allclose([at(i) for i in (0, 5, 10, 60, 110, 500)], rates, rtol=1e-5)
+    if schedule == "wsd":
+        np.testing.assert_allclose([at(88), at(99)], [2, 1.1], rtol=1e-5)
+    if schedule == "cosine":
+        np.testing.assert_allclose(at(35), 0.2 + 1.8 * (1 + np.cos(np.pi / 4)) / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": 50, "warmup_steps": 50}, "fewer warm-up steps than the 50 steps, got 50"),
+        (
+            {"steps": 50, "warmup_steps": 45, "schedule_type": "wsd", "decay_fraction": 0.2},
+            "warm-up and decay within 50 steps, got 45 and 10",
+        ),
+        ({"ema_decay": 1.5}, "ema_decay from 0 to 1, got 1.5"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**wrong)
+
+
+def test_adamw_is_optax_s(params):
+    """Three steps equal `optax.adamw`, whose settings go by the same names."""
+    config = OptimizerConfig(warmup_steps=0, clip_norm=0.0, b1=0.8, b2=0.9, eps=1e-4, frozen=())
+    config = dataclasses.replace(config, schedule_type="constant", learning_rate=0.01)
+    mask = lambda tree: by_path(tree, lambda path: path.endswith((".kernel", ".embedding")))
+    theirs = optax.adamw(0.01, b1=0.8, b2=0.9, eps=1e-4, weight_decay=0.1, mask=mask)
+    state, moved = theirs.init(params), params
+    for _ in range(3):
+        updates, state = theirs.update(params, state, moved)
+        moved = optax.apply_updates(moved, updates)
+    wanted = flat(jax.tree.map(jnp.subtract, moved, params))
+    for path, delta in step(config, params, params, count=3).items():
+        np.testing.assert_allclose(delta, wanted[path], rtol=1e-4, atol=1e-6)
+
+
+def test_moments_are_held_as_asked():
+    """Of bfloat16 parameters: the first in what is set, the second in float32, never shorter."""
+    tree = {"projector": {"kernel": jnp.ones((256, 128), jnp.bfloat16)}}
+    types = lambda config: [
+        str(x.dtype) for x in jax.tree.leaves(config.make().init(tree)) if x.ndim == 2
+    ]
+    assert types(OptimizerConfig()) == ["float32", "float32"]
+    assert types(OptimizerConfig(mu_dtype="bfloat16")) == ["bfloat16", "float32"]
+    adafactor = OptimizerConfig(name="adafactor", learning_rate=0.5, warmup_steps=0)
+    state = adafactor.make().init(tree)
+    assert sum(x.size for x in jax.tree.leaves(state)) < 1000  # rows and columns
+    updates, _ = adafactor.make().update(tree, state, tree)
+    moved = optax.apply_updates(tree, updates)["projector"]["kernel"]
+    assert moved.dtype == jnp.bfloat16 and (moved < 1).all()
+
+
+def test_adam_does_not_decay(params):
+    config = OptimizerConfig(name="adam", warmup_steps=0)
+    moved = step(config, params, jax.tree.map(jnp.zeros_like, params))
+    assert not any(delta.any() for delta in moved.values())
+
+
+def test_the_average_follows_the_parameters():
+    """An exponential mean of what each step led to, in float32."""
+    tree = {"projector": {"bias": jnp.zeros(1)}}
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, steps=4, ema_decay=0.5)
+    config = dataclasses.replace(config, schedule_type="constant")
+    optimizer = config.make()
+    state, moved, mean = optimizer.init(tree), tree, 0.0
+    for _ in range(3):
+        updates, state = optimizer.update({"projector": {"bias": jnp.ones(1)}}, state, moved)
+        moved = optax.apply_updates(moved, updates)
+        mean = 0.5 * mean + 0.5 * float(moved["projector"]["bias"][0])
+    np.testing.assert_allclose(averaged(state)["projector"]["bias"], mean, rtol=1e-6)
+    np.testing.assert_allclose(mean, -(0.125 * 1 + 0.25 * 2 + 0.5 * 3), rtol=1e-5)
+    with pytest.raises(ValueError, match="wanted an optimizer with ema_decay"):
+        averaged(OptimizerConfig().make().init(tree))
 
 
 def test_long_gradients_are_clipped():

@@ -1,48 +1,220 @@
-"""A step moves the parameters against the gradient and says what happened."""
+"""A step moves the parameters against the gradient, however its samples are laid out."""
+
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import small
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
-from qwen2audio_jax import Qwen2Audio
-from qwen2audio_jax.training import loss, step
+from qwen2audio_jax import Qwen2Audio, sharding
+from qwen2audio_jax.training import loss, optimizer, step
+from qwen2audio_jax.training.loss import Sums
 from qwen2audio_jax.training.optimizer import OptimizerConfig
+
+FRAMES = [30, 13, 21, 9, 26, 17, 24, 12]
+
+
+def parabola(params, batch):
+    """The mean of `batch` times the squares of the parameters' elements."""
+    total = (params["x"] ** 2).sum() * batch.sum()
+    return Sums(total, jnp.array(batch.size), {"seen": batch.sum()})
 
 
 def test_a_step_is_the_optimizer_s_update():
-    """Plain gradient descent on a parabola, by hand."""
-    optimizer = optax.sgd(0.1)
-    state = step.start({"x": jax.numpy.array([1.0, -2.0])}, optimizer)
+    """Plain gradient descent on a parabola, by hand; in one go and in two parts."""
+    for batch, parts in (([2.0, 2.0], 1), ([[2.0], [2.0]], 2)):
+        descent = optax.sgd(0.1)
+        state = step.start({"x": jnp.array([1.0, -2.0])}, descent)
+        state, logs = step.update(
+            state,
+            jnp.array(batch),
+            loss=parabola,
+            optimizer=descent,
+            gradient_accumulation_steps=parts,
+        )
+        np.testing.assert_allclose(state.params["x"], [0.6, -1.2], rtol=1e-6)
+        assert state.step == 1 and logs["seen"] == 4.0 and logs["skipped"] == 0
+        np.testing.assert_allclose(logs["loss"], 10.0)
+        np.testing.assert_allclose(logs["grad_norm"], np.hypot(4, 8), rtol=1e-6)
 
-    def parabola(params, batch):
-        return (params["x"] ** 2).sum() * batch, {"seen": batch}
 
-    state, metrics = step.update(state, 2.0, loss=parabola, optimizer=optimizer)
-    np.testing.assert_allclose(state.params["x"], [0.6, -1.2], rtol=1e-6)
-    assert state.step == 1 and metrics["seen"] == 2.0
-    np.testing.assert_allclose(metrics["loss"], 10.0)
-    np.testing.assert_allclose(metrics["grad_norm"], np.hypot(4, 8), rtol=1e-6)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_moves_nothing(bad):
+    """It is counted, and training goes on as if the batch had never been."""
+    adam = OptimizerConfig(warmup_steps=0, ema_decay=0.5).make()
+
+    def run(batches):
+        state = step.start({"decoder": {"x": jnp.array([1.0, -2.0])}}, adam)
+        parabola_of = lambda params, batch: parabola(params["decoder"], batch)
+        for batch in batches:
+            state, _ = step.update(state, jnp.array([batch]), loss=parabola_of, optimizer=adam)
+        return state
+
+    clean, hurt = run([2.0, 3.0]), run([2.0, bad, 3.0])
+    assert (hurt.step, hurt.skipped) == (3, 1) and clean.skipped == 0
+    for a, b in zip(*map(jax.tree.leaves, (hurt, clean)), strict=True):
+        if a.dtype == np.float32:
+            np.testing.assert_array_equal(a, b)
 
 
-def test_one_batch_is_learned_by_heart():
-    """Twenty steps on the same three rows: the loss falls to less than half, and tokens count."""
-    graph, params = nnx.split(Qwen2Audio(small.CONFIG, rngs=nnx.Rngs(0)))
-    inputs = small.inputs([30, 13, 21])
+def test_a_batch_without_its_parts_is_refused():
+    state = step.start({"x": jnp.ones(2)}, optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"a batch in 3 parts to accumulate, got one in \{2\}"):
+        step.update(
+            state,
+            jnp.ones(2),
+            loss=parabola,
+            optimizer=optax.sgd(0.1),
+            gradient_accumulation_steps=3,
+        )
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Eight samples, a row each, as short as they can be."""
+    inputs = small.inputs(FRAMES, length=12)
     learned = (inputs["attention_mask"] == 1) & (inputs["input_ids"] != small.CONFIG.audio_token)
-    batch = inputs | {"labels": np.where(learned, inputs["input_ids"], loss.IGNORED)}
-    optimizer = OptimizerConfig(learning_rate=0.03, steps=20, warmup_steps=2).make()
-    state = step.start(params, optimizer)
-    next_token = lambda params, batch: loss.next_token(nnx.merge(graph, params), batch)
-    rows = []
+    return inputs | {"labels": np.where(learned, inputs["input_ids"], loss.IGNORED)}
+
+
+TOKENS = ("input_ids", "attention_mask", "labels")
+
+
+def padded(batch):
+    """The same rows, longer."""
+    fill = lambda name: -100 if name == "labels" else 0
+    longer = lambda name: np.pad(batch[name], ((0, 0), (3, 8)), constant_values=fill(name))
+    return batch | {name: longer(name) for name in TOKENS}
+
+
+def packed(batch):
+    """Three samples in the first row, five in the second."""
+    kept = [mask == 1 for mask in batch["attention_mask"]]
+    rows = {name: [] for name in (*TOKENS, "segment_ids")}
+    for samples in (range(3), range(3, 8)):
+        size = lambda b: int(kept[b].sum())
+        pad = 64 - sum(map(size, samples))
+        fill = lambda x, value, pad=pad: np.pad(np.concatenate(x), (0, pad), constant_values=value)
+        for name in TOKENS:
+            each = [batch[name][b][kept[b]] for b in samples]
+            rows[name].append(fill(each, -100 if name == "labels" else 0))
+        ids = [np.full(size(b), i + 1) for i, b in enumerate(samples)]
+        rows["segment_ids"].append(fill(ids, 0))
+    return batch | {name: np.stack(x) for name, x in rows.items()}
+
+
+def accumulated(batch):
+    """Four parts of two rows, which have different numbers of learned tokens."""
+    return {name: x.reshape(4, 2, *x.shape[1:]) for name, x in batch.items()}
+
+
+def spread(batch):
+    """A row a device."""
+    place = NamedSharding(sharding.mesh(data=8), PartitionSpec("data"))
+    return {name: jax.device_put(x, place) for name, x in batch.items()}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small.shaken(Qwen2Audio(small.CONFIG, rngs=nnx.Rngs(0)))
+
+
+def begin(model, config):
+    """The optimizer, the first state, structure and frozen parameters; `model` stays whole."""
+    adam = config.make()
+    graph, params, frozen = step.split(model, config.trains)
+    return adam, step.start(jax.tree.map(jnp.copy, params), adam), graph, frozen
+
+
+@pytest.fixture(scope="module")
+def one_step(model):
+    """One AdamW step from the same parameters: the new ones, and what was logged."""
+    adam, first, graph, frozen = begin(model, OptimizerConfig(learning_rate=1e-4, warmup_steps=0))
+    next_token = step.bind(loss.next_token, graph)
+
+    def run(batch, parts=1):
+        state = jax.tree.map(jnp.copy, first)
+        state, logs = step.update(
+            state,
+            batch,
+            (frozen,),
+            loss=next_token,
+            optimizer=adam,
+            gradient_accumulation_steps=parts,
+        )
+        return jax.device_get((state.params, logs))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def wanted(plain, one_step):
+    return one_step(plain)
+
+
+@pytest.mark.parametrize(
+    ("layout", "parts"), [(padded, 1), (packed, 1), (accumulated, 4), (spread, 1)]
+)
+def test_one_step_is_the_same_in_every_layout(plain, wanted, one_step, layout, parts):
+    """Padded, packed, accumulated, spread over devices: the parameters to 1e-6, and the logs."""
+    params, logs = one_step(layout(plain), parts)
+    for a, b in zip(*map(jax.tree.leaves, (params, wanted[0])), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+    for name, value in wanted[1].items():
+        np.testing.assert_allclose(logs[name], value, rtol=1e-5)
+
+
+def test_parts_with_several_weights_add_up(model, plain):
+    """Means over tokens and means over words, each divided by its own global weight."""
+    words = np.full((8, 4), loss.IGNORED)
+    words[0, :2], words[3, :1], words[4, :3] = 9, 11, 12
+    batch = plain | {"words": words}
+    graph, params = nnx.split(model)
+    helped = lambda params, batch: loss.next_token_and_words(nnx.merge(graph, params), batch)
+    gradient = jax.jit(functools.partial(step._gradient, helped), static_argnums=2)
+    whole, parts = gradient(params, batch, 1), gradient(params, accumulated(batch), 4)
+    for a, b in zip(*map(jax.tree.leaves, (parts, whole)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_parts_cost_no_second_model(model, plain):
+    """Accumulating computes hardly more than the parts' own gradients."""
+    graph, params = nnx.split(model)
+    of = lambda params, batch: loss.next_token(nnx.merge(graph, params), batch)
+    weight = jax.jit(lambda params, batch: jax.lax.map(lambda b: of(params, b).weight, batch))
+    cost = weight.lower(params, accumulated(plain)).compile().cost_analysis()
+    assert cost["flops"] < 10_000  # one product with one matrix of the smallest would be more
+
+
+def test_arithmetic_may_be_shorter_than_parameters(model, plain):
+    """`dtype` is that of the computation; parameters and what they become stay float32."""
+    adam, state, graph, frozen = begin(model, OptimizerConfig(warmup_steps=0))
+    seen = []
+
+    def looks(model, batch):
+        seen.append(model.dtype)
+        return loss.next_token(model, batch)
+
+    short = step.bind(looks, graph, dtype=jnp.bfloat16)
+    state, logs = step.update(state, plain, (frozen,), loss=short, optimizer=adam)
+    assert seen == [jnp.bfloat16] and np.isfinite(logs["loss"])
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
+
+
+def test_one_batch_is_learned_by_heart(model, plain):
+    """Twenty steps on the same rows: the loss falls to less than half; so does the average's."""
+    config = OptimizerConfig(learning_rate=0.03, steps=20, warmup_steps=2, ema_decay=0.8)
+    adam, state, graph, frozen = begin(model, config)
+    next_token, rows = step.bind(loss.next_token, graph), []
     for _ in range(20):
-        state, metrics = step.update(state, batch, loss=next_token, optimizer=optimizer)
-        rows.append({name: float(x) for name, x in metrics.items()})
-    assert int(state.step) == 20
-    assert rows[0]["loss"] == pytest.approx(np.log(64), rel=0.3)
+        state, logs = step.update(state, plain, (frozen,), loss=next_token, optimizer=adam)
+        rows.append({name: float(x) for name, x in logs.items()})
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
     assert rows[-1]["accuracy"] > rows[0]["accuracy"]
-    assert all(row["tokens"] == (batch["labels"][:, 1:] != loss.IGNORED).sum() for row in rows)
-    assert all(np.isfinite(row["grad_norm"]) and row["grad_norm"] > 0 for row in rows)
+    smooth = jax.jit(next_token)(optimizer.averaged(state.opt_state), plain, frozen).mean()
+    assert smooth < 0.5 * rows[0]["loss"]

@@ -20,35 +20,35 @@ def train(
     batches: Iterable[dict[str, Any]],
     config: OptimizerConfig,
     *,
-    loss: Callable[[Qwen2Audio, Any], tuple[Any, dict]] = losses.next_token,
+    loss: Callable[[Qwen2Audio, Any], losses.Sums] = losses.next_token,
     every: Callable[[int, Qwen2Audio], None] | None = None,
 ) -> tuple[Qwen2Audio, list[dict[str, float]]]:
     """Moves a model's parameters by one step a batch.
 
     Args:
       batches: what a `Processor` makes with labels; as many as `config.steps`.
-      loss: what to minimise, of a model and a batch; also gives what to log.
+      loss: what to minimise, of a model and a batch.
       every: called after each step with the number of steps done and the model.
 
     Returns:
-      The trained model, and per step: loss, accuracy, tokens, grad_norm, learning_rate, seconds.
+      The trained model, and per step: what `step.update` logs, learning_rate, seconds.
 
     Raises:
       FloatingPointError: the loss is not finite; the message names the step.
     """
-    graph, params = nnx.split(model)
+    graph, params, frozen = step.split(model, config.trains)
+    of_params = step.bind(loss, graph)
     optimizer = config.make()
     state = step.start(params, optimizer)
     schedule = config.schedule()
     history = []
 
-    def of_params(params, batch):
-        return loss(nnx.merge(graph, params), batch)
-
     with tqdm.tqdm(total=config.steps, unit="step", desc="training", mininterval=1) as bar:
         for number, batch in enumerate(batches):
             began = time.perf_counter()
-            state, metrics = step.update(state, batch, loss=of_params, optimizer=optimizer)
+            state, metrics = step.update(
+                state, batch, (frozen,), loss=of_params, optimizer=optimizer
+            )
             row = {name: float(x) for name, x in jax.device_get(metrics).items()}
             row["learning_rate"] = float(schedule(number))
             row["seconds"] = time.perf_counter() - began
@@ -58,5 +58,5 @@ def train(
             bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.1%}")
             bar.update()
             if every is not None:
-                every(number + 1, nnx.merge(graph, state.params))
-    return nnx.merge(graph, state.params), history
+                every(number + 1, nnx.merge(graph, state.params, frozen))
+    return nnx.merge(graph, state.params, frozen), history

@@ -1,8 +1,14 @@
-"""What training minimises."""
+"""What training minimises, as sums: what is divided by what is settled once, for a global batch.
+
+A mean of means depends on how samples were laid out. Sums do not: packed, padded, accumulated
+and spread over hosts, the same samples add up to the same numbers.
+"""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,30 +18,64 @@ from qwen2audio_jax.decoder import Decoder
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import IGNORED
 
-INPUTS = ("input_ids", "attention_mask", "input_features", "feature_attention_mask")
-CHUNK = 1024  # tokens whose logits exist at the same time
+INPUTS = (
+    *("input_ids", "attention_mask", "segment_ids"),
+    *("input_features", "feature_attention_mask"),
+)
+CHUNK = 1024  # tokens of a batch, per device of the mesh, whose logits exist at the same time
 
 
-def next_token(
-    model: Qwen2Audio, batch: Mapping[str, Any], *, remat: bool = False
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+@flax.struct.dataclass
+class Sums:
+    """What a batch adds up to; those of several batches are added with `+`.
+
+    Attributes:
+      loss: summed; [parts] where parts of the loss are means over different things.
+      weight: what each number of `loss` is to be divided by: learned tokens, or pairs.
+      metrics: to log: a count, or a pair of a sum and what it is to be divided by.
+    """
+
+    loss: Any  # arrays, or what stands for them in `jax.eval_shape`
+    weight: Any
+    metrics: dict[str, Any]
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return jax.tree.map(jnp.add, self, other)
+
+    def mean(self, weight: Array | None = None) -> Float[Array, ""]:
+        """The loss: the parts' means, added up; `weight` is the global batch's, if that is more."""
+        return mean(self.loss, self.weight if weight is None else weight).sum()
+
+    def means(self) -> dict[str, Array]:
+        """What to log: the loss, the counts, and the means of the rest."""
+        each = {k: mean(*x) if isinstance(x, tuple) else x for k, x in self.metrics.items()}
+        return {**each, "loss": self.mean()}
+
+
+def mean(total: Array, weight: Array) -> Array:
+    """A mean that is 0 over nothing."""
+    return total / jnp.maximum(weight, 1)
+
+
+def next_token(model: Qwen2Audio, batch: Mapping[str, Any], *, remat: bool = False) -> Sums:
     """Cross entropy of every learned token given what comes before it, in float32.
 
     Args:
-      batch: what a `Processor` makes with `labels=True`, padded right.
+      batch: what a `Processor` makes with `labels=True`; with `segment_ids` [B L] if its rows are
+        packed.
       remat: recompute each block in the backward pass rather than keep its activations.
 
     Returns:
-      The mean over learned tokens, and what to log: `tokens` learned, `accuracy` of the likeliest.
+      The sum over learned tokens; to log: `tokens` learned, `accuracy` of the likeliest.
     """
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     x, _ = model.hidden(**inputs, remat=remat)
-    return _mean_over_learned(model, x, batch)
+    return _over_learned(model, x, batch)
 
 
 def next_token_and_words(
     model: Qwen2Audio, batch: Mapping[str, Any], *, weight: float = 0.3, remat: bool = False
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> Sums:
     """`next_token`, helped by CTC: the audio states alone should spell each clip's words.
 
     A decoder that starts from nothing first learns to guess without listening; until what is heard
@@ -55,55 +95,140 @@ def next_token_and_words(
         batch["input_features"], batch["feature_attention_mask"], remat=remat
     )
     x, _ = model.read(
-        model.place(batch["input_ids"], states, counts), batch["attention_mask"], remat=remat
+        model.place(batch["input_ids"], states, counts),
+        batch["attention_mask"],
+        segment_ids=batch.get("segment_ids"),
+        remat=remat,
     )
-    value, metrics = _mean_over_learned(model, x, batch)
+    sums = _over_learned(model, x, batch)
     words = batch["words"]
     behind = jnp.arange(states.shape[1]) >= counts[:, None]
-    losses = optax.ctc_loss(
+    ctc = optax.ctc_loss(
         model.decoder.logits(states),
         behind.astype(jnp.float32),
         jnp.where(words == IGNORED, 0, words),
         (words == IGNORED).astype(jnp.float32),
         blank_id=model.config.pad_token,
+    ).sum()
+    said = (words != IGNORED).sum()
+    return Sums(
+        loss=jnp.stack([sums.loss, weight * ctc]),
+        weight=jnp.stack([sums.weight, said]),
+        metrics={**sums.metrics, "ctc": (ctc, said)},
     )
-    ctc = losses.sum() / jnp.maximum((words != IGNORED).sum(), 1)
-    return value + weight * ctc, {**metrics, "ctc": ctc}
 
 
-def _mean_over_learned(model, x, batch):
-    learned = (batch["labels"] != IGNORED) & (batch["attention_mask"] == 1)
-    labels = jnp.where(learned, batch["labels"], IGNORED)[:, 1:]
-    nll, hits = token_losses(model.decoder, x[:, :-1], labels)
+def _over_learned(model, x, batch):
+    labels = next_labels(batch)
+    logps, hits = token_logps(model.decoder, x, labels)
     tokens = (labels != IGNORED).sum()
-    mean = lambda total: total / jnp.maximum(tokens, 1)
-    return mean(nll.sum()), {"tokens": tokens, "accuracy": mean(hits.sum())}
+    return Sums(
+        loss=-logps.sum(),
+        weight=tokens,
+        metrics={"tokens": tokens, "accuracy": (hits.sum(), tokens)},
+    )
 
 
-def token_losses(
+def next_labels(batch: Mapping[str, Any]) -> Int[Array, "B L"]:
+    """What should be predicted at each token: the one behind it, if learned and of its sample."""
+    segments = batch["attention_mask"] * batch.get("segment_ids", 1)
+    learned = (segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1])
+    labels = jnp.where(learned, batch["labels"][:, 1:], IGNORED)
+    return jnp.pad(labels, ((0, 0), (0, 1)), constant_values=IGNORED)
+
+
+def token_logps(
     decoder: Decoder, x: Float[Array, "B L D"], labels: Int[Array, "B L"]
 ) -> tuple[Float[Array, "B L"], Int[Array, "B L"]]:
-    """Each label's negative log-probability, and whether it was the likeliest; 0 where ignored.
+    """Each label's log-probability, in float32, and whether it was the likeliest; 0 where ignored.
 
-    Logits exist for `CHUNK` tokens at a time, forward and backward: [B L V] is never held.
+    Logits exist where a label is, and only for some `CHUNK` tokens at a time, forward and
+    backward: [B L V] is never held.
     """
-    tokens = labels.size
-    chunks = -(-tokens // CHUNK)
-    size = -(-tokens // chunks)
-    pad = chunks * size - tokens
-    x = jnp.pad(x.reshape(tokens, -1), ((0, pad), (0, 0))).reshape(chunks, size, -1)
-    flat = jnp.pad(labels.ravel(), (0, pad), constant_values=IGNORED).reshape(chunks, size)
+    rows, length = labels.shape
+    tokens = CHUNK * max(1, jax.sharding.get_abstract_mesh().size)
+    # An eighth of a row at most: where few tokens are learned, few logits are made.
+    size = max(1, min(tokens // rows, -(-length // 8)))
+    return _token_logps(size, x, decoder.table, labels)
 
-    @jax.checkpoint
-    def one(chunk):
-        x, labels = chunk
-        logits = decoder.logits(x)
-        kept = labels != IGNORED
-        wanted = jnp.take_along_axis(logits, jnp.where(kept, labels, 0)[:, None], axis=1)[:, 0]
-        nll = jax.nn.logsumexp(logits, axis=1) - wanted
-        hit = logits.argmax(axis=1) == labels
-        return jnp.where(kept, nll, 0), (kept & hit).astype(jnp.int32)
 
-    nll, hits = jax.lax.map(one, (x, flat))
-    unpad = lambda x: x.ravel()[:tokens].reshape(labels.shape)
-    return unpad(nll), unpad(hits)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_logps(size, x, table, labels):
+    return _forward(size, x, table, labels)[0]
+
+
+def _forward(size, x, table, labels):
+    order, chunks = _learned_first(labels, size)
+
+    def one(i, out):
+        at = jax.lax.dynamic_slice_in_dim(order, i * size, size, axis=1)
+        wanted = _take(labels, at, IGNORED)
+        logits = _logits(_take(x, at, 0), table)
+        said = jnp.where(_is(wanted, table), logits, 0).sum(axis=-1)
+        norm = jax.nn.logsumexp(logits, axis=-1)
+        found = said - norm, said >= logits.max(axis=-1), norm
+        kept = wanted != IGNORED
+        return tuple(
+            _put(into, at, jnp.where(kept, new, 0)) for into, new in zip(out, found, strict=True)
+        )
+
+    zeros = lambda dtype: jnp.zeros(labels.shape, dtype)
+    start = zeros(jnp.float32), zeros(jnp.int32), zeros(jnp.float32)
+    logps, hits, norms = jax.lax.fori_loop(0, chunks, one, start)
+    return (logps, hits), (x, table, labels, norms)
+
+
+def _backward(size, saved, cotangents):
+    """Makes the logits again, a chunk at a time: d logp / d logits = one_hot - softmax."""
+    x, table, labels, norms = saved
+    order, chunks = _learned_first(labels, size)
+
+    def one(i, out):
+        dx, dtable = out
+        at = jax.lax.dynamic_slice_in_dim(order, i * size, size, axis=1)
+        some, wanted = _take(x, at, 0), _take(labels, at, IGNORED)
+        chances = jnp.exp(_logits(some, table) - _take(norms, at, 0)[..., None])
+        slopes = jnp.where(wanted != IGNORED, _take(cotangents[0], at, 0), 0)
+        dlogits = ((_is(wanted, table) - chances) * slopes[..., None]).astype(table.dtype)
+        product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+        dx = _put(dx, at, product("BLV,VD->BLD", dlogits, table).astype(x.dtype))
+        # [D V], so that of the two factors the small one is transposed
+        return dx, dtable + product("BLD,BLV->DV", some, dlogits)
+
+    start = jnp.zeros_like(x), jnp.zeros(table.shape[::-1], jnp.float32)
+    dx, dtable = jax.lax.fori_loop(0, chunks, one, start)
+    return dx, dtable.T.astype(table.dtype), None
+
+
+_token_logps.defvjp(_forward, _backward)
+
+
+def _learned_first(labels, size):
+    """Each row's positions, the learned ones in front, and how many chunks hold any of those.
+
+    Row by row, so that rows on different devices stay there.
+    """
+    kept = labels != IGNORED
+    order = jnp.argsort(~kept, axis=1)
+    pad = -labels.shape[1] % size
+    order = jnp.pad(order, ((0, 0), (0, pad)), constant_values=labels.shape[1])  # outside
+    return order, -(-kept.sum(axis=1).max() // size)
+
+
+def _logits(x, table):
+    return jnp.einsum("BLD,VD->BLV", x, table, preferred_element_type=jnp.float32)
+
+
+def _is(labels, table):
+    # compared rather than gathered, so that a vocabulary may be split over devices
+    return labels[..., None] == jnp.arange(len(table))
+
+
+def _take(x, at, fill):
+    return jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=fill))(x, at)
+
+
+def _put(into, at, new):
+    return jax.vmap(lambda into, at, new: into.at[at].set(new, mode="drop"))(
+        into, at, new.astype(into.dtype)
+    )

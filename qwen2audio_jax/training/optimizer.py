@@ -1,74 +1,189 @@
-"""AdamW as language models are trained: warm-up, cosine, decay of matrices only."""
+"""How far a step goes, and what takes it: schedules, decay of matrices only, rates per part."""
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+
+PARTS = ("encoder", "projector", "decoder", "embeddings")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """How far each step goes."""
+    """How far each step goes, and what takes it."""
 
-    learning_rate: float = 1e-4  # the peak
-    steps: int = 1000  # until the learning rate has fallen to `final_fraction` of the peak
+    name: Literal["adamw", "adam", "adafactor"] = "adamw"
+    """adam is adamw without decay; adafactor keeps row and column sums in place of each matrix's
+    second moments, and no first ones (optax has no 8-bit Adam)."""
+    learning_rate: float = 1e-4
+    """The peak."""
+    encoder_learning_rate: float | None = None
+    """The audio encoder's own peak; 0 freezes it, None is `learning_rate`."""
+    projector_learning_rate: float | None = None
+    """Likewise the projector's."""
+    decoder_learning_rate: float | None = None
+    """Likewise that of the decoder, but for its embeddings."""
+    embeddings_learning_rate: float | None = None
+    """Likewise that of the token embeddings and of the output head."""
+    frozen: tuple[str, ...] = ("encoder.positions",)
+    """Prefixes of paths that never move, as `decoder.blocks.mlp`."""
+    schedule_type: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """What follows the warm-up: a fall over all other steps, a plateau with a linear fall at its
+    end (wsd), or a plateau."""
+    steps: int = 1000
+    """Until the learning rate has fallen to `final_fraction` of the peak."""
     warmup_steps: int = 50
+    """Steps in which the learning rate rises from 0."""
+    decay_fraction: float = 0.1
+    """The part of the steps in which wsd falls."""
     final_fraction: float = 0.0
+    """The last learning rate, relative to the peak."""
     weight_decay: float = 0.1
+    """Per step and learning rate, of all but norms, biases and positions."""
     b1: float = 0.9
+    """Adam's memory of gradients."""
     b2: float = 0.95
+    """Adam's memory of squared gradients."""
+    eps: float = 1e-8
+    """Adam's floor under the root of the second moment."""
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Adam's first moments are kept in this; the second ones always in float32."""
     clip_norm: float = 1.0
-    frozen: tuple[str, ...] = ("encoder.positions",)  # path prefixes that never move
+    """The longest gradient, over all that trains; 0 clips none."""
+    ema_decay: float = 0.0
+    """If more than 0, an average of the parameters over some 1 / (1 - ema_decay) steps is kept."""
 
     def __post_init__(self):
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"wanted fewer warm-up steps than the {self.steps} steps, got {self.warmup_steps}"
             )
+        if self.decay_steps > self.steps - self.warmup_steps:
+            raise ValueError(
+                f"wanted warm-up and decay within {self.steps} steps, "
+                f"got {self.warmup_steps} and {self.decay_steps}"
+            )
+        for name in ("ema_decay", "final_fraction", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"wanted {name} from 0 to 1, got {getattr(self, name)}")
 
-    def schedule(self) -> optax.Schedule:
-        return optax.warmup_cosine_decay_schedule(
-            init_value=0.0,
-            peak_value=self.learning_rate,
-            warmup_steps=self.warmup_steps,
-            decay_steps=self.steps,
-            end_value=self.learning_rate * self.final_fraction,
-        )
+    @property
+    def decay_steps(self) -> int:
+        """Steps in which the learning rate falls."""
+        falls = {"constant": 0, "wsd": round(self.decay_fraction * self.steps)}
+        return falls.get(self.schedule_type, self.steps - self.warmup_steps)
+
+    def peak(self, part: str) -> float:
+        """The highest learning rate of one of `PARTS`, or of the rest."""
+        own = getattr(self, f"{part}_learning_rate", None)
+        return self.learning_rate if own is None else own
+
+    def trains(self, path: str) -> bool:
+        """Whether the parameter of this path moves."""
+        under = lambda prefix: path == prefix or path.startswith(f"{prefix}.")
+        return self.peak(part_of(path)) > 0 and not any(map(under, self.frozen))
+
+    def schedule(self, part: str = "rest") -> optax.Schedule:
+        """The learning rate after so many steps, of one of `PARTS` or of the rest."""
+        peak = self.peak(part)
+        end, fall = peak * self.final_fraction, self.decay_steps
+        pieces = [
+            (self.warmup_steps, optax.linear_schedule(0.0, peak, max(self.warmup_steps, 1))),
+            (self.steps - self.warmup_steps - fall, optax.constant_schedule(peak)),
+        ]
+        if self.schedule_type == "cosine":
+            pieces.append((fall, optax.cosine_decay_schedule(peak, fall, self.final_fraction)))
+        elif self.schedule_type != "constant":
+            pieces.append((fall, optax.linear_schedule(peak, end, max(fall, 1))))
+        lengths, schedules = zip(*((n, s) for n, s in pieces if n), strict=True)
+        return optax.join_schedules(schedules, [sum(lengths[:i]) for i in range(1, len(lengths))])
 
     def make(self) -> optax.GradientTransformation:
         """The transformation from gradients to updates."""
-        adamw = optax.chain(
-            optax.clip_by_global_norm(self.clip_norm),
-            optax.adamw(
-                self.schedule(),
-                b1=self.b1,
-                b2=self.b2,
-                weight_decay=self.weight_decay,
-                mask=lambda params: by_path(params, _decays),
-            ),
-        )
-        is_frozen = lambda path: any(
-            path == prefix or path.startswith(f"{prefix}.") for prefix in self.frozen
-        )
-        label = lambda path: "frozen" if is_frozen(path) else "trained"
+        chain = [self._scaled()]
+        if self.clip_norm:
+            chain.insert(0, optax.clip_by_global_norm(self.clip_norm))
+        if self.name != "adam":
+            decays = lambda params: by_path(params, _decays)
+            chain.append(optax.add_decayed_weights(self.weight_decay, mask=decays))
+        rates = {
+            part: optax.scale_by_learning_rate(self.schedule(part)) for part in (*PARTS, "rest")
+        }
+        chain.append(optax.partition(rates, lambda params: by_path(params, part_of)))
+        if self.ema_decay:
+            chain.append(_averaging(self.ema_decay))
+        label = lambda path: "trained" if self.trains(path) else "frozen"
         return optax.partition(
-            {"trained": adamw, "frozen": optax.set_to_zero()},
+            {"trained": _in_float32(optax.chain(*chain)), "frozen": optax.set_to_zero()},
             lambda params: by_path(params, label),
         )
 
+    def _scaled(self):
+        if self.name == "adafactor":
+            return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+        return optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype)
+
+
+def averaged(opt_state: Any) -> Any:
+    """The average of the trained parameters over the last steps, in float32.
+
+    Raises:
+      ValueError: the optimizer keeps none.
+    """
+    found = optax.tree.get(opt_state, "average")
+    if found is None:
+        raise ValueError("wanted an optimizer with ema_decay, got one that averages no parameters")
+    return found
+
+
+class _Average(NamedTuple):
+    average: Any
+
+
+def _averaging(decay):
+    """Passes updates on and keeps the average of the parameters they lead to."""
+
+    def update(updates, state, params):
+        moved = optax.apply_updates(params, updates)
+        return updates, _Average(optax.incremental_update(moved, state.average, 1 - decay))
+
+    copied = lambda params: _Average(jax.tree.map(jnp.copy, params))  # either may be donated
+    return optax.GradientTransformation(copied, update)
+
+
+def _in_float32(inner):
+    """Moments and averages of parameters of any dtype; small updates get lost in shorter ones."""
+    wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+    return optax.GradientTransformation(
+        lambda params: inner.init(wide(params)),
+        lambda grads, state, params: inner.update(wide(grads), state, wide(params)),
+    )
+
+
+def part_of(path: str) -> str:
+    """Which of `PARTS` a parameter belongs to; `rest` is what belongs to none."""
+    if path.startswith(("decoder.embedding.", "decoder.head.")):
+        return "embeddings"
+    part = path.partition(".")[0]
+    return part if part in PARTS else "rest"
+
 
 def _decays(path: str) -> bool:
-    """Matrices decay; norms, biases and positions do not."""
-    return path.endswith((".kernel", ".embedding"))
+    """Matrices decay, also those that an adapter adds; norms, biases and positions do not."""
+    return path.rpartition(".")[2] not in ("scale", "bias", "positions")
 
 
 def by_path(params, f):
     """`f("encoder.conv1.kernel")` in the place of every parameter."""
     return jax.tree.map_with_path(
-        lambda path, _: f(".".join(_names(path))), params, is_leaf=lambda x: x is None
+        lambda path, _: f(name_of(path)), params, is_leaf=lambda x: x is None
     )
 
 
-def _names(path):
-    keys = (getattr(k, "key", getattr(k, "name", getattr(k, "idx", None))) for k in path)
-    return [str(k) for k in keys if k not in ("value", None)]
+def name_of(path: Iterable[Any]) -> str:
+    """A path of pytree's or nnx's keys as `encoder.conv1.kernel`."""
+    keys = (getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in path)
+    return ".".join(str(k) for k in keys if k not in ("value", None))

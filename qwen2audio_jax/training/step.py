@@ -8,30 +8,145 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from flax import nnx
+
+from qwen2audio_jax.training.loss import Sums
+from qwen2audio_jax.training.optimizer import name_of
 
 
 @flax.struct.dataclass
 class State:
-    """All that a step changes."""
+    """All that a step changes.
 
-    step: Int[Array, ""]
+    Attributes:
+      step: batches seen.
+      params: what trains.
+      opt_state: the optimizer's; of its averaged parameters too, if it keeps such.
+      skipped: batches that moved nothing, because their gradient was not finite.
+    """
+
+    step: Any  # arrays, or what stands for them: shapes, shardings
     params: Any
     opt_state: Any
+    skipped: Any
 
 
 def start(params: Any, optimizer: optax.GradientTransformation) -> State:
     """The state before the first step."""
-    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    zero = lambda: jnp.zeros((), jnp.int32)
+    return State(zero(), params, optimizer.init(params), zero())
 
 
-@partial(jax.jit, static_argnames=("loss", "optimizer"), donate_argnames="state")
+def split(model: nnx.Module, trains: Callable[[str], bool]) -> tuple[nnx.GraphDef, Any, Any]:
+    """A model's structure, the parameters that train, and those that stay as they are.
+
+    Args:
+      trains: of a parameter's path, as `OptimizerConfig.trains`.
+    """
+    return nnx.split(model, lambda path, _: trains(name_of(path)), ...)
+
+
+def bind(loss: Callable[..., Sums], graph: nnx.GraphDef, *, dtype: Any = None) -> Callable:
+    """`loss(model, batch)` as the function of parameters that `update` wants.
+
+    Args:
+      dtype: of the arithmetic, where that is not the parameters' own.
+
+    Returns:
+      A function of what trains, a batch, and `update`'s `fixed`: what does not train, and, for a
+      loss that takes a `reference` model, what trains as it was in the beginning.
+    """
+
+    def of_params(params, batch, frozen, reference=None):
+        merge = lambda *states: nnx.merge(graph, *(_cast(state, dtype) for state in states))
+        model = merge(params, frozen)
+        if reference is None:
+            return loss(model, batch)
+        return loss(model, batch, reference=merge(reference, frozen))
+
+    return of_params
+
+
+def _cast(tree, dtype):
+    if dtype is None:
+        return tree
+    return jax.tree.map(lambda x: x.astype(dtype) if _is_float(x) else x, tree)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("loss", "optimizer", "gradient_accumulation_steps"),
+    donate_argnames="state",
+)
 def update(
-    state: State, batch: Any, *, loss: Callable, optimizer: optax.GradientTransformation
+    state: State,
+    batch: Any,
+    fixed: tuple = (),
+    *,
+    loss: Callable[..., Sums],
+    optimizer: optax.GradientTransformation,
+    gradient_accumulation_steps: int = 1,
 ) -> tuple[State, dict]:
-    """Moves the parameters once against the gradient of `loss(params, batch)`."""
-    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch)
+    """Moves the parameters once against the gradient of `loss(params, batch, *fixed)`.
+
+    A gradient that is not finite moves nothing, neither parameters nor the optimizer's state, and
+    is counted.
+
+    Args:
+      fixed: what else the loss reads and no step changes.
+      gradient_accumulation_steps: if more than 1, every array of the batch leads with an axis of
+        so many parts, which are gone through one after another; the step is that of all at once.
+
+    Returns:
+      The next state, and what to log: the loss's metrics, `loss`, `grad_norm` and `skipped` so far.
+
+    Raises:
+      ValueError: the batch does not lead with `gradient_accumulation_steps` parts.
+    """
+    grads, sums = _gradient(
+        lambda params, batch: loss(params, batch, *fixed),
+        state.params,
+        batch,
+        gradient_accumulation_steps,
+    )
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm)
     delta, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, delta)
-    metrics = {**metrics, "loss": value, "grad_norm": optax.tree.norm(grads)}
-    return State(state.step + 1, params, opt_state), metrics
+    moved = optax.apply_updates(state.params, delta), opt_state
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), moved, (state.params, state.opt_state)
+    )
+    skipped = state.skipped + ~finite
+    metrics = {**sums.means(), "grad_norm": norm, "skipped": skipped}
+    return State(state.step + 1, params, opt_state, skipped), metrics
+
+
+def _gradient(loss, params, batch, parts):
+    """The gradient of a batch's mean, and its sums."""
+
+    def of_mean(params, batch, weight=None):
+        sums = loss(params, batch)
+        return sums.mean(weight), sums
+
+    gradient = jax.grad(of_mean, has_aux=True)
+    if parts == 1:
+        return gradient(params, batch)
+    if found := {len(x) for x in jax.tree.leaves(batch)} - {parts}:
+        raise ValueError(f"wanted a batch in {parts} parts to accumulate, got one in {found}")
+    # Each part is divided by the weight of all. Weights are read off the labels, so XLA drops
+    # the model from this first pass.
+    weight = jax.lax.map(lambda part: loss(params, part).weight, batch).sum(axis=0)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, gradient(params, part, weight)), None
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    wide = lambda x: jnp.promote_types(x.dtype, jnp.float32) if _is_float(x) else x.dtype
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, wide(x)), jax.eval_shape(gradient, params, first, weight)
+    )
+    return jax.lax.scan(add, zeros, batch)[0]
+
+
+def _is_float(x):
+    return jnp.issubdtype(x.dtype, jnp.floating)
