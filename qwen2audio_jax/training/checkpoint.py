@@ -1,0 +1,310 @@
+"""Checkpoints of a run, whole: parameters, optimizer, the data iterators' state.
+
+One appears at once or not at all, and is not believed before its checksums agree.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import zlib
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from qwen2audio_jax.weights.orbax import _quietly
+
+CHECKPOINTS = "checkpoints"  # the folder within a run's
+
+_log = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held; `data` is this host's."""
+
+    step: int
+    state: Any
+    data: Any
+
+
+class Checkpoints:
+    """The checkpoints of a run, saved while training goes on.
+
+    Args:
+      folder: the run's.
+      keep: how many of the latest stay.
+      best: a metric of `save`; the checkpoint that is best in it stays too.
+      mode: whether the least or the greatest is best.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        keep: int = 3,
+        best: str | None = None,
+        mode: Literal["min", "max"] = "min",
+    ):
+        self.folder = epath.Path(folder).resolve() / CHECKPOINTS
+        self._keep, self._best, self._sign = keep, best, 1 if mode == "max" else -1
+        self._saving: int | None = None
+        self._orbax = self._open()
+
+    def _open(self) -> ocp.training.Checkpointer:
+        policies = ocp.training.preservation_policies
+        kept = [policies.LatestN(self._keep)]
+        if self._best is not None:
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=self._merit, n=1, keep_checkpoints_without_metrics=False
+                )
+            )
+        return ocp.training.Checkpointer(
+            self.folder,
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=True,  # of a process that was killed
+        )
+
+    def _merit(self, metrics: Mapping[str, Any] | None) -> float:
+        value = float((metrics or {}).get(self._best, math.nan))
+        return -math.inf if math.isnan(value) else self._sign * value
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that there are checkpoints of."""
+        return [info.step for info in self._orbax.checkpoints]
+
+    @property
+    def best(self) -> int | None:
+        """The step of the best checkpoint; None if none was measured."""
+        merits = [(self._merit(info.metrics), info.step) for info in self._orbax.checkpoints]
+        merit, step = max(merits, default=(-math.inf, None))
+        return None if merit == -math.inf else step
+
+    def save(
+        self, step: int, state: Any, data: Any, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Starts to save; when this returns, `state` may be donated to the next step.
+
+        Args:
+          state: a pytree of arrays.
+          data: what this host's data iterator has to know: bytes, or what JSON can hold.
+          metrics: measured at this step.
+
+        Raises:
+          OSError: this or the last save failed; what was saved before it is still there.
+        """
+        self.wait()
+        if step in self.steps:
+            return
+        arrays = _flat(state)
+        leaves = _describe(arrays, jax.device_get(_sums(arrays)))
+        self._saving = step
+        try:
+            self._orbax.save_checkpointables_async(
+                step,
+                {"state": arrays, "data": _HostFile.of(data)},
+                force=True,  # when to save is the loop's business
+                metrics=None if metrics is None else {k: float(v) for k, v in metrics.items()},
+                custom_metadata={"leaves": leaves, "crc32": _crc(leaves)},
+            )
+        except Exception as error:  # whatever Orbax and TensorStore raise
+            raise self._failure(error) from error
+
+    def wait(self) -> None:
+        """Returns when what is being saved is on disk.
+
+        Raises:
+          OSError: it could not be saved.
+        """
+        try:
+            with _quietly():
+                self._orbax.wait()
+        except Exception as error:
+            raise self._failure(error) from error
+        self._saving = None
+
+    def _failure(self, error: Exception) -> OSError:
+        step, self._saving = self._saving, None
+        with contextlib.suppress(Exception), _quietly():  # the same one again
+            self._orbax.close()
+        self._orbax = self._open()  # frees what the failed save had written
+        last = f"step {self.steps[-1]} is still there" if self.steps else "there is none before it"
+        return OSError(f"cannot save step {step} to {self.folder}: {_line(error)}; {last}")
+
+    def close(self) -> None:
+        """As `wait`, and lets go of the folder."""
+        self.wait()
+        self._orbax.close()
+
+    def restore(self, abstract: Any, step: int | None = None) -> Restored | None:
+        """Reads the last good checkpoint; damaged ones are named in the log and set aside.
+
+        Args:
+          abstract: the state's `jax.ShapeDtypeStruct`s, with the shardings to restore to.
+          step: this one and no other.
+
+        Returns:
+          None: there is no checkpoint.
+
+        Raises:
+          ValueError: all are damaged, or hold another state; the message says what is wrong.
+        """
+        damaged: dict[int, str] = {}
+        for number in reversed(self.steps if step is None else [step]):
+            try:
+                restored = self._read(number, abstract)
+            except _OtherState as error:
+                raise ValueError(f"{self.folder / str(number)} {error}") from error
+            except Exception as error:
+                damaged[number] = _line(error)
+            else:
+                self._set_aside(damaged)
+                return restored
+        if damaged:
+            lines = "; ".join(f"step {number}: {why}" for number, why in damaged.items())
+            raise ValueError(f"{self.folder} holds no checkpoint that is whole: {lines}")
+        return None
+
+    def _read(self, step: int, abstract: Any) -> Restored:
+        wanted = _flat(abstract)
+        with _quietly():
+            kept = self._orbax.metadata(step).custom_metadata
+        if _crc(leaves := kept["leaves"]) != kept["crc32"]:
+            raise ValueError("its metadata do not match their checksum")
+        _check(leaves, wanted)
+        file, failure = _HostFile(), None
+        try:
+            arrays = self._orbax.load_checkpointables(step, {"state": wanted, "data": file})[
+                "state"
+            ]
+            data = file.data()
+        except Exception as error:
+            failure = error
+        # every host goes back to the same checkpoint
+        if np.any(multihost_utils.process_allgather(np.array(failure is not None))):
+            raise failure or ValueError("another host cannot read it")
+        for path, total in jax.device_get(_sums(arrays)).items():
+            if int(total) != leaves[path][2]:
+                raise ValueError(f"{path} does not match its checksum")
+        tree = jax.tree.structure(abstract)
+        return Restored(step, jax.tree.unflatten(tree, [arrays[path] for path in wanted]), data)
+
+    def _set_aside(self, damaged: Mapping[int, str]) -> None:
+        for step, why in damaged.items():
+            path = self.folder / str(step)
+            aside = self.folder / f"{step}.damaged"
+            _log.warning("%s is damaged, now called %s: %s", path, aside.name, why)
+            if jax.process_index() == 0:
+                if aside.exists():
+                    aside.rmtree()
+                path.rename(aside)
+        if damaged:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            self._orbax.reload()
+
+
+class _OtherState(Exception):
+    """A checkpoint is whole, but of something else."""
+
+
+class _HostFile:
+    """One file per host, with its checksum in front."""
+
+    def __init__(self, content: bytes | None = None):
+        self.content = content
+
+    @classmethod
+    def of(cls, data: Any) -> "_HostFile":
+        raw = isinstance(data, bytes)
+        body = data if raw else json.dumps(data).encode()
+        return cls(f"{'bytes' if raw else 'json'} {zlib.crc32(body):08x}\n".encode() + body)
+
+    def data(self) -> Any:
+        if self.content is None:
+            raise ValueError(f"it has no data iterator's state of host {jax.process_index()}")
+        head, _, body = self.content.partition(b"\n")
+        kind, _, crc = head.partition(b" ")
+        if crc != b"%08x" % zlib.crc32(body):
+            raise ValueError("the data iterator's state does not match its checksum")
+        return body if kind == b"bytes" else json.loads(body)
+
+    async def save(self, directory: Any) -> Any:
+        async def write() -> None:
+            self._file(await directory.await_creation()).write_bytes(self.content)
+
+        return write()
+
+    async def load(self, directory: epath.Path) -> Any:
+        async def read() -> None:  # Orbax loses track of what it reads beside this if it raises
+            file = self._file(directory)
+            self.content = file.read_bytes() if file.exists() else None
+
+        return read()
+
+    def _file(self, directory: epath.Path) -> epath.Path:
+        return directory / f"host-{jax.process_index()}"
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
+
+
+def _describe(arrays: Mapping[str, Any], sums: Mapping[str, Any]) -> dict[str, list]:
+    return {
+        path: [list(x.shape), np.dtype(x.dtype).name, int(sums[path])] for path, x in arrays.items()
+    }
+
+
+def _crc(leaves: Any) -> int:
+    return zlib.crc32(json.dumps(leaves, sort_keys=True).encode())
+
+
+def _check(found: Mapping[str, list], wanted: Mapping[str, Any]) -> None:
+    problems = [f"{path} is unknown" for path in found if path not in wanted]
+    problems += [f"{path} is missing" for path in wanted if path not in found]
+    for path, leaf in wanted.items():
+        got, need = found.get(path, [None])[:2], [list(leaf.shape), np.dtype(leaf.dtype).name]
+        if path in found and got != need:
+            problems.append(f"{path} is {got[1]}{got[0]}, wanted {need[1]}{need[0]}")
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise _OtherState(f"holds another state: {'; '.join(problems[:5])}{more}")
+
+
+@jax.jit
+def _sums(arrays: dict[str, Any]) -> dict[str, Any]:
+    return {path: _sum(x) for path, x in arrays.items()}
+
+
+def _sum(x: Any) -> Any:
+    """Changes with every bit and with its place, however the array is split over devices."""
+    if x.dtype == jnp.bool:
+        x = x.astype(jnp.uint8)
+    word = jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")
+    bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+    place, stride = jnp.zeros((), jnp.uint32), 1
+    for axis in reversed(range(bits.ndim)):
+        iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        place = place + iota * np.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
+    # MurmurHash3's finalizer: regular weights would cancel out over regular arrays
+    for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+        place = (place ^ (place >> shift)) * np.uint32(factor)
+    return (bits * (place ^ (place >> 16) | 1)).sum(dtype=jnp.uint32)
+
+
+def _line(error: BaseException) -> str:
+    """What went wrong at the bottom, without the files that TensorStore lists before it."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    words = " ".join(str(error).split()).rpartition('": ')[2][:300]
+    return words if " " in words else f"{type(error).__name__} {words}".strip()

@@ -1,0 +1,125 @@
+"""LoRA adapters in PEFT's folders: adapter_config.json and adapter_model.safetensors.
+
+Modules are called as in transformers 4, which PEFT finds in transformers 5 too.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from qwen2audio_jax.model import Qwen2Audio
+from qwen2audio_jax.training import lora
+from qwen2audio_jax.training.lora import Adapters, LoraConfig
+from qwen2audio_jax.weights import huggingface, table
+
+SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# PEFT's settings that do not change what an adapter computes
+_INERT = {
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path"),
+    *("revision", "inference_mode", "megatron_core", "qalora_group_size", "layers_pattern"),
+}
+_NEUTRAL = (None, False, "none", {}, [])
+_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base too
+
+
+def save(
+    folder: str | pathlib.Path,
+    adapters: Adapters,
+    config: LoraConfig,
+    model: Qwen2Audio,
+    *,
+    base: str | None = None,
+) -> None:
+    """Writes a folder that PEFT loads.
+
+    Args:
+      model: the base, for its sizes.
+      base: where others find the base's weights: a hub id or a folder.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for entry in lora.targets(config, model):
+        adapter = lora.of_layer(adapters, entry)
+        for name, row in lora.matrices(entry, config.r).items():
+            tensor = row.to_theirs(np.asarray(adapter[name], np.float32))
+            tensors[PREFIX + row.name] = np.ascontiguousarray(tensor)
+    safetensors.numpy.save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    settings = dataclasses.asdict(config) | {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "bias": "none",
+    }
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+
+
+def load(folder: str | pathlib.Path, model: Qwen2Audio) -> tuple[LoraConfig, Adapters]:
+    """Reads a folder that `save` or PEFT wrote, for adapters of this model.
+
+    Raises:
+      ValueError: it is none, asks for what is not supported, or its tensors are not those that
+        its `target_modules` have in this model; the message names them all.
+    """
+    folder = pathlib.Path(folder)
+    config = _read_settings(folder / SETTINGS)
+    found = _read_tensors(folder / WEIGHTS)
+    pairs, problems = [], []
+    for entry in lora.targets(config, model):
+        pair = {}
+        for name, row in lora.matrices(entry, config.r).items():
+            tensor = found.pop(row.name, None)
+            if tensor is None:
+                problems.append(f"{row.name} is missing")
+            elif tensor.shape != row.their_shape:
+                problems.append(f"{row.name} has shape {tensor.shape}, wanted {row.their_shape}")
+            else:
+                ours = np.array(row.to_ours(tensor), np.float32, order="C")
+                pair[name] = jnp.asarray(ours)
+        pairs.append((entry, pair))
+    problems += [f"{key} is unknown" for key in found]
+    if problems:
+        raise ValueError(f"{folder} has no adapters of this model: {'; '.join(problems)}")
+    return config, lora.stacked(pairs, model)
+
+
+def _read_settings(path: pathlib.Path) -> LoraConfig:
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+        if settings["peft_type"] != "LORA":
+            raise ValueError(f"wanted peft_type LORA, got {settings['peft_type']}")
+        fields = {f.name: settings.pop(f.name) for f in dataclasses.fields(LoraConfig)}
+        if not isinstance(fields["target_modules"], str):
+            fields["target_modules"] = tuple(sorted(fields["target_modules"]))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} holds no LoRA settings: {error!r}") from error
+    if settings.get("init_lora_weights") in _HARMLESS_INITS:
+        del settings["init_lora_weights"]
+    if wrong := [k for k, v in settings.items() if k not in _INERT and v not in _NEUTRAL]:
+        wrong = ", ".join(f"{name}={settings[name]!r}" for name in wrong)
+        raise ValueError(f"{path} asks for what is not supported: {wrong}")
+    return LoraConfig(**fields)
+
+
+def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors, by their names without PEFT's prefix."""
+    if not path.is_file():
+        raise ValueError(f"wanted {path.name} in {path.parent}, got none")
+    raw, infos = huggingface.header(path)
+    infos.pop("__metadata__", None)
+    tensors = {}
+    for key, info in infos.items():
+        begin, end = info["data_offsets"]
+        dtype, shape = huggingface.DTYPES.get(info["dtype"]), tuple(info["shape"])
+        if dtype is None or len(raw) + end > path.stat().st_size:
+            raise ValueError(f"{path} is damaged at {key}: {info['dtype']}, bytes {begin}:{end}")
+        tensor = huggingface.Tensor(path, len(raw) + begin, dtype, shape)
+        tensors[table.on_disk(key.removeprefix(PREFIX))] = tensor.read()
+    return tensors

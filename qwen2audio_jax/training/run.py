@@ -1,0 +1,115 @@
+"""A run's folder: all that is needed to go on where it stopped, to the bit.
+
+run.json                                     the run's settings, its seed among them
+config.json, tokenizer.json, ...             the model's sizes and words
+checkpoints/<step>/                          parameters, optimizer, data iterators
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from qwen2audio_jax.config import Config
+from qwen2audio_jax.processor import Processor
+from qwen2audio_jax.training.checkpoint import CHECKPOINTS
+from qwen2audio_jax.weights import settings
+
+SETTINGS = "run.json"
+
+# Metadata of a dataclass field that a resumed run may have otherwise: it changes no parameter.
+MAY_CHANGE = {"may_change": True}
+
+
+def begin(folder: str | os.PathLike, config: Any, *, model: Config, processor: Processor) -> bool:
+    """Readies a run's folder, and says whether it holds a run that goes on.
+
+    Args:
+      config: a dataclass of settings that JSON can hold, nested ones too. Fields with the metadata
+        `MAY_CHANGE` may differ from those that the run began with.
+
+    Returns:
+      True: there is a checkpoint to restore. False: the run is new, and its files are written.
+
+    Raises:
+      ValueError: another field differs; the message names each with both values.
+    """
+    folder = epath.Path(folder)
+    continues = bool(_steps(folder / CHECKPOINTS))
+    if continues:
+        _compare(folder, config)
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not continues:
+            with tempfile.TemporaryDirectory() as local:
+                processor.save_pretrained(local)
+                settings.write(model, pathlib.Path(local))
+                for file in sorted(pathlib.Path(local).iterdir()):
+                    _write(folder / file.name, file.read_bytes())
+        _write(folder / SETTINGS, json.dumps(as_json(config), indent=2).encode() + b"\n")
+    return continues
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """A dataclass of settings as `run.json` holds it."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=os.fspath))
+
+
+def _compare(folder: epath.Path, config: Any) -> None:
+    path = folder / SETTINGS
+    try:
+        then = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} holds checkpoints, but no {SETTINGS} to read: {error}"
+        ) from error
+    then, now, free = _fields(then), _fields(as_json(config)), _free(config)
+    nothing = object()
+    show = lambda value: "nothing" if value is nothing else json.dumps(value)
+    changed = [
+        f"{name} was {show(before)}, now {show(after)}"
+        for name in {**then, **now}
+        if not any(name == field or name.startswith(f"{field}.") for field in free)
+        and (before := then.get(name, nothing)) != (after := now.get(name, nothing))
+    ]
+    if changed:
+        raise ValueError(f"{folder} holds a run with other settings: {'; '.join(changed)}")
+
+
+def _fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _fields(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _free(config: Any, prefix: str = "") -> list[str]:
+    names = []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        if field.metadata.get("may_change"):
+            names.append(name)
+        elif dataclasses.is_dataclass(value):
+            names += _free(value, f"{name}.")
+    return names
+
+
+def _write(path: epath.Path, content: bytes) -> None:
+    partial = path.parent / f".{path.name}.partial"
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _steps(folder: epath.Path) -> list[int]:
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
