@@ -1,0 +1,161 @@
+"""Conversations about a small world: for SFT in two modes, and pairs of answers for DPO.
+
+Audio analysis is a clip and a written question. In voice chat nothing is written: the question is
+spoken, by itself or about the clip before it.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from qwen2audio_jax.audio import SAMPLE_RATE
+from qwen2audio_jax.data import lexicon, synth
+from qwen2audio_jax.data.lexicon import LANGUAGES, Manner
+
+NO_SPEECH = "I hear no speech."
+ASKING = Manner(rate=(150, 230))
+OPPOSITES = (("up", "down"), ("left", "right"), ("open", "close"), ("stop", "go"), ("yes", "no"))
+
+Chat = Callable[[np.random.Generator], tuple[str, str]]
+
+
+def plus(rng: np.random.Generator) -> tuple[str, str]:
+    total = int(rng.integers(10))
+    first = int(rng.integers(total + 1))
+    words = (synth.DIGITS[n] for n in (first, total - first))
+    return "What is {} plus {}?".format(*words), f"It is {synth.DIGITS[total]}."
+
+
+def after(rng: np.random.Generator) -> tuple[str, str]:
+    n = int(rng.integers(9))
+    return f"What comes after {synth.DIGITS[n]}?", f"It is {synth.DIGITS[n + 1]}."
+
+
+def greeting(rng: np.random.Generator) -> tuple[str, str]:
+    return (("Hello!", "Hello to you."), ("Goodbye!", "Goodbye to you."))[rng.integers(2)]
+
+
+def opposite(rng: np.random.Generator) -> tuple[str, str]:
+    pair = OPPOSITES[rng.integers(len(OPPOSITES))]
+    given = int(rng.integers(2))
+    return f"What is the opposite of {pair[given]}?", f"It is {pair[1 - given]}."
+
+
+def foreign(rng: np.random.Generator) -> tuple[str, str]:
+    concept = int(rng.integers(len(lexicon.LEXICON)))
+    language = list(LANGUAGES)[rng.integers(1, len(LANGUAGES))]
+    (there,), (here,) = (lexicon.translate([concept], each) for each in (language, "en"))
+    return f"How do you say {here} in {LANGUAGES[language]}?", f"It is {there}."
+
+
+SMALL_CHATS: tuple[Chat, ...] = (plus, after, greeting)
+FULL_CHATS: tuple[Chat, ...] = (*SMALL_CHATS, opposite, foreign)
+
+
+def spoken(question: str) -> str:
+    """A question's words alone, as recognition writes them."""
+    return re.sub(r"[^\w\s]", "", question).lower()
+
+
+def chat_question(rng: np.random.Generator, chat: Chat) -> str:
+    return chat(rng)[0]
+
+
+def say_question(question: str, rng: np.random.Generator, *, held_out: bool) -> tuple:
+    """A question as a clip."""
+    text = spoken(question)
+    pool = lexicon.pooled(rng, text, held_out=held_out, size=20)
+    said = lexicon.say(text, pool, ASKING, held_out=held_out)
+    return surround(said.wave, rng), SAMPLE_RATE
+
+
+def surround(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Up to 0.15 s of silence on either side, mostly little."""
+    return np.pad(wave, (0.15 * SAMPLE_RATE * rng.random(2) ** 2).astype(int))
+
+
+def analysis(tasks: Sequence[Any], rng: np.random.Generator, *, held_out: bool) -> dict[str, Any]:
+    """A clip and a written question; then perhaps another one about the same clip."""
+    task, sample = _sample(tasks, rng, held_out)
+    messages = [
+        _user(_clip(sample["audio"]), {"type": "text", "text": task.question(sample, rng)}),
+        _assistant(task.reply_to(sample)),
+    ]
+    others = [each for each in tasks if each is not task and each.name in sample.get("facts", ())]
+    if others and rng.random() < 0.3:
+        other = others[rng.integers(len(others))]
+        fact = {"text": sample["facts"][other.name]}
+        messages += [
+            _user({"type": "text", "text": other.question(fact, rng)}),
+            _assistant(other.reply_to(fact)),
+        ]
+    return {"messages": messages, "task": task.name}
+
+
+def chat(
+    tasks: Sequence[Any],
+    chats: Sequence[Chat],
+    rng: np.random.Generator,
+    *,
+    held_out: bool,
+) -> dict[str, Any]:
+    """A spoken question, answered; half of them are about a clip that precedes it."""
+    if rng.random() < 0.5:
+        about = chats[rng.integers(len(chats))]
+        question, answer = about(rng)
+        content = [_clip(say_question(question, rng, held_out=held_out))]
+        name = about.__name__
+    else:
+        task, sample = _sample(tasks, rng, held_out)
+        question, answer = task.question(sample, rng), task.reply_to(sample)
+        asked = say_question(question, rng, held_out=held_out)
+        content, name = [_clip(sample["audio"]), _clip(asked)], task.name
+    return {"messages": [_user(*content), _assistant(answer)], "task": name}
+
+
+def preference(
+    recognition: Any,
+    silent: Callable[[np.random.Generator], Any],
+    rng: np.random.Generator,
+    *,
+    held_out: bool,
+) -> dict[str, Any]:
+    """Asks what is said: where nobody speaks, "I hear no speech." is better than invented words.
+
+    Args:
+      recognition: the task whose question is asked, and that says what could be invented.
+      silent: makes a clip, with its rate, in which nobody speaks.
+    """
+    sample = recognition.draw(rng, held_out)
+    speaks = bool(rng.random() < 0.5)
+    answers = [recognition.reply_to(sample), NO_SPEECH]
+    chosen, rejected = answers if speaks else reversed(answers)
+    heard = sample["audio"] if speaks else silent(rng)
+    question = {"type": "text", "text": recognition.question(sample, rng)}
+    return {
+        "messages": [_user(_clip(heard), question)],
+        "chosen": chosen,
+        "rejected": rejected,
+        "task": "speech" if speaks else "no speech",
+    }
+
+
+def _sample(tasks: Sequence[Any], rng: np.random.Generator, held_out: bool) -> tuple:
+    asked = [task for task in tasks if task.asked]
+    weights = np.array([task.weight for task in asked])
+    task = asked[rng.choice(len(asked), p=weights / weights.sum())]
+    return task, task.draw(rng, held_out)
+
+
+def _clip(audio: tuple) -> dict[str, Any]:
+    return {"type": "audio", "audio": audio}
+
+
+def _user(*parts: dict) -> dict[str, Any]:
+    return {"role": "user", "content": list(parts)}
+
+
+def _assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
