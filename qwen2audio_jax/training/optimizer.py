@@ -1,23 +1,27 @@
 """How far a step goes, and what takes it: schedules, decay of matrices only, rates per part."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 PARTS = ("encoder", "projector", "decoder", "embeddings")
+MUON_RMS = 0.5  # Adam's updates are of about this size, in units of the learning rate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """How far each step goes, and what takes it."""
 
-    name: Literal["adamw", "adam", "adafactor"] = "adamw"
+    name: Literal["adamw", "adam", "adafactor", "muon"] = "adamw"
     """adam is adamw without decay; adafactor keeps row and column sums in place of each matrix's
-    second moments, and no first ones (optax has no 8-bit Adam)."""
+    second moments, and no first ones (optax has no 8-bit Adam); muon makes the updates of blocks'
+    matrices orthogonal, and is adamw for all else."""
     learning_rate: float = 1e-4
     """The peak."""
     encoder_learning_rate: float | None = None
@@ -50,7 +54,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     """Adam's floor under the root of the second moment."""
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Adam's first moments are kept in this; the second ones always in float32."""
+    """Adam's and Muon's first moments are kept in this; the second ones always in float32."""
     clip_norm: float = 1.0
     """The longest gradient, over all that trains; 0 clips none."""
     ema_decay: float = 0.0
@@ -124,7 +128,38 @@ class OptimizerConfig:
     def _scaled(self):
         if self.name == "adafactor":
             return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
-        return optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype)
+        adam = optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype)
+        return _muon(adam, mu_dtype=self.mu_dtype) if self.name == "muon" else adam
+
+
+def _muon(adam: optax.GradientTransformation, *, mu_dtype: str) -> optax.GradientTransformation:
+    """Momentum whose matrices are made orthogonal, for the kernels of blocks; `adam` for the rest.
+
+    Its updates are scaled to Adam's typical size, so that one learning rate serves both.
+    """
+    kernel = lambda path: ".blocks." in path and path.endswith(".kernel")
+    axes = lambda kernels: jax.tree.map_with_path(lambda p, x: _axes(name_of(p), x.ndim), kernels)
+    orthogonal = optax.chain(
+        optax.contrib.scale_by_muon(weight_dimension_numbers=axes, mu_dtype=mu_dtype),
+        optax.stateless(lambda updates, _: jax.tree.map(_scale_orthogonal, updates, axes(updates))),
+    )
+    label = lambda path: "orthogonal" if kernel(path) else "adam"
+    return optax.partition(
+        {"orthogonal": orthogonal, "adam": adam}, lambda params: by_path(params, label)
+    )
+
+
+def _axes(path: str, dimensions: int) -> optax.contrib.MuonDimensionNumbers:
+    """Which axes of a block's kernel are its inputs and which its outputs; a layer axis neither."""
+    axes = tuple(range(dimensions))[-3 if ".attention." in path else -2 :]
+    inputs = len(axes) - 1 if path.endswith(".out.kernel") else 1
+    return optax.contrib.MuonDimensionNumbers(axes[:inputs], axes[inputs:])
+
+
+def _scale_orthogonal(update: jax.Array, axes: optax.contrib.MuonDimensionNumbers) -> jax.Array:
+    """Gives an orthogonal matrix, whose entries are small as it is large, the size MUON_RMS."""
+    sizes = (math.prod(update.shape[i] for i in side) for side in axes)
+    return update * MUON_RMS * math.sqrt(max(sizes))
 
 
 def averaged(opt_state: Any) -> Any:
