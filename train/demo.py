@@ -35,7 +35,7 @@ class Settings:
     """What to train on, how long, and where to leave the model."""
 
     steps: int = 1800
-    """Batches to learn from, each of 10 to 24 clips."""
+    """Batches to learn from, each of 8 to 32 clips."""
     learning_rate: float = 1e-3
     """The peak, after a twentieth of the steps; then a cosine down to nothing."""
     augmented: float = 0.4
@@ -197,7 +197,7 @@ Words: {", ".join(synth.WORDS)}.
 
 Questions: {" ".join(lessons.QUESTIONS)}
 
-Made with {settings.steps} steps of 10 to 24 clips (seed {settings.seed}, peak learning rate
+Made with {settings.steps} steps of 8 to 32 clips (Muon, seed {settings.seed}, peak learning rate
 {settings.learning_rate:g}) in {minutes:.0f} minutes on a CPU; the last loss was
 {np.mean([row["loss"] for row in history[-20:]]):.3f}.
 """
