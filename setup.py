@@ -10,6 +10,7 @@ EVAL = ["jiwer", "sacrebleu", "whisper-normalizer", "zhconv", "httpx"]
 NOTEBOOKS = [*DEMO, "nbclient", "nbformat", "ipykernel"]
 TEST = [
     *NOTEBOOKS,
+    *DATA,
     "beartype",
     "hypothesis",
     "psutil",
