@@ -16,21 +16,19 @@ from qwen2audio_jax.data.instruction import Task, hierarchical_tags
 from qwen2audio_jax.data.lexicon import LANGUAGES
 from qwen2audio_jax.processor import Processor
 
-Split = Literal["train", "test"]
-
 # Paraphrases that are never trained on use words that are: what is new is how they are put.
 RECOGNISE = (
     "Detect the language and recognize the speech:",
     "Recognize the speech and detect the language:",
     "Write the words of the speech:",
 )
-RECOGNISE_OTHERWISE = ("Detect the language and write the words:", "Recognize the words:")
+RECOGNISE_OTHERWISE = ("Write the words and detect the language:", "Recognize the words:")
 TRANSLATE = (
     "Detect the language and translate the speech into {}:",
     "Translate the speech into {}:",
-    "Write the speech in {}:",
+    "Write the translation of the speech in {}:",
 )
-TRANSLATE_OTHERWISE = ("Write the translation of the speech in {}:", "Translate the words into {}:")
+TRANSLATE_OTHERWISE = ("Write the speech in {}:", "Translate the words into {}:")
 CLASSIFY = (
     "Classify {} in English:",
     "Recognize {} with keywords in English:",
@@ -111,7 +109,7 @@ class Skill:
     weight: float = 1.0  # of samples, relative to the other skills
     seconds: float = 5.0  # the longest clip
 
-    def sample(self, seed: int, split: Split) -> dict[str, Any]:
+    def sample(self, seed: int, split: str) -> dict[str, Any]:
         """Makes the `seed`th sample: the line's fields, and which of the prompts asks for it."""
         rng, held_out = generator(self.name, seed, split)
         return self.draw(rng, held_out) | {"prompt": int(rng.integers(len(self.prompts)))}
@@ -160,7 +158,7 @@ _parse = functools.lru_cache(maxsize=512)(
 )
 
 
-def generator(name: str, seed: int, split: Split) -> tuple[np.random.Generator, bool]:
+def generator(name: str, seed: int, split: str) -> tuple[np.random.Generator, bool]:
     """What draws a sample, and whether it is held out."""
     if split not in ("train", "test"):
         raise ValueError(f"wanted the split train or test, got {split!r}")

@@ -35,7 +35,7 @@ class Instrument:
 
 INSTRUMENTS = {
     "flute": Instrument(harmonics=(1.0, 0.2, 0.05), attack=0.06, vibrato=0.004),
-    "organ": Instrument(harmonics=(1.0, 0.8, 0, 0.7, 0, 0, 0, 0.6), attack=0.01),
+    "organ": Instrument(harmonics=(1.0, 0.8, 0.0, 0.7, 0.0, 0.0, 0.0, 0.6), attack=0.01),
     "piano": Instrument(harmonics=(1.0, 0.5, 0.3, 0.15, 0.1, 0.05), attack=0.004, decay=0.12),
     "violin": Instrument(
         harmonics=tuple(h**-0.7 for h in range(1, 13)), attack=0.09, vibrato=0.012
@@ -66,18 +66,18 @@ def event(
     t = _times(0.04 if kind == "click" else length)
     draw = lambda low, high: dial(rng, low, high, held_out=held_out)
     if kind == "beep":
-        wave = np.sin(2 * np.pi * draw(300, 2400) * t)
+        wave = np.sin(2 * np.pi * draw(300.0, 2400.0) * t)
     elif kind == "bell":
-        strike = draw(500, 1800)
+        strike = draw(500.0, 1800.0)
         wave = sum(a * np.exp(-t / d) * np.sin(2 * np.pi * f * strike * t) for f, a, d in BELL)
     elif kind == "buzz":
-        wave = _periodic(draw(70, 160) * t, np.ones(30))
+        wave = _periodic(draw(70.0, 160.0) * t, np.ones(30))
     elif kind == "click":
-        wave = np.exp(-t / 0.003) * np.sin(2 * np.pi * draw(1500, 5000) * t)
+        wave = np.exp(-t / 0.003) * np.sin(2 * np.pi * draw(1500.0, 5000.0) * t)
     elif kind == "hiss":
-        wave = _band(len(t), draw(2000, 5000), rng)
+        wave = _band(len(t), draw(2000.0, 5000.0), rng)
     elif kind in ("rising chirp", "falling chirp"):
-        start, octaves = draw(250, 700), draw(1.0, 2.2)
+        start, octaves = draw(250.0, 700.0), draw(1.0, 2.2)
         # the phase of an exponential sweep is the integral of its frequency
         phase = start * length / (octaves * np.log(2)) * 2 ** (octaves * t / length)
         wave = np.sin(2 * np.pi * phase)
@@ -95,7 +95,7 @@ def tone(height: str, rng: np.random.Generator, *, held_out: bool = False) -> Sa
 
 def two_tones(higher: str, rng: np.random.Generator, *, held_out: bool = False) -> Samples:
     """Two beeps, the "first" or the "second" of them higher by half an octave or more."""
-    low = dial(rng, 250, 1000, held_out=held_out)
+    low = dial(rng, 250.0, 1000.0, held_out=held_out)
     high = low * 2 ** dial(rng, 0.5, 1.5, held_out=held_out)
     pair = (high, low) if higher == "first" else (low, high)
     t = _times(rng.uniform(0.25, 0.4))
@@ -115,7 +115,7 @@ def chord(
     quality: str, instrument: str, rng: np.random.Generator, *, held_out: bool = False
 ) -> Samples:
     """A "major" or "minor" triad, its notes one by one and then together."""
-    root = dial(rng, 330, 660, held_out=held_out)
+    root = dial(rng, 330.0, 660.0, held_out=held_out)
     notes = [root * 2 ** (semitones / 12) for semitones in CHORDS[quality]]
     step = rng.uniform(0.16, 0.24)
     together = sum(note(instrument, frequency, 0.5) for frequency in notes)
@@ -126,14 +126,14 @@ def chord(
 def melody(instrument: str, rng: np.random.Generator, *, held_out: bool = False) -> Samples:
     """Two to four notes."""
     seconds = rng.uniform(0.25, 0.45)
-    notes = [dial(rng, 260, 700, held_out=held_out) for _ in range(rng.integers(2, 5))]
+    notes = [dial(rng, 260.0, 700.0, held_out=held_out) for _ in range(rng.integers(2, 5))]
     return np.concatenate([_finish(note(instrument, each, seconds)) for each in notes])
 
 
 def rhythm(tempo: str, rng: np.random.Generator, *, held_out: bool = False) -> Samples:
     """A drum that beats four to seven times, "slow" or "fast"."""
     beat = dial(rng, *BEATS[tempo], held_out=held_out)
-    skin, t = dial(rng, 90, 220, held_out=held_out), _times(0.12)
+    skin, t = dial(rng, 90.0, 220.0, held_out=held_out), _times(0.12)
     snare = rng.standard_normal(len(t), dtype=np.float32) * np.exp(-t / 0.015)
     stroke = _finish(np.sin(2 * np.pi * skin * t) * np.exp(-t / 0.04) + 0.4 * snare)
     count = rng.integers(4, 6 if tempo == "slow" else 8)

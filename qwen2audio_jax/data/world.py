@@ -16,7 +16,7 @@ import pathlib
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -25,9 +25,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from qwen2audio_jax import prompt
 from qwen2audio_jax.audio import SAMPLE_RATE
 from qwen2audio_jax.data import dialogue, lexicon, scenes, skills, sounds
-from qwen2audio_jax.data.skills import Skill, Split, generator
+from qwen2audio_jax.data.skills import Skill, generator
 
-Mode = Literal["analysis", "chat"]
 NAMES, MODES = ("small", "full"), ("analysis", "chat")
 # Their places are those of the presets' token ids.
 SPECIAL = (
@@ -48,7 +47,7 @@ class Made:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.make(int(index))
+        return self.make(index)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +80,7 @@ class World:
             raise ValueError(f"wanted a task of {names}, got {task!r}")
         return found[0]
 
-    def messages(self, seed: int, split: Split, *, mode: Mode) -> dict[str, Any]:
+    def messages(self, seed: int, split: str, *, mode: str) -> dict[str, Any]:
         """The `seed`th conversation for SFT, {"messages": [...], "task": ...}.
 
         Args:
@@ -94,13 +93,13 @@ class World:
             return dialogue.analysis(self.tasks, rng, held_out=held_out)
         return dialogue.chat(self.tasks, self.chats, rng, held_out=held_out)
 
-    def preference(self, seed: int, split: Split) -> dict[str, Any]:
+    def preference(self, seed: int, split: str) -> dict[str, Any]:
         """The `seed`th pair of answers for DPO, {"messages", "chosen", "rejected", "task"}."""
         rng, held_out = generator("preference", seed, split)
         silent = lambda rng: (scenes.unspoken(rng, held_out), SAMPLE_RATE)
         return dialogue.preference(self["recognise en"], silent, rng, held_out=held_out)
 
-    def source(self, kind: str, split: Split, count: int) -> Made:
+    def source(self, kind: str, split: str, count: int) -> Made:
         """`count` samples of a task, of a mode's conversations, or of "preference"."""
         if kind == "preference":
             return Made(partial(self.preference, split=split), count)
@@ -159,7 +158,7 @@ class World:
         words = self.closed_words()
         scaffold = prompt.ChatTemplate().render([{"role": "user", "content": [prompt.CLIP]}])
         said = [*words, *(f" {word}" for word in words)]
-        core.train_from_iterator([*said * 1000, *self.texts() * 10, *[scaffold] * 100], trainer)
+        core.train_from_iterator([*said * 100, *self.texts(), *[scaffold] * 10], trainer)
         if split := [word for word in said if len(core.encode(word).ids) > 1]:
             raise ValueError(
                 f"a vocabulary of {vocabulary} splits {len(split)} of {len(said)} words,"
