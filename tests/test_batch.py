@@ -11,8 +11,8 @@ from qwen2audio_jax.data import batch, lessons
 pytest.importorskip("espeakng_loader")
 
 SHAPES = (
-    batch.Shape(clips=3, frames=130, tokens=90, words=(1, 1)),
-    batch.Shape(clips=2, frames=320, tokens=140, words=(2, 3), lesson="converse"),
+    batch.Shape(clips=3, frames=(0, 130), tokens=90, words=(1, 1)),
+    batch.Shape(clips=2, frames=(0, 320), tokens=140, words=(2, 3), lesson="converse"),
 )
 
 
