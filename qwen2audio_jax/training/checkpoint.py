@@ -93,6 +93,8 @@ class Checkpoints:
     ) -> None:
         """Starts to save; when this returns, `state` may be donated to the next step.
 
+        A step that is there already stays as it is.
+
         Args:
           state: a pytree of arrays.
           data: what this host's data iterator has to know: bytes, or what JSON can hold.

@@ -71,10 +71,11 @@ class Adapted(nnx.Module):
         self, base: nnx.Module, adapter: dict[str, Array], config: LoraConfig, key: Array | None
     ):
         self.base = base
-        self.lora_A = adapter[A]
-        self.lora_B = adapter[B]
+        # nnx would take a tracer for a constant
+        self.lora_A = nnx.data(adapter[A])
+        self.lora_B = nnx.data(adapter[B])
+        self.key = nnx.data(key)
         self.config = config
-        self.key = key
 
     @property
     def kernel(self) -> nnx.Param:
@@ -141,7 +142,8 @@ def merge(model: Qwen2Audio, adapters: Adapters, config: LoraConfig) -> Qwen2Aud
         base = getattr(parent, name)
         kernel = base.kernel.get_value()
         merged = _merge(kernel, adapter[A], adapter[B], config.scale, _is_stacked(base, adapter))
-        base.kernel.set_value(jax.device_put(merged, kernel.sharding))
+        # a new parameter: the old one is the base model's too
+        base.kernel = nnx.Param(jax.device_put(merged, kernel.sharding))
     return model
 
 

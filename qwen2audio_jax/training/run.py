@@ -1,8 +1,10 @@
 """A run's folder: all that is needed to go on where it stopped, to the bit.
 
-run.json                                     the run's settings, its seed among them
-config.json, tokenizer.json, ...             the model's sizes and words
-checkpoints/<step>/                          parameters, optimizer, data iterators
+    run.json                            the run's settings, its seed among them
+    config.json, tokenizer.json, ...    the model's sizes and words
+    checkpoints/<step>/                 parameters, optimizer, data iterators
+
+A run with a checkpoint goes on by itself, but never with settings that would make it another run.
 """
 
 import dataclasses
