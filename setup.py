@@ -6,11 +6,12 @@ from setuptools import find_packages, setup
 
 DATA = ["grain>=0.2.18", "array-record", "tensorflow-datasets"]
 DEMO = ["espeakng-loader>=0.2.4", "matplotlib"]
+TRAIN = [*DATA, "matplotlib", "tensorboardX"]
 EVAL = ["jiwer", "sacrebleu", "whisper-normalizer", "zhconv", "httpx"]
 NOTEBOOKS = [*DEMO, "nbclient", "nbformat", "ipykernel"]
 TEST = [
     *NOTEBOOKS,
-    *DATA,
+    *TRAIN,
     "beartype",
     "hypothesis",
     "psutil",
@@ -56,6 +57,8 @@ setup(
         "data": DATA,
         "demo": DEMO,
         "eval": EVAL,
+        "train": TRAIN,
+        "wandb": ["wandb"],
         "notebooks": NOTEBOOKS,
         "test": TEST,
         "tpu": ["jax[tpu]"],

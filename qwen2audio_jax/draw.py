@@ -1,7 +1,7 @@
 """Pictures of what a model hears and learns; needs matplotlib (extra: `demo`)."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -22,6 +22,32 @@ def history(rows: Sequence[dict[str, float]], path: pathlib.Path) -> None:
     right.plot([100 * row["accuracy"] for row in rows], alpha=0.25, color="C2", linewidth=0.8)
     right.plot(100 * smooth("accuracy"), color="C2")
     right.set(xlabel="step", ylabel="learned tokens foreseen, %", ylim=(0, 100))
+    _save(figure, path)
+
+
+def training(rows: Sequence[Mapping[str, int | float]], path: pathlib.Path) -> None:
+    """A run's log: loss, gradients, speed, and what was measured on held-out samples."""
+    steps = [row for row in rows if "loss" in row]
+    scores = [row for row in rows if any(name.startswith("eval/") for name in row)]
+    figure, axes = _figure(2, 2, (10.0, 6.4))
+    panels = {
+        "loss": "loss per learned token or pair",
+        "accuracy": "right: next tokens, or preferred answers",
+        "tokens_per_second": "tokens per second",
+    }
+    for panel, (name, label) in zip(axes.flat, panels.items(), strict=False):
+        values = np.array([row.get(name, np.nan) for row in steps])
+        numbers = [row["step"] for row in steps]
+        panel.plot(numbers, values, alpha=0.25, color="C0", linewidth=0.8)
+        panel.plot(numbers, _smooth(values), color="C0")
+        panel.set(xlabel="step", ylabel=label)
+    names = sorted({name for row in scores for name in row if name.count("/") == 1})
+    for name in names:
+        known = [(row["step"], row[name]) for row in scores if name in row]
+        axes[1, 1].plot(*zip(*known, strict=True), marker=".", label=name.removeprefix("eval/"))
+    axes[1, 1].set(xlabel="step", ylabel="held out")
+    if names:
+        axes[1, 1].legend(fontsize="small")
     _save(figure, path)
 
 

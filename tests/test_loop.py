@@ -1,65 +1,166 @@
-"""The loop trains once a batch, keeps a history, and stops at the first number that is none."""
+"""The loop trains once a batch, keeps a history, and an interrupted run ends with the same bits."""
 
+import os
+import signal
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
 from flax import nnx
 
-from qwen2audio_jax import Qwen2Audio
+from qwen2audio_jax import Qwen2Audio, sharding
+from qwen2audio_jax.training import log as logs
 from qwen2audio_jax.training import loop
 from qwen2audio_jax.training import loss as losses
+from qwen2audio_jax.training.checkpoint import Checkpoints
+from qwen2audio_jax.training.learner import Learner
+from qwen2audio_jax.training.log import Log
 from qwen2audio_jax.training.optimizer import OptimizerConfig
+from qwen2audio_jax.training.settings import LoopConfig, Lora
 
-STEPS = 3
-
-
-@pytest.fixture
-def model():
-    return Qwen2Audio(small.CONFIG, rngs=nnx.Rngs(0))
+STEPS = 5
+SPARSE = {"save_every": 100, "evaluate_every": 100}
 
 
-def batches():
-    inputs = small.inputs([9], total=16, length=6)
-    for _ in range(STEPS):
-        yield inputs | {
-            "labels": np.where(inputs["attention_mask"] == 1, inputs["input_ids"], -100)
-        }
+class Counted:
+    """Batches that differ, and know where they are; one of them may bring a signal."""
+
+    def __init__(self, signal_at=None, parts=1):
+        self.number, self.signal_at, self.parts = 0, signal_at, parts
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.number += 1
+        if self.number == self.signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        batch = small.inputs([9] * 8, total=16, length=6)
+        batch["input_ids"][:, -1] = 10 + self.number
+        batch["labels"] = np.where(batch["attention_mask"] == 1, batch["input_ids"], -100)
+        if self.parts > 1:
+            return {k: x.reshape(self.parts, -1, *x.shape[1:]) for k, x in batch.items()}
+        return batch
+
+    def get_state(self):
+        return {"number": self.number}
+
+    def set_state(self, state):
+        self.number = state["number"]
 
 
-def test_every_batch_is_one_step_of_the_history(model):
-    """The model moves, the caller's stays, and `every` sees each state on the way."""
-    before = np.asarray(model.projector.kernel[...]).copy()
-    seen = []
-    config = OptimizerConfig(learning_rate=0.01, steps=STEPS, warmup_steps=1)
-    trained, history = loop.train(
-        model,
-        batches(),
-        config,
-        every=lambda number, model: seen.append((number, np.asarray(model.projector.kernel[...]))),
+def learner(loss=losses.next_token, **how):
+    optimizer = OptimizerConfig(learning_rate=0.01, steps=STEPS, warmup_steps=1)
+    return Learner(Qwen2Audio(small.CONFIG, rngs=nnx.Rngs(0)), optimizer, loss, **how)
+
+
+def test_every_batch_is_one_step_of_the_history():
+    """The model moves, and each row says how fast and from where."""
+    one, log = learner(), Log(None)
+    before = np.asarray(one.model().projector.kernel[...]).copy()
+    assert loop.train(one, Counted(), log=log) is None
+    assert not np.array_equal(before, one.model().projector.kernel[...])
+    assert [row["step"] for row in log.rows] == [1, 2, 3, 4, 5]
+    wanted = {"loss", "accuracy", "tokens", "grad_norm", "skipped", "learning_rate", "seconds"}
+    assert all(wanted <= set(row) for row in log.rows)
+    assert {"tokens_per_second", "audio_seconds_per_second"} <= set(log.rows[-1])
+    assert "mfu" not in log.rows[-1]  # nobody knows what a CPU could do
+    rates = [0, 0.01, 0.01 * (1 + 0.5**0.5) / 2, 0.005]
+    np.testing.assert_allclose([row["learning_rate"] for row in log.rows[:4]], rates, rtol=1e-5)
+    assert log.rows[-1]["loss"] < log.rows[0]["loss"]
+
+
+WAYS = {
+    "all": {},
+    "spread": {"mesh": {"data": 4, "fsdp": 2}},
+    "adapters": {"adapters": Lora(r=2, lora_dropout=0.3), "accumulate": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_that_was_ended_ends_with_the_same_bits(tmp_path, way):
+    """SIGTERM saves; what goes on from there, dropout and moments too, is what would have been."""
+    how = dict(WAYS[way])
+    if sizes := how.pop("mesh", None):
+        how["mesh"] = sharding.mesh(**sizes)
+    parts = how.get("accumulate", 1)
+    config = LoopConfig(**SPARSE)
+
+    def run(folder, **stop):
+        checkpoints, log = Checkpoints(folder), Log(folder)
+        one = learner(**how)
+        ended = loop.train(
+            one, Counted(parts=parts, **stop), config, log=log, checkpoints=checkpoints
+        )
+        log.close()
+        checkpoints.close()
+        return ended, one, checkpoints.steps
+
+    ended, whole, _ = run(tmp_path / "whole")
+    assert ended is None
+    ended, _, steps = run(tmp_path / "parts", signal_at=3)
+    assert ended == signal.SIGTERM and steps == [3]
+    with open(tmp_path / "parts" / logs.LOG, "a") as file:
+        file.write('{"step": 4, "loss": 0.0}\n{"step": 5, "lo')  # of steps that were never saved
+    ended, resumed, _ = run(tmp_path / "parts")
+    assert ended is None
+
+    jax.tree.map(np.testing.assert_array_equal, whole.state, resumed.state)
+    rows = [logs.read(tmp_path / name / logs.LOG) for name in ("whole", "parts")]
+    exact = [[(row["step"], row["loss"], row["grad_norm"]) for row in each] for each in rows]
+    assert exact[0] == exact[1]
+    if way == "spread":
+        assert "fsdp" in whole.state.params["projector"]["kernel"].get_value().sharding.spec
+        moments = [x for x in jax.tree.leaves(whole.state.opt_state) if x.ndim == 2]
+        assert any("fsdp" in x.sharding.spec for x in moments)
+
+
+def test_a_base_that_has_changed_is_refused(tmp_path):
+    """Adapters of one model do not go on beside another."""
+    adapted = {"adapters": Lora(r=2)}
+    checkpoints = Checkpoints(tmp_path)
+    one = learner(**adapted)
+    loop.save(
+        one, Counted(), checkpoints, 1, loop.Meter(one, LoopConfig(), Log(None), None, done=0), None
     )
-    assert [number for number, _ in seen] == [1, 2, 3]
-    np.testing.assert_array_equal(seen[0][1], before)  # warm-up begins at a rate of 0
-    assert not np.array_equal(seen[1][1], before)
-    np.testing.assert_array_equal(seen[2][1], trained.projector.kernel[...])
-    assert [set(row) for row in history] == [
-        {"loss", "accuracy", "tokens", "grad_norm", "skipped", "learning_rate", "seconds"}
-    ] * STEPS
-    np.testing.assert_allclose(
-        [row["learning_rate"] for row in history], [0, 0.01, 0.005], rtol=1e-5
-    )
-    assert history[-1]["loss"] < history[0]["loss"]
+    checkpoints.wait()
+    other = Qwen2Audio(small.CONFIG, rngs=nnx.Rngs(1))
+    other = Learner(other, one.optimizer, losses.next_token, **adapted)
+    with pytest.raises(ValueError, match="beside other parameters than --model has now"):
+        loop.resume(other, Counted(), checkpoints)
+    checkpoints.close()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_loss_that_is_no_number_stops_the_training(model, value):
-    """At the step where it happens, which the message names."""
+def test_gradients_that_are_no_numbers_stop_the_training(tmp_path):
+    """After some in a row, naming the step and the last good checkpoint, which stays the last."""
 
     def breaks(model, batch):
-        first = (batch["number"] == 0) * model.projector.bias.sum()
-        total = first + jnp.where(batch["number"] == 1, value, 0.0)
-        return losses.Sums(total, jnp.array(1), {"accuracy": jnp.array(0.0), "tokens": 1})
+        broken = jnp.isin(batch["input_ids"][0, -1], jnp.array([12, 14, 15]))
+        sums = losses.next_token(model, batch)
+        return sums.replace(loss=sums.loss * jnp.where(broken, jnp.nan, 1.0))
 
-    config = OptimizerConfig(steps=STEPS, warmup_steps=1)
-    with pytest.raises(FloatingPointError, match=f"the loss is {value} at step 2"):
-        loop.train(model, ({"number": i} for i in range(STEPS)), config, loss=breaks)
+    checkpoints = Checkpoints(tmp_path)
+    config = LoopConfig(save_every=1, evaluate_every=100, bad_steps=2)
+    log, one = Log(tmp_path), learner(breaks)
+    with pytest.raises(FloatingPointError) as caught:
+        loop.train(one, Counted(), config, log=log, checkpoints=checkpoints)
+    message = str(caught.value)
+    assert "the loss is nan" in message and "at step 5, the 2. in a row" in message
+    assert message.endswith(f"the last good checkpoint is {checkpoints.folder / '3'}")
+    assert checkpoints.steps == [1, 3]
+    assert [row["skipped"] for row in log.rows] == [0, 1, 1, 2, 3]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(one.state.params))
+    checkpoints.close()
+
+
+def test_what_nothing_can_train_is_refused():
+    still = OptimizerConfig(learning_rate=0.0)
+    model = Qwen2Audio(small.CONFIG, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="nothing trains"):
+        Learner(model, still, losses.next_token)
+    with pytest.raises(ValueError, match=r"target_modules name .*, whose learning rate is 0"):
+        Learner(model, still, losses.next_token, adapters=Lora(r=1))
+    with pytest.raises(ValueError, match="the batches ended after 0 of 5 steps"):
+        loop.train(learner(), [])

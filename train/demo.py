@@ -27,6 +27,8 @@ from qwen2audio_jax import Processor, Qwen2Audio, audio, draw, generate, preset
 from qwen2audio_jax.data import batch, lessons, manifest, synth
 from qwen2audio_jax.evaluation import recognition
 from qwen2audio_jax.training import loop, loss
+from qwen2audio_jax.training.learner import Learner
+from qwen2audio_jax.training.log import Log
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 
 
@@ -78,7 +80,11 @@ def main(settings: Settings) -> None:
     model = Qwen2Audio(config, scan_layers=False, rngs=nnx.Rngs(settings.seed))
     model.encoder.look_nearby()
     batches = batch.ahead(functools.partial(batch.make, course), range(settings.steps))
-    model, history = loop.train(model, batches, optimizer, loss=loss.next_token_and_words)
+    learner = Learner(model, optimizer, loss.next_token_and_words)
+    log = Log(None)
+    if loop.train(learner, batches, log=log) is not None:
+        raise KeyboardInterrupt
+    model, history = learner.model(), log.rows
     minutes = (time.perf_counter() - began) / 60
     (folder / "history.json").write_text(json.dumps(history))
     jax.tree.map(lambda x: x.astype(jnp.bfloat16), model).save_pretrained(folder)

@@ -1,62 +1,130 @@
-"""The plain loop: batches in, a trained model and its history out."""
+"""The loop: batches in, a trained model, its checkpoints and its history out."""
 
-import math
-import time
-from collections.abc import Callable, Iterable
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-import tqdm
-from flax import nnx
 
-from qwen2audio_jax.model import Qwen2Audio
-from qwen2audio_jax.training import loss as losses
-from qwen2audio_jax.training import step
-from qwen2audio_jax.training.optimizer import OptimizerConfig
+from qwen2audio_jax.training.checkpoint import Checkpoints
+from qwen2audio_jax.training.learner import Learner
+from qwen2audio_jax.training.log import Log
+from qwen2audio_jax.training.meter import Meter
+from qwen2audio_jax.training.settings import LoopConfig
+from qwen2audio_jax.training.signals import Interruption
+
+DEFAULTS = LoopConfig()
 
 
 def train(
-    model: Qwen2Audio,
+    learner: Learner,
     batches: Iterable[dict[str, Any]],
-    config: OptimizerConfig,
+    config: LoopConfig = DEFAULTS,
     *,
-    loss: Callable[[Qwen2Audio, Any], losses.Sums] = losses.next_token,
-    every: Callable[[int, Qwen2Audio], None] | None = None,
-) -> tuple[Qwen2Audio, list[dict[str, float]]]:
-    """Moves a model's parameters by one step a batch.
+    log: Log | None = None,
+    checkpoints: Checkpoints | None = None,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    dtype: str = "float32",
+) -> int | None:
+    """Moves a learner by a step a batch, from its last checkpoint to the optimizer's last step.
+
+    SIGTERM and SIGINT end it after the step they meet, with a checkpoint; a second one at once.
 
     Args:
-      batches: what a `Processor` makes with labels; as many as `config.steps`.
-      loss: what to minimise, of a model and a batch.
-      every: called after each step with the number of steps done and the model.
+      batches: with checkpoints, what can say and be told where it is: `mixture.Batches`.
+      evaluate: measures the learner as it is.
+      dtype: of the arithmetic, for MFU.
 
     Returns:
-      The trained model, and per step: what `step.update` logs, learning_rate, seconds.
+      The signal that ended it; None: it is done.
 
     Raises:
-      FloatingPointError: the loss is not finite; the message names the step.
+      FloatingPointError: too many gradients in a row were not finite; the message names the step
+        and the last good checkpoint.
+      OSError: a checkpoint could not be saved; the last good one is still there.
+      ValueError: the checkpoint to go on from cannot be read, or is another run's.
     """
-    graph, params, frozen = step.split(model, config.trains)
-    of_params = step.bind(loss, graph)
-    optimizer = config.make()
-    state = step.start(params, optimizer)
-    schedule = config.schedule()
-    history = []
+    batches, steps = iter(batches), learner.optimizer.steps
+    done = resume(learner, batches, checkpoints)
+    meter = Meter(learner, config, log or Log(None), checkpoints, done=done, dtype=dtype)
+    with meter, Interruption() as stop:
+        for number in _traced(range(done, steps), config.profile, meter):
+            try:
+                batch = next(batches, None)
+            except Exception:
+                if stop.signal is None:  # else it ended the processes that make batches, too
+                    raise
+                break
+            if batch is None:
+                raise ValueError(f"the batches ended after {done} of {steps} steps")
+            metrics = learner.step(batch, number)
+            meter.add(number + 1, batch, metrics)
+            done, scores = number + 1, None
+            last = done == steps
+            if evaluate is not None and (last or done % config.evaluate_every == 0):
+                meter.flush()
+                scores = evaluate()
+                meter.scored(done, scores)
+            if last or scores or done % config.save_every == 0:
+                save(learner, batches, checkpoints, done, meter, scores)
+            if stop.agreed(done):
+                break
+        if stop.signal is not None:
+            save(learner, batches, checkpoints, done, meter, None)
+    if checkpoints is not None:
+        checkpoints.wait()
+    return stop.signal if done < steps else None
 
-    with tqdm.tqdm(total=config.steps, unit="step", desc="training", mininterval=1) as bar:
-        for number, batch in enumerate(batches):
-            began = time.perf_counter()
-            state, metrics = step.update(
-                state, batch, (frozen,), loss=of_params, optimizer=optimizer
-            )
-            row = {name: float(x) for name, x in jax.device_get(metrics).items()}
-            row["learning_rate"] = float(schedule(number))
-            row["seconds"] = time.perf_counter() - began
-            if not math.isfinite(row["loss"]):
-                raise FloatingPointError(f"the loss is {row['loss']} at step {number + 1}")
-            history.append(row)
-            bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.1%}")
-            bar.update()
-            if every is not None:
-                every(number + 1, nnx.merge(graph, state.params, frozen))
-    return nnx.merge(graph, state.params, frozen), history
+
+def resume(learner: Learner, batches: Iterator[Any], checkpoints: Checkpoints | None) -> int:
+    """Puts a learner and its batches where the last good checkpoint was; gives its step."""
+    if checkpoints is None or not checkpoints.steps:
+        return 0
+    stays, abstract = learner.identity(), learner.release()
+    restored = checkpoints.restore(abstract)
+    if restored.data["stays"] != stays:
+        raise ValueError(
+            f"{checkpoints.folder} was made beside other parameters than --model has now: those "
+            "that do not train differ"
+        )
+    learner.state = restored.state
+    batches.set_state(restored.data["batches"])
+    return restored.step
+
+
+def save(
+    learner: Learner,
+    batches: Iterator[Any],
+    checkpoints: Checkpoints | None,
+    done: int,
+    meter: Meter,
+    scores: dict[str, float] | None,
+) -> None:
+    """Saves all that the run needs to go on, unless its gradients have ceased to be finite."""
+    meter.flush()
+    if checkpoints is not None and meter.bad == 0:
+        data = {"batches": batches.get_state(), "stays": learner.identity()}
+        checkpoints.save(done, learner.state, data, scores)
+
+
+@contextlib.contextmanager
+def _trace(folder: pathlib.Path) -> Iterator[None]:
+    jax.profiler.start_trace(str(folder))
+    try:
+        yield
+    finally:
+        jax.profiler.stop_trace()
+
+
+def _traced(numbers: Iterable[int], window: tuple[int, int] | None, meter: Meter) -> Iterator[int]:
+    """The same numbers; what happens from step to step of the window is traced."""
+    with contextlib.ExitStack() as traces:
+        for number in numbers:
+            if window is not None and number + 1 == window[0]:
+                meter.flush()
+                traces.enter_context(_trace((meter.log.folder or pathlib.Path()) / "profile"))
+            yield number
+            if window is not None and number + 1 == window[1]:
+                meter.flush()
+                traces.close()

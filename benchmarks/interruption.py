@@ -1,0 +1,183 @@
+"""Ends a training again and again, as badly as can be, and compares with one never interrupted.
+
+    python -m benchmarks.interruption                     # fifteen times, ten of them kill -9
+    python -m benchmarks.interruption --kills 2 --saves 1 --steps 8
+
+Both are `python -m train.sft` on clips made here. One is ended by kill -9 at random steps and
+while it saves, by SIGTERM, and by a disk that is full, and is started again each time. In the end
+parameters, and every step's loss and gradient, have to be the same to the bit.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+import soundfile
+import tyro
+
+from qwen2audio_jax.training import log
+from qwen2audio_jax.training.checkpoint import CHECKPOINTS
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+WORDS = ("low", "middle", "high", "highest")
+FULL = 300 * 1024  # bytes that a file may have on the disk that is full: no checkpoint's
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How often, and how long."""
+
+    kills: int = 10
+    """Random steps to be killed at (kill -9)."""
+    saves: int = 3
+    """Saves to be killed in."""
+    terms: int = 1
+    """Random steps to get SIGTERM at."""
+    full_disks: int = 1
+    """Starts with a disk that takes no checkpoint."""
+    steps: int = 200
+    save_every: int = 5
+    """Steps between checkpoints."""
+    model: str = "tiny"
+    workers: int = 1
+    """Processes that make batches."""
+    seed: int = 0
+    """Of the moments."""
+    out: pathlib.Path | None = None
+    """A JSON file for what happened."""
+
+
+def main(settings: Settings) -> dict[str, object]:
+    """Raises SystemExit if anything differs."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        write_clips(folder)
+        start = functools.partial(begin, settings, folder)
+        whole, ended = folder / "whole", folder / "ended"
+        print("never interrupted", flush=True)
+        finish(start(whole))
+        events = interrupt(settings, start, ended)
+        print("to the end", flush=True)
+        finish(start(ended))
+        same = {
+            "parameters": digest(whole) == digest(ended),
+            "steps": exact(whole) == exact(ended),
+        }
+    result = {"steps": settings.steps, "events": events, "same": same}
+    print(json.dumps(result, indent=2))
+    if settings.out:
+        settings.out.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    if not all(same.values()):
+        raise SystemExit("benchmarks.interruption: the runs differ")
+    return result
+
+
+def write_clips(folder: pathlib.Path, count: int = 40) -> None:
+    """Tones, and conversations about how high they are."""
+    rows = []
+    for i in range(count):
+        word, seconds = WORDS[i % len(WORDS)], 0.3 + 0.01 * i
+        wave = 0.3 * np.sin(
+            2 * np.pi * 200 * (1 + i % len(WORDS)) * np.arange(16_000 * seconds) / 16_000
+        )
+        soundfile.write(folder / f"{i}.wav", wave, 16_000)
+        asked = [{"type": "audio", "audio": f"{i}.wav"}, {"type": "text", "text": "How high?"}]
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": word}]
+        rows.append(json.dumps({"messages": messages}))
+    (folder / "rows.jsonl").write_text("\n".join(rows), "utf-8")
+
+
+def begin(
+    settings: Settings, data: pathlib.Path, out: pathlib.Path, limit: int | None = None
+) -> subprocess.Popen:
+    """Starts or goes on with a run; `limit` is how large a file may become."""
+    command = [sys.executable, "-m", "train.sft", "tiny", "--model", settings.model]
+    command += ["--out", out, "--data.train", data / "rows.jsonl", "--data.held-out"]
+    command += ["--data.workers", settings.workers, "--no-tensorboard"]
+    command += ["--loop.save-every", settings.save_every, "--optimizer.steps", settings.steps]
+    command += ["--optimizer.warmup-steps", 2, "--loop.keep", 1]
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    with open(out.with_suffix(".log"), "ab") as told:
+        return subprocess.Popen(
+            list(map(str, command)),
+            cwd=ROOT,
+            stdout=told,
+            stderr=told,
+            preexec_fn=None if limit is None else full,
+        )
+
+
+def finish(process: subprocess.Popen) -> None:
+    if status := process.wait():
+        raise SystemExit(f"benchmarks.interruption: wanted a run to end well, got status {status}")
+
+
+def interrupt(
+    settings: Settings, start: Callable[..., subprocess.Popen], out: pathlib.Path
+) -> list[dict[str, object]]:
+    """Ends a run in every way, in random order; gives how, and at which step."""
+    rng = random.Random(settings.seed)
+    ways = ["kill"] * settings.kills + ["save"] * settings.saves
+    ways += ["term"] * settings.terms + ["full"] * settings.full_disks
+    rng.shuffle(ways)
+    events = []
+    for number, way in enumerate(ways):
+        # Moments that are spread over the run, so that there is always something left to end.
+        moment = settings.steps * (number + rng.random()) / (len(ways) + 1)
+        process = start(out, limit=FULL if way == "full" else None)
+        if way != "full":
+            wait = at_a_save if way == "save" else at_a_step
+            wait(process, out, moment)
+            time.sleep(0 if way == "save" else rng.uniform(0, 0.1))
+            process.send_signal(signal.SIGTERM if way == "term" else signal.SIGKILL)
+        status = process.wait()
+        events.append({"way": way, "step": last_step(out), "status": status})
+        print(json.dumps(events[-1]), flush=True)
+    return events
+
+
+def at_a_step(process: subprocess.Popen, out: pathlib.Path, step: float) -> None:
+    """Waits until a run has logged this step."""
+    while process.poll() is None and last_step(out) < step:
+        time.sleep(0.01)
+
+
+def at_a_save(process: subprocess.Popen, out: pathlib.Path, step: float) -> None:
+    """Waits until a run is writing a checkpoint, at this step or later."""
+    at_a_step(process, out, step)
+    while process.poll() is None and not unfinished(out):
+        time.sleep(0.0005)
+
+
+def unfinished(out: pathlib.Path) -> list[pathlib.Path]:
+    return list((out / CHECKPOINTS).glob("*tmp*"))
+
+
+def last_step(out: pathlib.Path) -> int:
+    rows = log.read(out / log.LOG)
+    return int(rows[-1]["step"]) if rows else 0
+
+
+def digest(out: pathlib.Path) -> str:
+    """Of all parameters, in float32."""
+    return hashlib.sha256((out / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def exact(out: pathlib.Path) -> list[tuple[int, float, float, float]]:
+    rows = [row for row in log.read(out / log.LOG) if "loss" in row]
+    return [(row["step"], row["loss"], row["grad_norm"], row["tokens"]) for row in rows]
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

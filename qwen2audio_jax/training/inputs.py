@@ -1,0 +1,172 @@
+"""Sources by name -> what a mixture draws from, and what is asked of held-out samples."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qwen2audio_jax.data.example import Example, Pair, from_messages, from_preference
+from qwen2audio_jax.data.instruction import Task
+from qwen2audio_jax.data.mixture import Mixture, Part
+from qwen2audio_jax.data.sources import RandomAccess, open_source
+from qwen2audio_jax.processor import Processor
+from qwen2audio_jax.training.settings import DataConfig
+
+WORLD = "world:"
+MADE = 10**6  # samples that a made world tells apart
+
+Choices = Callable[[Mapping], list[str] | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Samples to measure with, and what their answers are chosen from."""
+
+    part: Part
+    choices: Choices
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The first samples of a source."""
+
+    source: RandomAccess
+    count: int
+
+    def __len__(self) -> int:
+        return min(self.count, len(self.source))
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self.source[index]
+
+
+def training(data: DataConfig, *, pairs: bool = False) -> tuple[Part, ...]:
+    """What is learned from.
+
+    Args:
+      pairs: whether rows without a task are pairs of answers rather than conversations.
+
+    Raises:
+      ValueError, OSError: a source, or a line, is not what it should be.
+    """
+    if not data.train:
+        raise ValueError("nothing to train on: wanted --data.train SOURCE")
+    weights = data.weights or [1.0] * len(data.train)
+    found = []
+    for spec, line, weight in zip(data.train, _lines(data.tasks, data.train), weights, strict=True):
+        parts = [each.part for each in _open(spec, line, data, pairs)]
+        share = weight / sum(part.weight for part in parts)
+        found += [
+            dataclasses.replace(
+                part,
+                weight=part.weight * share,
+                augmented=data.augmented * part.augmented,
+                masked=data.masked,
+            )
+            for part in parts
+        ]
+    return _named_apart(found)
+
+
+def held_out(data: DataConfig, samples: int, *, pairs: bool = False) -> list[HeldOut]:
+    """What is measured: the first samples of each source, as they are."""
+    found = []
+    for spec, line in zip(data.held_out, _lines(data.lines_held_out, data.held_out), strict=True):
+        for each in _open(spec, line, data, pairs):
+            source = Head(each.part.source, samples)
+            part = dataclasses.replace(each.part, source=source, weight=1.0, augmented=0.0)
+            found.append(dataclasses.replace(each, part=part))
+    parts = _named_apart([each.part for each in found])
+    return [dataclasses.replace(e, part=part) for e, part in zip(found, parts, strict=True)]
+
+
+def _lines(lines: Sequence[str], sources: Sequence[str]) -> Sequence[str | None]:
+    return [None] * len(sources) if not lines else [*lines] * (len(sources) // len(lines))
+
+
+def _open(spec: str, line: str | None, data: DataConfig, pairs: bool) -> list[HeldOut]:
+    if spec.startswith(WORLD):
+        return _made(spec, data.style)
+    source = open_source(spec)
+    if line is None:
+        compile = from_preference if pairs else from_messages
+        part = Part(name=spec, source=source, compile=compile, augmented=1.0)
+        return [HeldOut(part=part, choices=_anything)]
+    task = Task.parse(line, tags=data.tags, style=data.style)
+    part = Part(name=spec, source=source, compile=task.compile, augmented=1.0)
+    return [HeldOut(part=part, choices=task.choices)]
+
+
+def _made(spec: str, style: str) -> list[HeldOut]:
+    from qwen2audio_jax.data.world import MODES, World  # speech needs an extra
+
+    name, _, kind = spec.removeprefix(WORLD).partition("/")
+    kind, _, split = kind.partition(":")
+    world, split = World.named(name), split or "train"
+    if kind in (*MODES, "preference"):
+        compile = from_preference if kind == "preference" else from_messages
+        source = world.source(kind, split, MADE)
+        part = Part(name=spec, source=source, compile=compile, augmented=1.0)
+        return [HeldOut(part=part, choices=_anything)]
+    return [
+        HeldOut(
+            part=Part(
+                name=f"{WORLD}{name}/{skill.name}",
+                source=world.source(skill.name, split, MADE),
+                compile=functools.partial(skill.compile, style=style),
+                weight=skill.weight,
+                augmented=float(skill.augmented),
+            ),
+            choices=functools.partial(_choices, skill),
+        )
+        for skill in (world.tasks if kind == "tasks" else [world[kind]])
+    ]
+
+
+def _choices(skill: Any, sample: Mapping) -> list[str] | None:
+    return skill.task(sample["prompt"]).choices(sample)
+
+
+def _anything(sample: Mapping) -> None:
+    return None
+
+
+def _named_apart(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """A source may be there twice, with two tasks."""
+    names = [part.name for part in parts]
+    seen = [names[:i].count(name) for i, name in enumerate(names)]
+    return tuple(
+        dataclasses.replace(part, name=f"{part.name} ({n + 1})") if n else part
+        for part, n in zip(parts, seen, strict=True)
+    )
+
+
+def once(part: Part, mixture: Mixture) -> Iterator[dict[str, np.ndarray]]:
+    """All of a part in order, in the shapes of a mixture."""
+    alone = dataclasses.replace(
+        mixture, parts=(part,), epochs=1, shuffle=False, accumulate=1, host=0, hosts=1
+    )
+    batches = iter(alone)
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+def prompt_and_answer(example: Example | Pair, processor: Processor) -> tuple[Example, str]:
+    """What is given, up to the last answer; and that answer, or the one to be preferred."""
+    if isinstance(example, Pair):
+        given, answer = example.prompt, example.chosen
+    else:
+        learned = [segment.learned for segment in example.prompt]
+        end = len(learned) - learned[::-1].index(True)
+        start = end - [*learned[:end][::-1], False].index(False)
+        given, answer = example.prompt[:start], example.prompt[start:end]
+    return Example(given, example.waves), text_of(answer, processor)
+
+
+def text_of(prompt: Sequence[Any], processor: Processor) -> str:
+    ids = [token for segment in prompt if segment.learned for token in segment.ids]
+    return processor.decode(np.array([ids], np.int32))[0].strip()

@@ -1,0 +1,230 @@
+"""A model taken apart into what trains and what stays, each on its devices, and moved by steps."""
+
+import contextlib
+import zlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from qwen2audio_jax import sharding
+from qwen2audio_jax.model import Qwen2Audio
+from qwen2audio_jax.training import flops, lora, placement, preference, step
+from qwen2audio_jax.training.loss import Sums
+from qwen2audio_jax.training.optimizer import OptimizerConfig, averaged, name_of, part_of
+from qwen2audio_jax.training.placement import by_name
+
+
+class Learner:
+    """What a loop drives.
+
+    Args:
+      model: given away: its parameters are the first state's, and are donated to the next.
+      loss: of a model and a batch; with `reference` of a `reference` model too.
+      adapters: what trains in the place of the model's own parameters.
+      reference: whether the loss compares with the model as it was: the base of adapters, or a
+        copy of what trains.
+      mesh: to spread the parameters over; None: they stay where they are.
+      dtype: of the arithmetic, where that is not the parameters' own.
+      accumulate: batches that make up a step, along their arrays' first axis.
+      seed: of adapters and of their dropout.
+
+    Attributes:
+      state: all that a step changes; a checkpoint holds it.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2Audio,
+        optimizer: OptimizerConfig,
+        loss: Callable[..., Sums],
+        *,
+        adapters: lora.LoraConfig | None = None,
+        reference: bool = False,
+        mesh: Mesh | None = None,
+        dtype: Any = None,
+        accumulate: int = 1,
+        seed: int = 0,
+    ):
+        if mesh is not None:
+            graph, whole = nnx.split(model)
+            model = nnx.merge(graph, jax.device_put(whole, sharding.shardings(whole, mesh)))
+        self.config, self.optimizer = model.config, optimizer
+        self.adapters, self.mesh, self.accumulate = adapters, mesh, accumulate
+        self.reference, self._dtype, self._seed = reference, dtype, seed
+        if adapters is None:
+            self._graph, params, frozen = step.split(model, optimizer.trains)
+            self._fixed = (frozen, jax.tree.map(jnp.copy, params)) if reference else (frozen,)
+            self._loss = step.bind(loss, self._graph, dtype=dtype)
+        else:
+            self._graph, *fixed = nnx.split(model, lambda *_: True, ...)
+            self._fixed = tuple(fixed)
+            params = self._fresh(model, adapters)
+            self._loss = self._adapted(loss)
+        if not jax.tree.leaves(params):
+            raise ValueError("nothing trains: every learning rate is 0, or all is frozen")
+        self._trained = {part_of(name) for name in by_name(params)}
+        self._start(params)
+
+    def _fresh(self, model: Qwen2Audio, config: lora.LoraConfig) -> lora.Adapters:
+        params = lora.init(config, model, key=jax.random.key(self._seed))
+        if still := [name for name in by_name(params) if not self.optimizer.trains(name)]:
+            raise ValueError(
+                f"target_modules name {still[0].rpartition('.')[0]}, "
+                "whose learning rate is 0 or which is frozen"
+            )
+        return (
+            params
+            if self.mesh is None
+            else jax.device_put(params, lora.shardings(params, self.mesh))
+        )
+
+    def _adapted(self, loss: Callable[..., Sums]) -> Callable[..., Sums]:
+        """The loss as a function of adapters: the base is what stays, and the reference."""
+        config, seed, reference = self.adapters, self._seed, self.reference
+
+        def of_adapters(adapters, batch, base, rest):
+            key = None
+            if "draw" in batch:
+                key = jax.random.fold_in(jax.random.key(seed), batch["draw"])
+
+            def of_base(model, batch):
+                how = {"reference": model} if reference else {}
+                return loss(lora.apply(model, adapters, config, key=key), batch, **how)
+
+            return step.bind(of_base, self._graph, dtype=self._dtype)(base, batch, rest)
+
+        return of_adapters
+
+    def _start(self, params: Any) -> None:
+        make = self.optimizer.make()
+        begin = partial(step.start, optimizer=make)
+        move = partial(
+            step.update,
+            loss=self._loss,
+            optimizer=make,
+            gradient_accumulation_steps=self.accumulate,
+        )
+        places, how = None, {}
+        if self.mesh is not None:
+            places = placement.state(jax.eval_shape(begin, params), params, self.mesh)
+            # Else the compiler chooses, and a resumed run would run another program.
+            how = {"out_shardings": (places, None)}
+        self.state = jax.jit(begin, out_shardings=places, donate_argnums=0)(params)
+        self._update = jax.jit(move, donate_argnums=0, **how)
+        self._sums = jax.jit(self._loss)
+        self._score = jax.jit(partial(_score, self.model_of))
+
+    def step(self, batch: Mapping[str, Any], number: int) -> dict[str, Any]:
+        """Moves the state once; gives what is to be logged, still on its way from the device.
+
+        Args:
+          number: of the step, from 0; dropout depends on it.
+        """
+        placed = self._place(batch)
+        if self.adapters is not None and self.adapters.lora_dropout:
+            draws = number * self.accumulate + np.arange(self.accumulate, dtype=np.int32)
+            placed |= {"draw": draws if self.accumulate > 1 else draws[0]}
+        with self.on_mesh():
+            self.state, metrics = self._update(self.state, placed, self._fixed)
+        return metrics
+
+    def measure(self, batch: Mapping[str, Any]) -> Sums:
+        """The loss on a batch that all hosts have, of the parameters that `model` has."""
+        placed = placement.place(batch, self.mesh, shared=True)
+        with self.on_mesh():
+            return jax.device_get(self._sums(self._params(), placed, *self._fixed))
+
+    def reference_logps(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """How likely the model finds both answers of each pair; a reference's, before all steps."""
+        placed = placement.place(batch, self.mesh, shared=True)
+        with self.on_mesh():
+            return jax.device_get(self._score(self._params(), self._fixed, placed))
+
+    def model(self) -> Qwen2Audio:
+        """The model as it is now; where an average of the parameters is kept, with that."""
+        return self.model_of(self._params(), self._fixed)
+
+    def model_of(self, params: Any, fixed: tuple) -> Qwen2Audio:
+        if self.adapters is None:
+            return nnx.merge(self._graph, params, fixed[0])
+        return lora.apply(nnx.merge(self._graph, *fixed), params, self.adapters)
+
+    def merged(self) -> Qwen2Audio:
+        """As `model`, with adapters in the weights."""
+        if self.adapters is None:
+            return self.model()
+        return lora.merge(self.base(), self._params(), self.adapters)
+
+    def base(self) -> Qwen2Audio:
+        """The model that adapters stand on."""
+        return nnx.merge(self._graph, *self._fixed)
+
+    def _params(self) -> Any:
+        if not self.optimizer.ema_decay:
+            return self.state.params
+        average = averaged(self.state.opt_state)
+        return jax.tree.map(lambda x, p: x.astype(p.dtype), average, self.state.params)
+
+    def _place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(placement.place(batch, self.mesh, parts=self.accumulate))
+
+    def on_mesh(self) -> Any:
+        """A context in which the compiler knows of the mesh."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def release(self) -> Any:
+        """Lets go of the state; gives its shapes and places, to restore another."""
+        describe = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        abstract = jax.tree.map(describe, self.state)
+        self.state = None
+        return abstract
+
+    def identity(self) -> str:
+        """A checksum of what stays as it is, and so is in no checkpoint."""
+        return checksum(self._fixed)
+
+    def flops(self, batch: Mapping[str, Any]) -> float:
+        """Operations of a step on this host's batch."""
+        twice = self.reference and preference.REFERENCE[0] not in batch
+        adapted = self.adapters is not None
+        return flops.of_step(self.config, batch, self._trained, adapters=adapted, reference=twice)
+
+
+def _score(model_of, params, fixed, batch):
+    return preference.reference_logps(model_of(params, fixed), batch)
+
+
+def fresh(config: Any, mesh: Mesh, *, seed: int, **how: Any) -> Qwen2Audio:
+    """A model of random parameters, each made where it belongs."""
+    make = lambda: Qwen2Audio(config, rngs=nnx.Rngs(seed), **how)
+
+    def state():
+        model = make()
+        model.encoder.look_nearby()
+        return nnx.state(model)
+
+    sharding.check(config, mesh)
+    graph, abstract = nnx.split(nnx.eval_shape(make))
+    places = sharding.shardings(abstract, mesh)
+    return nnx.merge(graph, jax.jit(state, out_shardings=places)())
+
+
+def checksum(tree: Any) -> str:
+    """Eight letters that differ where parameters do."""
+    total = 0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        total = zlib.crc32(f"{name_of(path)} {int(_bits(leaf))}".encode(), total)
+    return f"{total:08x}"
+
+
+@jax.jit
+def _bits(x: jax.Array) -> jax.Array:
+    """A sum that is the same however an array is split over devices."""
+    word = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    return jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32).sum(dtype=jnp.uint32)

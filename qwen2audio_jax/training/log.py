@@ -1,0 +1,126 @@
+"""Where a run's figures go: log.jsonl, TensorBoard, Weights & Biases."""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+LOG = "log.jsonl"
+
+Row = Mapping[str, int | float]
+
+
+class Log:
+    """A run's figures by step; a resumed run writes on behind its checkpoint's step.
+
+    Args:
+      folder: the run's; None: figures are only kept in memory.
+      tensorboard: write events into its `tensorboard/` too.
+      wandb: a project at Weights & Biases; None: none.
+      settings: that Weights & Biases shows.
+
+    Attributes:
+      rows: everything written, by this process and by those before it.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path | None,
+        *,
+        tensorboard: bool = False,
+        wandb: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ):
+        self.folder, self.rows = folder, []
+        self._options = tensorboard, wandb, settings
+        self._file = self._events = self._project = None
+
+    def begin(self, step: int) -> None:
+        """Opens everything, without what was written behind `step` by a run that was killed.
+
+        Raises:
+          ImportError: what is to be written to is not installed; the message says how to.
+        """
+        if self.folder is None or jax.process_index():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / LOG
+        self.rows = read(path, step)
+        partial = path.with_name(f".{LOG}.partial")
+        partial.write_text("".join(map(_line, self.rows)), "utf-8")
+        os.replace(partial, path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        tensorboard, wandb, settings = self._options
+        if tensorboard:
+            self._events = _tensorboard(self.folder / "tensorboard", step)
+        if wandb is not None:
+            self._project = _wandb(self.folder, wandb, settings)
+
+    def write(self, step: int, values: Row) -> None:
+        row = {"step": step, **values}
+        self.rows.append(row)
+        if self._file is not None:
+            self._file.write(_line(row))
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+        if self._project is not None:
+            self._project.log(dict(values), step=step)
+
+    def flush(self) -> None:
+        if self._events is not None:
+            self._events.flush()
+
+    def close(self) -> None:
+        for each in (self._file, self._events):
+            if each is not None:
+                each.close()
+        if self._project is not None:
+            self._project.finish()
+        self._file = self._events = self._project = None
+
+
+def read(path: pathlib.Path, last: int | None = None) -> list[dict[str, int | float]]:
+    """The rows of a log up to a step; the last line may have been cut short by a kill."""
+    rows = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if last is None or row["step"] <= last:
+            rows.append({k: math.nan if v is None else v for k, v in row.items()})
+    return rows
+
+
+def _line(row: Row) -> str:
+    # JSON has neither NaN nor infinity
+    return json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n"
+
+
+def _tensorboard(folder: pathlib.Path, step: int) -> Any:
+    try:
+        import tensorboardX
+    except ImportError as error:
+        raise ImportError(
+            "TensorBoard's events want tensorboardX: pip install 'qwen2audio_jax[train]', "
+            "or --no-tensorboard"
+        ) from error
+    return tensorboardX.SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+
+def _wandb(folder: pathlib.Path, project: str, settings: Mapping[str, Any] | None) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(
+            "--wandb wants Weights & Biases: pip install 'qwen2audio_jax[wandb]'"
+        ) from error
+    name = folder.resolve().name
+    return wandb.init(
+        project=project, dir=folder, id=name, name=name, resume="allow", config=dict(settings or {})
+    )

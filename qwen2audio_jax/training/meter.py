@@ -1,0 +1,145 @@
+"""What a loop shows while it runs: the bar, the log, and whether gradients are still finite."""
+
+import collections
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from qwen2audio_jax.training import flops
+from qwen2audio_jax.training.checkpoint import Checkpoints
+from qwen2audio_jax.training.log import Log
+
+RECENT = 20  # steps that rates are means over
+
+
+class Meter:
+    """Reads a step's figures while the device is at the next, so that it never waits.
+
+    Attributes:
+      bad: steps in a row, up to the last that was read, that moved nothing.
+    """
+
+    def __init__(
+        self,
+        learner: Any,
+        config: Any,
+        log: Log,
+        checkpoints: Checkpoints | None,
+        *,
+        done: int,
+        dtype: str = "float32",
+    ):
+        self.log, self.bad = log, 0
+        self._learner, self._most, self._checkpoints = learner, config.bad_steps, checkpoints
+        self._schedule = learner.optimizer.schedule()
+        self._peak = 1e12 * (config.peak_tflops or 0) or flops.peak(dtype)
+        self._waiting: tuple[int, dict[str, float], Any] | None = None
+        self._recent: collections.deque = collections.deque(maxlen=RECENT)
+        self._last, self._compiling = time.perf_counter(), True
+        self._bar = tqdm.tqdm(
+            total=learner.optimizer.steps,
+            initial=done,
+            unit="step",
+            desc="training",
+            mininterval=1,
+            disable=None if jax.process_index() == 0 else True,
+        )
+        log.begin(done)
+
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            self.flush()
+        self._bar.close()
+        self.log.flush()
+
+    def add(self, number: int, batch: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+        """Notes a step that was started, and reads the one before it."""
+        before, self._waiting = self._waiting, (number, _sizes(self._learner, batch), metrics)
+        self._read(before)
+
+    def flush(self) -> None:
+        """Reads the step that was started last.
+
+        Raises:
+          FloatingPointError: it was one too many without a finite gradient.
+        """
+        before, self._waiting = self._waiting, None
+        self._read(before)
+
+    def scored(self, number: int, scores: Mapping[str, float]) -> None:
+        """Logs an evaluation, whose time is not the steps'."""
+        self.flush()
+        self.log.write(number, {f"eval/{name}": value for name, value in scores.items()})
+        told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if "/" not in name)
+        self._bar.write(f"step {number}: {told}")
+        self._last = time.perf_counter()
+        self._recent.clear()
+
+    def _read(self, waiting: tuple[int, dict[str, float], Any] | None) -> None:
+        if waiting is None:
+            return
+        number, sizes, metrics = waiting
+        row = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        row |= {"learning_rate": float(self._schedule(number - 1)), "seconds": now - self._last}
+        self._last = now
+        if not self._compiling:
+            self._recent.append({**sizes, "seconds": row["seconds"]})
+        self._compiling = False
+        rates = self._rates() if self._recent else {}
+        self.log.write(number, row | rates)
+        self._bar.set_postfix(_shown(row["loss"], rates), refresh=False)
+        self._bar.update()
+        self._count(number, row)
+
+    def _rates(self) -> dict[str, float]:
+        total = {k: sum(each[k] for each in self._recent) for k in self._recent[0]}
+        seconds, hosts = total.pop("seconds"), jax.process_count()
+        rates = {f"{name}_per_second": hosts * x / seconds for name, x in total.items()}
+        work = rates.pop("flops_per_second")
+        return rates | ({"mfu": work / self._peak} if self._peak else {})
+
+    def _count(self, number: int, row: Mapping[str, float]) -> None:
+        moved = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+        self.bad = 0 if moved else self.bad + 1
+        if self.bad >= self._most:
+            raise FloatingPointError(
+                f"the loss is {row['loss']} and the gradient's norm {row['grad_norm']} at step "
+                f"{number}, the {self.bad}. in a row that moved nothing; {self._last_good()}"
+            )
+
+    def _last_good(self) -> str:
+        if self._checkpoints is None or not self._checkpoints.steps:
+            return "there is no checkpoint to go on from"
+        self._checkpoints.wait()
+        step = self._checkpoints.steps[-1]
+        return f"the last good checkpoint is {self._checkpoints.folder / str(step)}"
+
+
+def _sizes(learner: Any, batch: Mapping[str, Any]) -> dict[str, float]:
+    """This host's valid tokens, seconds of sound, and operations of a batch."""
+    frames = np.asarray(batch.get("feature_attention_mask", 0)).sum()
+    masks = [np.asarray(x).sum() for k, x in batch.items() if k.endswith("attention_mask")]
+    return {
+        "tokens": float(sum(masks) - frames),
+        "audio_seconds": float(frames) / 100,
+        "flops": learner.flops(batch),
+    }
+
+
+def _shown(loss: float, rates: Mapping[str, float]) -> dict[str, str]:
+    forms = {
+        "tokens_per_second": ("tokens/s", ",.0f"),
+        "audio_seconds_per_second": ("audio s/s", ".1f"),
+        "mfu": ("MFU", ".1%"),
+    }
+    known = {label: f"{rates[k]:{form}}" for k, (label, form) in forms.items() if k in rates}
+    return {"loss": f"{loss:.3f}", **known}

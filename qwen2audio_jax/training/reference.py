@@ -1,0 +1,111 @@
+"""What a reference model makes of preference pairs, computed once and kept beside a run."""
+
+import dataclasses
+import math
+import os
+import pathlib
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from jaxtyping import Float
+
+from qwen2audio_jax.data.example import BadSample, Pair, from_preference
+from qwen2audio_jax.data.mixture import Mixture, Part
+from qwen2audio_jax.data.sources import RandomAccess
+from qwen2audio_jax.processor import Processor
+from qwen2audio_jax.training import inputs
+from qwen2audio_jax.training.learner import Learner, checksum
+from qwen2audio_jax.training.preference import REFERENCE
+
+FOLDER = "ref_log_probs"
+
+
+@dataclasses.dataclass(frozen=True)
+class WithReference:
+    """A source whose rows have the reference's log-probabilities in them."""
+
+    source: RandomAccess
+    logps: Float[np.ndarray, "rows 2"]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        known = zip(REFERENCE, self.logps[index].tolist(), strict=True)
+        return {**self.source[index], **dict(known)}
+
+
+def compile(record: Mapping, processor: Processor) -> Pair:
+    """As `from_preference`, of a row `WithReference`."""
+    pair = from_preference(record, processor)
+    if math.isnan(record[REFERENCE[0]]):
+        raise BadSample("no reference", "it could not be used when the reference answered")
+    return pair
+
+
+def precompute(
+    learner: Learner, mixture: Mixture, parts: Sequence[Part], folder: pathlib.Path
+) -> tuple[Part, ...]:
+    """The parts with the learner's log-probabilities as it is, before all steps.
+
+    What another start of the same run has computed is read from its folder.
+
+    Args:
+      mixture: whose batches' shapes are used.
+
+    Raises:
+      ValueError: clips are augmented, so that no two visits hear the same; or a source does not
+        end.
+    """
+    known = []
+    for part in parts:
+        if part.augmented or part.masked:
+            raise ValueError(
+                "precompute_ref_log_probs wants clips as they are: data.augmented and data.masked 0"
+            )
+        if len(part.source) >= inputs.MADE:
+            raise ValueError(f"precompute_ref_log_probs wants pairs in a file, got {part.name}")
+        path = folder / FOLDER / f"{zlib.crc32(part.name.encode()):08x}.npz"
+        logps = _read(path, part, learner)
+        if logps is None:
+            logps = _compute(learner, mixture, part)
+            if jax.process_index() == 0:
+                _write(path, logps, learner)
+        source = WithReference(part.source, logps)
+        known.append(dataclasses.replace(part, source=source, compile=compile))
+    return tuple(known)
+
+
+def _compute(learner: Learner, mixture: Mixture, part: Part) -> Float[np.ndarray, "rows 2"]:
+    logps = np.full((len(part.source), len(REFERENCE)), np.nan, np.float32)
+    with tqdm.tqdm(total=len(logps), unit="pair", desc="reference", disable=None) as bar:
+        for batch in inputs.once(part, mixture):
+            known = learner.reference_logps(batch)
+            rows = batch["rows"]
+            used = rows >= 0
+            logps[rows[used]] = np.stack([known[name][used] for name in REFERENCE], axis=1)
+            bar.update(int(used.sum()))
+    return logps
+
+
+def _identity(learner: Learner) -> str:
+    return f"{learner.identity()} {checksum(learner.state.params)}"
+
+
+def _read(path: pathlib.Path, part: Part, learner: Learner) -> Float[np.ndarray, "rows 2"] | None:
+    if not path.exists():
+        return None
+    with np.load(path) as file:
+        same = str(file["model"]) == _identity(learner) and len(file["logps"]) == len(part.source)
+        return file["logps"] if same else None
+
+
+def _write(path: pathlib.Path, logps: Float[np.ndarray, "rows 2"], learner: Learner) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    np.savez(partial, logps=logps, model=_identity(learner))
+    os.replace(partial, path)

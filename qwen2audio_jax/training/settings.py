@@ -1,0 +1,201 @@
+"""What a run is told: typed, saved beside it, and every field a flag of the programs."""
+
+import dataclasses
+import math
+import pathlib
+from dataclasses import field
+from typing import Literal
+
+import jax
+from jax.sharding import Mesh
+
+from qwen2audio_jax import sharding
+from qwen2audio_jax.data.instruction import STYLES
+from qwen2audio_jax.data.pack import Bucket
+from qwen2audio_jax.training.lora import LoraConfig
+from qwen2audio_jax.training.optimizer import OptimizerConfig
+from qwen2audio_jax.training.preference import PreferenceConfig
+from qwen2audio_jax.training.run import MAY_CHANGE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How devices share the work; one of the sizes may be -1, which is what the others leave."""
+
+    ici_data_parallelism: int = 1
+    """Copies of the model, each with its own rows of the batch."""
+    ici_fsdp_parallelism: int = -1
+    """Devices over which each copy is spread, which have rows of their own too."""
+    ici_tensor_parallelism: int = 1
+    """Devices that share each row."""
+
+    def make(self) -> Mesh:
+        """The mesh over all devices there are.
+
+        Raises:
+          ValueError: the sizes do not multiply to their number.
+        """
+        sizes = {
+            "data": self.ici_data_parallelism,
+            "fsdp": self.ici_fsdp_parallelism,
+            "tensor": self.ici_tensor_parallelism,
+        }
+        free = [name for name, size in sizes.items() if size == -1]
+        if len(free) > 1 or any(size < 1 for size in sizes.values() if size != -1):
+            raise ValueError(f"wanted mesh sizes from 1, or a single -1, got {sizes}")
+        if free:
+            left = jax.device_count() // -math.prod(sizes.values())
+            sizes[free[0]] = max(left, 1)
+        return sharding.mesh(**sizes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is learned, and what is kept to measure it."""
+
+    train: tuple[str, ...] = ()
+    """Sources: rows.jsonl, rows.jsonl:SPLIT, ArrayRecord shards, tfds:name/config:split; or made
+    sound, world:NAME/KIND, of which KIND may be `tasks`, all of them."""
+    tasks: tuple[str, ...] = ()
+    """A line for each source, or one for all: `[AUDIO:audio] What is said? -> [TEXT:text]`. Without
+    any, rows are conversations, or pairs of answers to one."""
+    style: Literal[STYLES] = "prompt"
+    """How tasks are hinted at: in words, in tags (--data.tags), or not at all."""
+    tags: str | None = None
+    """What says the task in --data.style tags."""
+    weights: tuple[float, ...] = ()
+    """How often samples come from each source, relative to the others; without, all alike."""
+    held_out: tuple[str, ...] = ()
+    """Sources that are measured and never learned."""
+    held_out_tasks: tuple[str, ...] = ()
+    """Their lines; without, those of --data.tasks."""
+    buckets: tuple[Bucket, ...] = (Bucket(rows=8, tokens=160, clips=8, frames=1000),)
+    """The shapes of this host's batches; a sample goes to the first that it fits."""
+    pack: bool = True
+    """Whether a row holds as many samples as fit."""
+    augmented: float = 0.0
+    """The part of the clips that is moved to other rooms, microphones, noises, speeds, levels."""
+    masked: float = 0.0
+    """The part of the clips that loses bands and spans (SpecAugment)."""
+    workers: int = field(default=1, metadata=MAY_CHANGE)
+    """Processes that read, decode and draw; 0: a thread."""
+    fatal: bool = field(default=False, metadata=MAY_CHANGE)
+    """Whether a bad sample ends the run; else it is counted."""
+
+    def __post_init__(self):
+        for name, sources, one_for_all in (
+            ("tasks", self.train, True),
+            ("weights", self.train, False),
+            ("lines_held_out", self.held_out, True),
+        ):
+            got = len(getattr(self, name))
+            if sources and got not in {0, len(sources), *[1] * one_for_all}:
+                raise ValueError(f"wanted {name} for {len(sources)} sources, got {got}")
+
+    @property
+    def lines_held_out(self) -> tuple[str, ...]:
+        return self.held_out_tasks or self.tasks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How what is held out is measured."""
+
+    samples: int = field(default=200, metadata=MAY_CHANGE)
+    """The first so many of each source."""
+    rows: int = field(default=20, metadata=MAY_CHANGE)
+    """Prompts that are answered at the same time."""
+    max_new_tokens: int = field(default=64, metadata=MAY_CHANGE)
+    """The longest answer."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """What happens beside the steps."""
+
+    save_every: int = 1000
+    """Steps between checkpoints; there is one at the end, too."""
+    keep: int = 3
+    """How many of the latest checkpoints stay, beside the best one."""
+    evaluate_every: int = 1000
+    """Steps between evaluations, each with a checkpoint; there is one at the end, too."""
+    best: str = "wer"
+    """The figure whose best checkpoint stays: loss, wer (best low), accuracy, exact_match, or
+    SOURCE/exact_match."""
+    bad_steps: int = 10
+    """Steps in a row without a finite gradient, after which the run stops."""
+    profile: tuple[int, int] | None = None
+    """The first and the last step to trace, for TensorBoard or xprof."""
+    peak_tflops: float | None = None
+    """What all devices could do, for MFU; None: what is known of them, in bfloat16."""
+
+    def __post_init__(self):
+        for name in ("save_every", "keep", "evaluate_every", "bad_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"wanted {name} of at least 1, got {getattr(self, name)}")
+
+    @property
+    def mode(self) -> str:
+        return "min" if self.best.endswith(("wer", "loss")) else "max"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora(LoraConfig):
+    """Narrow matrices that are learned beside the parameters, or nothing."""
+
+    r: int = 0
+    """Width of the narrow matrices; 0: the parameters themselves are trained."""
+
+    def __post_init__(self):
+        if self.r:
+            super().__post_init__()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A run of pretraining or SFT."""
+
+    out: pathlib.Path = field(default=pathlib.Path("runs/train"), metadata=MAY_CHANGE)
+    """The run's folder, on a disk that all hosts see; one that holds a run goes on with it."""
+    model: str = field(default="tiny", metadata=MAY_CHANGE)
+    """Where it begins: tiny, a folder, or a hub id."""
+    from_scratch: bool = False
+    """Take the sizes and the words of --model, and random parameters."""
+    seed: int = 0
+    """Of parameters, order, augmentation and dropout."""
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: Lora = Lora()
+    loop: LoopConfig = field(default=LoopConfig(), metadata=MAY_CHANGE)
+    evaluation: EvaluationConfig = EvaluationConfig()
+    mesh: MeshConfig = field(default=MeshConfig(), metadata=MAY_CHANGE)
+    gradient_accumulation_steps: int = 1
+    """Batches that make up a step."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the arithmetic, and of the model that comes out."""
+    weight_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the parameters while they are trained."""
+    remat_policy: Literal["none", "full"] = "none"
+    """full: each block is computed again in the backward pass rather than kept."""
+    scan_layers: bool = True
+    """Blocks as one stack, which compiles soon; as a list they run faster on a CPU."""
+    distributed: bool = field(default=False, metadata=MAY_CHANGE)
+    """Join the other hosts first (jax.distributed); each runs the same command."""
+    tensorboard: bool = field(default=True, metadata=MAY_CHANGE)
+    """Whether to write events for TensorBoard too."""
+    wandb: str | None = field(default=None, metadata=MAY_CHANGE)
+    """A project at Weights & Biases to log to as well (extra: wandb)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceSettings(Settings):
+    """A run of DPO or its kin."""
+
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    precompute_ref_log_probs: bool = False
+    """Let the reference answer once, before the training, rather than keep it in memory."""
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether the reference reads every batch of the training."""
+        return self.preference.wants_reference and not self.precompute_ref_log_probs

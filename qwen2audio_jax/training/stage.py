@@ -1,0 +1,186 @@
+"""A whole run, in one folder: what is given, trained, measured, saved, and told at the end.
+
+run.json, config.json, tokenizer.json, ...   see run.py
+checkpoints/                                 to go on from, the best one among them
+log.jsonl, tensorboard/, profile/            while it runs
+ref_log_probs/                               the reference's, where they are precomputed
+model/                                       what came out, in Hugging Face's format
+adapter/                                     the same as an adapter, in PEFT's
+answers.jsonl, summary.md, summary.png       how good it is
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from qwen2audio_jax import weights
+from qwen2audio_jax.config import Config
+from qwen2audio_jax.data.mixture import Batches, Mixture
+from qwen2audio_jax.evaluation import held_out
+from qwen2audio_jax.model import Qwen2Audio
+from qwen2audio_jax.processor import Processor
+from qwen2audio_jax.training import inputs, learner, loop, peft, placement, run, summary
+from qwen2audio_jax.training.checkpoint import Checkpoints
+from qwen2audio_jax.training.learner import Learner
+from qwen2audio_jax.training.log import Log
+from qwen2audio_jax.training.reference import precompute
+from qwen2audio_jax.training.settings import PreferenceSettings, Settings
+from qwen2audio_jax.weights import huggingface
+from qwen2audio_jax.weights import settings as model_settings
+from qwen2audio_jax.weights.source import locate
+
+
+def train(settings: Settings, loss: Callable[..., Any]) -> int | None:
+    """Begins a run, or goes on with it, to its end.
+
+    Args:
+      loss: of a model and a batch, and of a `reference` model where preferences are learned
+        against one.
+
+    Returns:
+      The signal that ended it before its end; None: it is done.
+
+    Raises:
+      ValueError, OSError, ImportError: one line on what is wrong, with the data, the settings, the
+        disk; what was saved is still there.
+      FloatingPointError: as in `loop.train`.
+    """
+    pairs = isinstance(settings, PreferenceSettings)
+    mesh = settings.mesh.make()
+    placement.check(settings.data, mesh)
+    parts = inputs.training(settings.data, pairs=pairs)
+    kept = inputs.held_out(settings.data, settings.evaluation.samples, pairs=pairs)
+    sizes = model_settings.read(locate(settings.model, huggingface.PATTERNS))
+    processor = Processor.from_pretrained(settings.model)
+    run.begin(settings.out, settings, model=sizes, processor=processor)
+    trainee = _learner(settings, loss, sizes, mesh)
+    mixture = Mixture(
+        parts=parts,
+        processor=str(settings.out),
+        buckets=settings.data.buckets,
+        seed=settings.seed,
+        pack=settings.data.pack,
+        accumulate=settings.gradient_accumulation_steps,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        workers=settings.data.workers,
+        fatal=settings.data.fatal,
+    )
+    if pairs and settings.precompute_ref_log_probs and settings.preference.wants_reference:
+        known = partial(precompute, trainee, mixture, folder=settings.out)
+        kept_parts = known([each.part for each in kept])
+        kept = [dataclasses.replace(e, part=p) for e, p in zip(kept, kept_parts, strict=True)]
+        mixture = dataclasses.replace(mixture, parts=known(parts))
+    return _run(settings, trainee, mixture, processor, kept)
+
+
+def _learner(settings: Settings, loss: Callable[..., Any], sizes: Config, mesh: Mesh) -> Learner:
+    how = {"dtype": settings.weight_dtype, "scan_layers": settings.scan_layers}
+    if settings.from_scratch:
+        model = learner.fresh(sizes, mesh, seed=settings.seed, **how)
+    else:
+        model = Qwen2Audio.from_pretrained(
+            settings.model, mesh=mesh, progress=jax.process_index() == 0, **how
+        )
+    reference = isinstance(settings, PreferenceSettings) and settings.keeps_reference
+    return Learner(
+        model,
+        settings.optimizer,
+        loss,
+        adapters=settings.lora if settings.lora.r else None,
+        reference=reference,
+        mesh=mesh,
+        dtype=None if settings.dtype == settings.weight_dtype else settings.dtype,
+        accumulate=settings.gradient_accumulation_steps,
+        seed=settings.seed,
+    )
+
+
+def _run(
+    settings: Settings,
+    trainee: Learner,
+    mixture: Mixture,
+    processor: Processor,
+    kept: list[inputs.HeldOut],
+) -> int | None:
+    folder, config = settings.out, settings.loop
+    log = Log(
+        folder,
+        tensorboard=settings.tensorboard,
+        wandb=settings.wandb,
+        settings=run.as_json(settings),
+    )
+    checkpoints = Checkpoints(folder, keep=config.keep, best=config.best, mode=config.mode)
+    evaluate = partial(_evaluate, settings, trainee, mixture, processor, kept) if kept else None
+    with contextlib.closing(checkpoints), contextlib.closing(log), _batches(mixture) as batches:
+        signal = loop.train(
+            trainee,
+            batches,
+            config,
+            log=log,
+            checkpoints=checkpoints,
+            evaluate=evaluate,
+            dtype=settings.dtype,
+        )
+        if signal is None:
+            _export(settings, trainee, processor)
+            if jax.process_index() == 0:
+                summary.write(folder, log.rows, batches.report(), checkpoints.best, config.best)
+    return signal
+
+
+@contextlib.contextmanager
+def _batches(mixture: Mixture) -> Iterator[Batches]:
+    batches = iter(mixture)
+    try:
+        yield batches
+    finally:
+        batches.close()
+
+
+def _evaluate(
+    settings: Settings,
+    trainee: Learner,
+    mixture: Mixture,
+    processor: Processor,
+    kept: list[inputs.HeldOut],
+) -> dict[str, float]:
+    scores = held_out.losses(kept, mixture, trainee.measure)
+    how = settings.evaluation
+    with trainee.on_mesh():
+        answers, bad = held_out.answers(
+            trainee.model(), processor, kept, rows=how.rows, max_new_tokens=how.max_new_tokens
+        )
+    if jax.process_index() == 0:
+        lines = [json.dumps(dataclasses.asdict(each), ensure_ascii=False) for each in answers]
+        (settings.out / "answers.jsonl").write_text("\n".join([*lines, ""]), "utf-8")
+    if bad:
+        scores["bad_samples"] = float(sum(bad.values()))
+    return scores | held_out.scores(answers)
+
+
+def _export(settings: Settings, trainee: Learner, processor: Processor) -> None:
+    """Writes what came out; on several hosts, each gathers it in its own memory."""
+    if settings.lora.r:
+        adapters = _gathered(trainee.state.params)
+        if jax.process_index() == 0:
+            folder = settings.out / "adapter"
+            peft.save(folder, adapters, settings.lora, trainee.base(), base=settings.model)
+    model = jax.tree.map(lambda x: x.astype(settings.dtype), trainee.merged())
+    model = _gathered(model)
+    if jax.process_index() == 0:
+        weights.save(model, settings.out / "model")
+        processor.save_pretrained(settings.out / "model")
+
+
+def _gathered(tree: Any) -> Any:
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)

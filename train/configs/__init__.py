@@ -1,0 +1,1 @@
+"""Presets: STAGE_NAME.py is `python -m train.STAGE NAME`; each says what comes out."""

@@ -1,0 +1,36 @@
+"""LoRA on the decoder of Qwen2-Audio-7B-Instruct: one GPU of 80 GB, or a small pod.
+
+    python -m train.sft 7b --data.train chats.jsonl --data.held-out chats.jsonl:test
+
+r 8, alpha 32, 1e-4 on all linear layers of the decoder, tower and projector frozen, warm-up 5 %:
+as ms-swift has it; a global batch of 32. Expected: `adapter/` for PEFT and `model/`, merged; an
+answer style from a thousand conversations in an epoch or two.
+"""
+
+import pathlib
+
+from qwen2audio_jax.data.pack import Bucket
+from qwen2audio_jax.training.optimizer import OptimizerConfig
+from qwen2audio_jax.training.settings import (
+    DataConfig,
+    EvaluationConfig,
+    LoopConfig,
+    Lora,
+    Settings,
+)
+
+SETTINGS = Settings(
+    out=pathlib.Path("runs/sft-7b"),
+    model="Qwen/Qwen2-Audio-7B-Instruct",
+    dtype="bfloat16",
+    weight_dtype="bfloat16",
+    remat_policy="full",
+    lora=Lora(r=8, lora_alpha=32),
+    gradient_accumulation_steps=4,
+    data=DataConfig(buckets=(Bucket(rows=8, tokens=4096, clips=40, frames=3000),), workers=8),
+    optimizer=OptimizerConfig(
+        learning_rate=1e-4, steps=1000, warmup_steps=50, weight_decay=0.0, b2=0.999
+    ),
+    loop=LoopConfig(save_every=200, evaluate_every=200, best="loss"),
+    evaluation=EvaluationConfig(max_new_tokens=256),
+)

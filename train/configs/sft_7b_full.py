@@ -1,0 +1,22 @@
+"""All of Qwen2-Audio-7B-Instruct but its audio encoder, on a pod or eight GPUs of 80 GB.
+
+    python -m train.sft 7b-full --data.train chats.jsonl --data.held-out chats.jsonl:test
+
+5e-6 at a global batch of 32 rows of 4096 tokens: as Megatron-Bridge has it. Expected: as LoRA's
+preset, with more to gain from more data, and more to lose from less.
+"""
+
+import dataclasses
+import pathlib
+
+from train.configs import sft_7b
+
+SETTINGS = dataclasses.replace(
+    sft_7b.SETTINGS,
+    out=pathlib.Path("runs/sft-7b-full"),
+    weight_dtype="float32",
+    lora=dataclasses.replace(sft_7b.SETTINGS.lora, r=0),
+    optimizer=dataclasses.replace(
+        sft_7b.SETTINGS.optimizer, learning_rate=5e-6, encoder_learning_rate=0.0, b2=0.95
+    ),
+)

@@ -1,0 +1,30 @@
+"""Learns from pairs of answers of which one was preferred: DPO and its kin.
+
+    python -m train.dpo tiny                                      # made preferences
+    python -m train.dpo tiny --data.train pairs.jsonl --preference.beta 0.2
+    python -m train.dpo 7b --data.train pairs.jsonl --precompute-ref-log-probs
+
+A line of pairs.jsonl: {"messages": [...], "chosen": "...", "rejected": "..."}, or TRL's form.
+The reference is the model as it began: kept in memory; with LoRA, the model without its adapter;
+or its answers' log-probabilities, precomputed.
+
+Every setting is a flag. The folder --out holds all of a run: the same command goes on where it
+was killed, to the bit.
+"""
+
+from functools import partial
+
+from qwen2audio_jax.training.preference import preference
+from qwen2audio_jax.training.settings import PreferenceSettings
+from train.launch import launch
+
+
+def main(settings: PreferenceSettings) -> int | None:
+    from qwen2audio_jax.training import stage  # Grain is an extra
+
+    remat = settings.remat_policy == "full"
+    return stage.train(settings, partial(preference, config=settings.preference, remat=remat))
+
+
+if __name__ == "__main__":
+    launch("dpo", main, __doc__)

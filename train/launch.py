@@ -1,0 +1,57 @@
+"""What the programs of this folder share: presets, flags, and one line for a mistake."""
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import tyro
+
+from train import configs
+
+
+def presets(stage: str) -> dict[str, tuple[str, Any]]:
+    """The presets of a stage, `configs/STAGE_NAME.py`: what each is for, and its settings."""
+    found = {}
+    for module in pkgutil.iter_modules(configs.__path__):
+        if module.name.startswith(f"{stage}_"):
+            loaded = importlib.import_module(f"{configs.__name__}.{module.name}")
+            name = module.name.removeprefix(f"{stage}_").replace("_", "-")
+            found[name] = (loaded.__doc__, loaded.SETTINGS)
+    return found
+
+
+def launch(stage: str, train: Callable[[Any], int | None], about: str) -> None:
+    """Reads the command line, trains, and exits.
+
+    Status 0: done. 143 or 130: ended by SIGTERM or SIGINT (128 and its number), all saved; the
+    same command goes on. 2: something that was given is wrong. 1: the run could not go on: its
+    gradients, or its disk. Both with one line.
+    """
+    name = f"train.{stage}"
+    try:
+        settings = tyro.extras.overridable_config_cli(
+            presets(stage), prog=f"python -m {name}", description=about
+        )
+        if settings.distributed:
+            jax.distributed.initialize()
+        signal = train(settings)
+    except ModuleNotFoundError as error:
+        _stop(name, f"{error}; pip install 'qwen2audio_jax[train]'", 2)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        _stop(name, error, 2)
+    except (FloatingPointError, OSError) as error:
+        _stop(name, error, 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if signal is not None:
+        print(f"{name}: signal {signal}: all is saved in {settings.out}, run it again to go on")
+        sys.exit(128 + signal)
+    print(f"{name}: done: {settings.out / 'summary.md'}, and the model in {settings.out / 'model'}")
+
+
+def _stop(name: str, error: object, status: int) -> None:
+    print(f"{name}: error: {error}", file=sys.stderr)
+    sys.exit(status)

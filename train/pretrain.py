@@ -1,0 +1,28 @@
+"""Pretrains on declared tasks: audio and a prompt in, what follows the arrow is learned.
+
+    python -m train.pretrain tiny                                 # made sound, from nothing
+    python -m train.pretrain tiny --data.train rows.jsonl \\
+        --data.tasks "[AUDIO:audio] Detect the language and recognize the speech: -> [TEXT:text]"
+    python -m train.pretrain 7b --data.train shards/speech tfds:librispeech:train_clean100 \\
+        --data.weights 3 1 --data.tasks "..." "..." --mesh.ici-fsdp-parallelism 64
+
+Every setting is a flag. The folder --out holds all of a run: the same command goes on where it
+was killed, to the bit.
+"""
+
+from functools import partial
+
+from qwen2audio_jax.training import loss
+from qwen2audio_jax.training.settings import Settings
+from train.launch import launch
+
+
+def main(settings: Settings) -> int | None:
+    from qwen2audio_jax.training import stage  # Grain is an extra
+
+    remat = settings.remat_policy == "full"
+    return stage.train(settings, partial(loss.next_token, remat=remat))
+
+
+if __name__ == "__main__":
+    launch("pretrain", main, __doc__)

@@ -1,0 +1,31 @@
+"""Fine-tunes on conversations, of which the assistant's turns are learned, or on declared tasks.
+
+    python -m train.sft tiny                                      # made conversations
+    python -m train.sft tiny --data.train chats.jsonl --data.held-out chats.jsonl:test
+    python -m train.sft 7b --data.train chats.jsonl --lora.r 16   # LoRA; 7b-full trains all
+
+A line of chats.jsonl, with clips as paths, relative to it, or URLs:
+
+    {"messages": [{"role": "user", "content": [{"type": "audio", "audio": "dog.wav"},
+     {"type": "text", "text": "What is that?"}]}, {"role": "assistant", "content": "A dog."}]}
+
+Every setting is a flag. The folder --out holds all of a run: the same command goes on where it
+was killed, to the bit.
+"""
+
+from functools import partial
+
+from qwen2audio_jax.training import loss
+from qwen2audio_jax.training.settings import Settings
+from train.launch import launch
+
+
+def main(settings: Settings) -> int | None:
+    from qwen2audio_jax.training import stage  # Grain is an extra
+
+    remat = settings.remat_policy == "full"
+    return stage.train(settings, partial(loss.next_token, remat=remat))
+
+
+if __name__ == "__main__":
+    launch("sft", main, __doc__)
