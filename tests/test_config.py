@@ -67,8 +67,8 @@ def test_an_unknown_preset_names_those_there_are():
             "audio_token 151646 is outside the vocabulary of 64",
         ),
         (
-            lambda: dataclasses.replace(preset("tiny"), end_tokens=(0, 512)),
-            "end_tokens 512 is outside the vocabulary of 512",
+            lambda: dataclasses.replace(preset("tiny"), end_tokens=(0, 576)),
+            "end_tokens 576 is outside the vocabulary of 576",
         ),
     ],
 )

@@ -213,7 +213,8 @@ def test_muon_makes_block_matrices_orthogonal(params):
             rows = layer.shape[:-1] if path.endswith(".out.kernel") else layer.shape[:1]
             matrix = layer.reshape(int(np.prod(rows)), -1)
             spectrum = np.linalg.svd(matrix, compute_uv=False)
-            assert 0.5 < spectrum.min() / spectrum.max()  # five iterations come this near
+            # five iterations bring all but the smallest within 0.7 to 1.2 of each other
+            assert 0.25 < spectrum.min() / spectrum.max()
             assert 0.3 < np.sqrt(np.mean(matrix**2)) < 0.7
             matrices += 1
     assert matrices == 2 * 6 + 2 * 7  # two layers each of encoder and decoder
