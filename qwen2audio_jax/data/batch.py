@@ -42,9 +42,7 @@ class Course:
         Shape(clips=20, frames=(60, 120), tokens=48, words=(1, 4), weight=0.25),
         Shape(clips=13, frames=(110, 190), tokens=68, words=(2, 5), weight=0.25),
         Shape(clips=8, frames=(180, 300), tokens=94, words=(3, 5), weight=0.2),
-        Shape(
-            clips=16, frames=(0, 130), tokens=104, words=(1, 4), lesson="converse", weight=0.15
-        ),
+        Shape(clips=16, frames=(0, 130), tokens=104, words=(1, 4), lesson="converse", weight=0.15),
     )
     warmup: int = 0  # batches that are all clean; augmentation comes in over as many more
     voices: tuple[str, ...] = synth.TRAIN_VOICES
