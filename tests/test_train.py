@@ -6,6 +6,7 @@ import re
 import runpy
 import sys
 
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -25,6 +26,14 @@ pytestmark = [
     # Orbax's and TensorStore's own threads, which end with the process
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hurry():
+    """Programs that run a few steps take longer to be compiled well than to be run badly."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -82,15 +82,15 @@ def held_out(data: DataConfig, samples: int, *, pairs: bool = False) -> list[Hel
     return [dataclasses.replace(e, part=part) for e, part in zip(found, parts, strict=True)]
 
 
-def _lines(lines: Sequence[str], sources: Sequence[str]) -> Sequence[str | None]:
-    return [None] * len(sources) if not lines else [*lines] * (len(sources) // len(lines))
+def _lines(lines: Sequence[str], sources: Sequence[str]) -> Sequence[str]:
+    return [""] * len(sources) if not lines else [*lines] * (len(sources) // len(lines))
 
 
-def _open(spec: str, line: str | None, data: DataConfig, pairs: bool) -> list[HeldOut]:
+def _open(spec: str, line: str, data: DataConfig, pairs: bool) -> list[HeldOut]:
     if spec.startswith(WORLD):
         return _made(spec, data.style)
     source = open_source(spec)
-    if line is None:
+    if not line:
         compile = from_preference if pairs else from_messages
         part = Part(name=spec, source=source, compile=compile, augmented=1.0)
         return [HeldOut(part=part, choices=_anything)]

@@ -138,7 +138,7 @@ class Learner:
         """The loss on a batch that all hosts have, of the parameters that `model` has."""
         placed = placement.place(batch, self.mesh, shared=True)
         with self.on_mesh():
-            return jax.device_get(self._sums(self._params(), placed, *self._fixed))
+            return self._sums(self._params(), placed, *self._fixed)
 
     def reference_logps(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """How likely the model finds both answers of each pair; a reference's, before all steps."""

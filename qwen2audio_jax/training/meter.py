@@ -36,6 +36,7 @@ class Meter:
     ):
         self.log, self.bad = log, 0
         self._learner, self._most, self._checkpoints = learner, config.bad_steps, checkpoints
+        self._best = config.best
         self._schedule = learner.optimizer.schedule()
         self._peak = 1e12 * (config.peak_tflops or 0) or flops.peak(dtype)
         self._waiting: tuple[int, dict[str, float], Any] | None = None
@@ -80,6 +81,9 @@ class Meter:
         self.log.write(number, {f"eval/{name}": value for name, value in scores.items()})
         told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if "/" not in name)
         self._bar.write(f"step {number}: {told}")
+        if self._best not in scores:
+            known = ", ".join(scores)
+            self._bar.write(f"no checkpoint is kept as the best: no {self._best!r} among {known}")
         self._last = time.perf_counter()
         self._recent.clear()
 

@@ -57,8 +57,8 @@ class DataConfig:
     """Sources: rows.jsonl, rows.jsonl:SPLIT, ArrayRecord shards, tfds:name/config:split; or made
     sound, world:NAME/KIND, of which KIND may be `tasks`, all of them."""
     tasks: tuple[str, ...] = ()
-    """A line for each source, or one for all: `[AUDIO:audio] What is said? -> [TEXT:text]`. Without
-    any, rows are conversations, or pairs of answers to one."""
+    """A line for each source, or one for all: `[AUDIO:audio] What is said? -> [TEXT:text]`. With
+    an empty one, or without any, rows are conversations, or pairs of answers to one."""
     style: Literal[STYLES] = "prompt"
     """How tasks are hinted at: in words, in tags (--data.tags), or not at all."""
     tags: str | None = None
