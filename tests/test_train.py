@@ -70,7 +70,7 @@ def run(monkeypatch, base, data):
         flags = ["--model", base, "--out", out, "--data.train", f"{source}:train"]
         flags += ["--data.held-out", f"{source}:test", "--data.workers", 0, "--data.augmented", 0]
         flags += ["--data.masked", 0, "--optimizer.warmup-steps", 1, "--evaluation.samples", 3]
-        flags += ["--evaluation.max-new-tokens", 3, "--no-tensorboard"]
+        flags += ["--evaluation.max-new-tokens", 4, "--no-tensorboard"]
         monkeypatch.syspath_prepend(ROOT)
         monkeypatch.setattr(sys, "argv", ["x", "tiny", *map(str, flags), *map(str, args)])
         try:

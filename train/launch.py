@@ -1,7 +1,10 @@
 """What the programs of this folder share: presets, flags, and one line for a mistake."""
 
+import contextlib
 import importlib
+import io
 import pkgutil
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -32,9 +35,7 @@ def launch(stage: str, train: Callable[[Any], int | None], about: str) -> None:
     """
     name = f"train.{stage}"
     try:
-        settings = tyro.extras.overridable_config_cli(
-            presets(stage), prog=f"python -m {name}", description=about
-        )
+        settings = _parse(stage, about)
         if settings.distributed:
             jax.distributed.initialize()
         signal = train(settings)
@@ -50,6 +51,23 @@ def launch(stage: str, train: Callable[[Any], int | None], about: str) -> None:
         print(f"{name}: signal {signal}: all is saved in {settings.out}, run it again to go on")
         sys.exit(128 + signal)
     print(f"{name}: done: {settings.out / 'summary.md'}, and the model in {settings.out / 'model'}")
+
+
+def _parse(stage: str, about: str) -> Any:
+    """The settings; what is wrong with the flags is said in one line rather than in tyro's box."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.extras.overridable_config_cli(
+                presets(stage), prog=f"python -m train.{stage}", description=about
+            )
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+    lines = [line.strip("│|╭╮╰╯─-+ ") for line in said.getvalue().splitlines()]
+    lines = [line for line in lines if line and not line.startswith("For full helptext")]
+    message = re.sub(r"Error parsing \S+: ", "", " ".join(lines[1:] or lines))
+    raise ValueError(f"{message}; --help teaches")
 
 
 def _stop(name: str, error: object, status: int) -> None:
