@@ -213,8 +213,8 @@ def test_muon_makes_block_matrices_orthogonal(params):
             rows = layer.shape[:-1] if path.endswith(".out.kernel") else layer.shape[:1]
             matrix = layer.reshape(int(np.prod(rows)), -1)
             spectrum = np.linalg.svd(matrix, compute_uv=False)
-            # five iterations bring all but the smallest within 0.7 to 1.2 of each other
-            assert spectrum.min() / spectrum.max() > 0.25
+            # five iterations bring all but the smallest close to each other
+            assert np.quantile(spectrum, 0.25) / spectrum.max() > 0.4
             assert 0.3 < np.sqrt(np.mean(matrix**2)) < 0.7
             matrices += 1
     assert matrices == 2 * 6 + 2 * 7  # two layers each of encoder and decoder
