@@ -4,6 +4,7 @@ One appears at once or not at all, and is not believed before its checksums agre
 """
 
 import contextlib
+import gc
 import json
 import logging
 import math
@@ -199,6 +200,15 @@ class Checkpoints:
         tree = jax.tree.structure(abstract)
         return Restored(step, jax.tree.unflatten(tree, [arrays[path] for path in wanted]), data)
 
+    def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+        with _quietly():
+            try:
+                return self._orbax.load_checkpointables(step, wanted)
+            except Exception as error:
+                failure = _line(error)
+            gc.collect()  # here, since what Orbax leaves unfinished complains as it goes
+            raise ValueError(failure)
+
     def _set_aside(self, damaged: Mapping[int, str]) -> None:
         for step, why in damaged.items():
             path = self.folder / str(step)
@@ -308,5 +318,6 @@ def _line(error: BaseException) -> str:
     """What went wrong at the bottom, without the files that TensorStore lists before it."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
-    words = " ".join(str(error).split()).rpartition('": ')[2][:300]
+    words = " ".join(str(error).split()).partition(" [tensorstore_spec=")[0]
+    words = words.rpartition('": ')[2][:300]
     return words if " " in words else f"{type(error).__name__} {words}".strip()

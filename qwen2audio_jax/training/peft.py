@@ -1,7 +1,4 @@
-"""LoRA adapters in PEFT's folders: adapter_config.json and adapter_model.safetensors.
-
-Modules are called as in transformers 4, which PEFT finds in transformers 5 too.
-"""
+"""LoRA adapters in PEFT's folders: adapter_config.json and adapter_model.safetensors."""
 
 import dataclasses
 import json
@@ -49,7 +46,7 @@ def save(
         adapter = lora.of_layer(adapters, entry)
         for name, row in lora.matrices(entry, config.r).items():
             tensor = row.to_theirs(np.asarray(adapter[name], np.float32))
-            tensors[PREFIX + row.name] = np.ascontiguousarray(tensor)
+            tensors[PREFIX + _exported(row.name)] = np.ascontiguousarray(tensor)
     safetensors.numpy.save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     settings = dataclasses.asdict(config) | {
         "peft_type": "LORA",
@@ -59,6 +56,15 @@ def save(
         "bias": "none",
     }
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+
+
+def _exported(name: str) -> str:
+    """The name that PEFT finds with as many versions of transformers as can be.
+
+    With transformers 5 it knows the decoder's modules by their names in transformers 4 too, but
+    those of the encoder and the projector by their new names alone.
+    """
+    return name if name.startswith("language_model.") else f"model.{name}"
 
 
 def load(folder: str | pathlib.Path, model: Qwen2Audio) -> tuple[LoraConfig, Adapters]:
