@@ -142,7 +142,8 @@ def interrupt(
             time.sleep(0 if way == "save" else rng.uniform(0, 0.1))
             process.send_signal(signal.SIGTERM if way == "term" else signal.SIGKILL)
         status = process.wait()
-        events.append({"way": way, "step": last_step(out), "status": status})
+        torn = bool(unfinished(out))
+        events.append({"way": way, "step": last_step(out), "status": status, "torn": torn})
         print(json.dumps(events[-1]), flush=True)
     return events
 

@@ -185,4 +185,5 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(base, tmp_path):
     result = interruption.main(settings)
     assert result["same"] == {"parameters": True, "steps": True}
     status = {event["way"]: event["status"] for event in result["events"]}
+    assert {event["way"] for event in result["events"] if event["torn"]} >= {"save"}
     assert status == {"kill": -9, "save": -9, "term": 143, "full": 1}
