@@ -92,7 +92,8 @@ def test_an_export_means_what_peft_means(models, base, tmp_path, name, stacked):
     named = dict(theirs.named_parameters())
     for key in [key for key in tensors if ".lora_A." in key]:
         module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        module = module.replace("language_model.model", "language_model")  # as transformers 5
+        # as transformers 5 calls them
+        module = module.removeprefix("model.").replace("language_model.model", "language_model")
         added = tensors[key.replace("lora_A", "lora_B")] @ tensors[key]
         named[f"model.{module}.weight"].data += 3.0 * added
     assert_heard_alike(lora.apply(model, adapters, config), theirs)
@@ -189,39 +190,39 @@ def score(model, batch):
 @pytest.mark.parametrize("target", [lora.DECODER, TARGETS["one_layer"][0]])
 def test_only_adapters_learn(model, target):
     """Fresh ones change nothing; steps lower the loss; a layer that has none keeps none."""
-    if target == lora.DECODER and not model.scan_layers:
-        pytest.xfail("a list of blocks learns less than a stack: not explained yet")
     config = LoraConfig(r=2, target_modules=target, lora_dropout=0.1)
     adapters = lora.init(config, model, key=jax.random.key(0))
     np.testing.assert_array_equal(
         np.asarray(lora.apply(model, adapters, config)(**SHORT)), np.asarray(model(**SHORT))
     )
     graph, frozen = nnx.split(model)
-    optimizer = optax.adamw(0.02, weight_decay=0.1)
+    optimizer = optax.adamw(0.01, weight_decay=0.1)
 
     def of_adapters(adapters, frozen, batch, key):
         return score(lora.apply(nnx.merge(graph, frozen), adapters, config, key=key), batch)
 
     @jax.jit
     def step(adapters, state, frozen, batch, key):
-        value, grads = jax.value_and_grad(of_adapters)(adapters, frozen, batch, key)
+        grads = jax.grad(of_adapters)(adapters, frozen, batch, key)
         updates, state = optimizer.update(grads, state, adapters)
-        return optax.apply_updates(adapters, updates), state, value
+        return optax.apply_updates(adapters, updates), state
 
-    state, values = optimizer.init(adapters), []
+    def without_dropout(adapters):
+        return float(score(lora.apply(model, adapters, config), batch()))
+
+    state, before = optimizer.init(adapters), without_dropout(adapters)
     for i in range(12):
-        adapters, state, value = step(adapters, state, frozen, batch(), jax.random.key(i))
-        values.append(float(value))
-    assert values[-1] < 0.8 * values[0]
+        adapters, state = step(adapters, state, frozen, batch(), jax.random.key(i))
+    assert without_dropout(adapters) < 0.8 * before
     if model.scan_layers and target != lora.DECODER:
         assert all(not x[0].any() and x[1].any() for x in jax.tree.leaves(adapters))
     else:
         assert all(x.any() for x in jax.tree.leaves(adapters))
 
 
-def test_dropout_leaves_out_parts_of_the_input():
+def test_dropout_leaves_out_parts_of_the_input(models):
     """Kept parts are scaled up; every layer and every step leaves out others; no key, nothing."""
-    model = Qwen2Audio(small.CONFIG, rngs=nnx.Rngs(0))
+    model = models[True]
     config = LoraConfig(r=12, lora_alpha=12, lora_dropout=0.25)
     adapters = lora.init(config, model, key=jax.random.key(0))
     path = "decoder.blocks.mlp.up"

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import sys
 import zlib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -185,9 +186,7 @@ class Checkpoints:
         _check(leaves, wanted)
         file, failure = _HostFile(), None
         try:
-            arrays = self._orbax.load_checkpointables(step, {"state": wanted, "data": file})[
-                "state"
-            ]
+            arrays = self._load(step, {"state": wanted, "data": file})["state"]
             data = file.data()
         except Exception as error:
             failure = error
@@ -201,13 +200,17 @@ class Checkpoints:
         return Restored(step, jax.tree.unflatten(tree, [arrays[path] for path in wanted]), data)
 
     def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
-        with _quietly():
-            try:
-                return self._orbax.load_checkpointables(step, wanted)
-            except Exception as error:
-                failure = _line(error)
-            gc.collect()  # here, since what Orbax leaves unfinished complains as it goes
-            raise ValueError(failure)
+        try:
+            return self._orbax.load_checkpointables(step, wanted)
+        except Exception as error:
+            failure = ValueError(_line(error))
+        # Orbax gives up the reads beside one that failed, and each complains as it is let go
+        hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+        try:
+            gc.collect()
+        finally:
+            sys.unraisablehook = hook
+        raise failure
 
     def _set_aside(self, damaged: Mapping[int, str]) -> None:
         for step, why in damaged.items():
