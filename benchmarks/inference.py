@@ -20,11 +20,8 @@ import importlib.util
 import json
 import os
 import pathlib
-import platform
 import statistics
 import tempfile
-import time
-from importlib.metadata import version
 from typing import Any
 
 # jax must leave room on a GPU that torch shares
@@ -33,19 +30,17 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
-import psutil
 import torch
 import transformers
 
 from benchmarks import sides as contestants
-from benchmarks.sides import RATE, Ours, Peak, Run, Theirs
-from qwen2audio_jax.config import PRESETS, Config
+from benchmarks.sides import GIB, RATE, Ours, Peak, Run, Theirs
+from qwen2audio_jax.config import Config
 from qwen2audio_jax.data import lessons
 
 # dense bfloat16 TFLOP/s and TB/s of memory, by what the device's name contains
 PEAKS = {"H200": (989.0, 4.8), "H100": (989.0, 3.35), "A100": (312.0, 2.04)}
 STAGES = ("features", "encoder", "prefill")
-GIB = 2**30
 
 
 def peak_memory(name: str, rise: int, held: int) -> float:
@@ -160,31 +155,12 @@ def markdown(figures: dict) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were made on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    cpu = platform.processor() or platform.machine()
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(": ")[2] if names else cpu
-    packages = ("jax", "jaxlib", "flax", "torch", "transformers")
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": device,
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / GIB),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
-    }
-
-
 def main(arguments: list[str] | None = None) -> None:
     first, _, rest = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
         description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", default="mid", choices=["mid", *sorted(PRESETS)])
+    parser.add_argument("--preset", default="mid", choices=sorted(contestants.SIZES))
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument(
         "--seconds", type=float, nargs="+", default=[5.0, 30.0], help="of the clips"
@@ -207,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not on_gpu:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     transformers.utils.logging.set_verbosity_error()
-    where = machine()
+    where = contestants.machine()
     sizes = contestants.sizes_of(options.preset)
     ours, theirs = contestants.build(sizes, options.dtype, "cuda" if on_gpu else "cpu")
     held = sum(p.numel() * p.element_size() for p in theirs.parameters())
@@ -234,19 +210,10 @@ def main(arguments: list[str] | None = None) -> None:
             print(markdown(figures), end="\n\n", flush=True)
             results.append(figures)
     content = {"preset": options.preset, "dtype": options.dtype, **where, "clips": results}
-    text = json.dumps(content, indent=2)
-    print(text)
+    print(json.dumps(content, indent=2))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n", "utf-8")
-        tables = "\n\n".join(markdown(figures) for figures in results)
-        about = f"{options.preset}, {options.dtype}; {where['device']}, {where['cpu']}"
-        options.json.with_suffix(".md").write_text(
-            f"{about}, {where['cores']} cores; {where['date']}; "
-            + ", ".join(f"{name} {number}" for name, number in where["versions"].items())
-            + f"\n\n{tables}\n",
-            "utf-8",
-        )
+        tables = [markdown(figures) for figures in results]
+        contestants.save(options.json, content, f"{options.preset}, {options.dtype}", tables)
 
 
 def peaks_of(device: str, options: argparse.Namespace) -> tuple[float, float] | None:

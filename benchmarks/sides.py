@@ -1,12 +1,16 @@
-"""The two sides of `inference.py`: transformers and us, with the same weights, prompt and clip."""
+"""The two sides that are compared, transformers and us, and what the comparisons share."""
 
 import ctypes
 import dataclasses
 import gc
+import json
+import os
 import pathlib
+import platform
 import sys
 import threading
 import time
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
@@ -18,22 +22,40 @@ import transformers
 from transformers import initialization
 
 from qwen2audio_jax import Processor, weights
-from qwen2audio_jax.config import Config, DecoderConfig, preset
+from qwen2audio_jax.config import PRESETS, Config, DecoderConfig, EncoderConfig
 from qwen2audio_jax.generate import GREEDY, decode, listen, prefill, unpad
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.sampling import rules_for
 from qwen2audio_jax.weights import settings, table
 
-# Qwen2-Audio's encoder, and a decoder of its decoder's proportions
-MID = Config(decoder=DecoderConfig(layers=12, width=1024, heads=8, kv_heads=8, hidden=2752))
+IDS = {"audio_token": 3, "pad_token": 0, "end_tokens": (0, 2)}
+SIZES = PRESETS | {
+    # Qwen2-Audio's encoder, and a decoder of its decoder's proportions
+    "mid": Config(decoder=DecoderConfig(layers=12, width=1024, heads=8, kv_heads=8, hidden=2752)),
+    # Whisper base's encoder with two layers more, and a decoder of half Qwen2-0.5B's layers
+    "100m": Config(
+        encoder=EncoderConfig(layers=8, width=512, heads=8, hidden=2048),
+        decoder=DecoderConfig(
+            layers=12,
+            width=640,
+            heads=10,
+            kv_heads=10,
+            head_width=64,
+            hidden=1728,
+            vocabulary=32_000,
+            tied=True,
+        ),
+        **IDS,
+    ),
+}
 QUESTION = "What is that sound?"
 RATE = 16_000
+GIB = 2**30
 
 
 def sizes_of(name: str) -> Config:
     """A preset with the token ids of the tokenizer that the benchmark makes."""
-    ids = {"audio_token": 3, "pad_token": 0, "end_tokens": (0, 2)}
-    return dataclasses.replace(MID if name == "mid" else preset(name), **ids)
+    return dataclasses.replace(SIZES[name], **IDS)
 
 
 def make_clip(seconds: float) -> np.ndarray:
@@ -108,7 +130,7 @@ class Ours:
     def __call__(self, wave: np.ndarray, new: int) -> Run:
         start = time.perf_counter()
         clock = lambda: time.perf_counter() - start
-        inputs = self.processor(_conversation((wave, RATE)))
+        inputs = self.processor(conversation((wave, RATE)))
         features = clock()
         heard = jax.block_until_ready(listen(self.model, inputs))
         encoder = clock()
@@ -141,7 +163,7 @@ class Theirs(transformers.generation.BaseStreamer):
         )
         self.start, self.notes = time.perf_counter(), {"tokens": []}
         prompt = self.processor.apply_chat_template(
-            _conversation("clip"), add_generation_prompt=True, tokenize=False
+            conversation("clip"), add_generation_prompt=True, tokenize=False
         )
         inputs = self.processor(text=prompt, audio=[wave], sampling_rate=RATE, return_tensors="pt")
         inputs = inputs.to(self.model.device)
@@ -166,7 +188,7 @@ class Theirs(transformers.generation.BaseStreamer):
         pass
 
 
-def _conversation(clip: Any) -> list[dict]:
+def conversation(clip: Any) -> list[dict]:
     parts = [{"type": "audio", "audio": clip}, {"type": "text", "text": QUESTION}]
     return [{"role": "user", "content": parts}]
 
@@ -196,3 +218,32 @@ class Peak:
     @property
     def rise(self) -> int:
         return self.top - self.base
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were made on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    cpu = platform.processor() or platform.machine()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].partition(": ")[2] if names else cpu
+    packages = ("jax", "jaxlib", "flax", "torch", "transformers")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": device,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / GIB),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+    }
+
+
+def save(path: pathlib.Path, content: dict[str, Any], about: str, tables: list[str]) -> None:
+    """Writes figures as JSON, and beside them tables under a line on what they are of."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
+    device = f"{content['device']}, {content['cpu']}, {content['cores']} cores"
+    head = f"{about}; {device}; {content['date']}; {versions}"
+    path.with_suffix(".md").write_text("\n\n".join([head, *tables]) + "\n", "utf-8")
