@@ -4,14 +4,13 @@ import pathlib
 
 from setuptools import find_packages, setup
 
-DATA = ["grain>=0.2.18", "array-record", "tensorflow-datasets"]
-DEMO = ["espeakng-loader>=0.2.4", "matplotlib"]
+DATA = ["grain>=0.2.18", "array-record", "tensorflow-datasets", "threadpoolctl"]
 TRAIN = [*DATA, "matplotlib", "tensorboardX"]
+DEMO = [*TRAIN, "espeakng-loader>=0.2.4"]
 EVAL = ["jiwer", "sacrebleu", "whisper-normalizer", "zhconv", "httpx"]
 NOTEBOOKS = [*DEMO, "nbclient", "nbformat", "ipykernel"]
 TEST = [
     *NOTEBOOKS,
-    *TRAIN,
     "beartype",
     "hypothesis",
     "psutil",

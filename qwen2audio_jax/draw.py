@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -48,6 +49,39 @@ def training(rows: Sequence[Mapping[str, int | float]], path: pathlib.Path) -> N
     axes[1, 1].set(xlabel="step", ylabel="held out")
     if names:
         axes[1, 1].legend(fontsize="small")
+    _save(figure, path)
+
+
+def stages(
+    histories: Mapping[str, Sequence[Mapping[str, int | float]]],
+    scores: Mapping[str, Sequence[Any]],
+    path: pathlib.Path,
+) -> None:
+    """Stages of training side by side: each one's loss, and what was known after it.
+
+    Args:
+      histories: by stage, rows with `step` and `loss`.
+      scores: by stage, the same evaluation.world.Rows.
+    """
+    figure, (left, right) = _figure(1, 2, (12.0, 5.0))
+    start = 0
+    for color, (name, rows) in enumerate(histories.items()):
+        steps = start + np.array([row["step"] for row in rows])
+        values = np.array([row["loss"] for row in rows])
+        left.plot(steps, values, alpha=0.2, color=f"C{color}", linewidth=0.8)
+        left.plot(steps, _smooth(values), color=f"C{color}", label=name)
+        start = steps[-1]
+    left.set(xlabel="step", ylabel="loss per learned token or pair", ylim=(0, None))
+    left.legend()
+    tasks = [row.task for row in next(iter(scores.values()))]
+    height = 0.8 / len(scores)
+    for color, (name, rows) in enumerate(scores.items()):
+        share = [100 * (1 - row.value if row.metric == "wer" else row.value) for row in rows]
+        places = np.arange(len(tasks)) + height * color
+        right.barh(places, np.clip(share, 0, 100), height, color=f"C{color}", label=name)
+    right.set_yticks(np.arange(len(tasks)) + 0.4 - height / 2, tasks, fontsize="small")
+    right.invert_yaxis()
+    right.set(xlabel="held out, right after each stage, %", xlim=(0, 100))
     _save(figure, path)
 
 

@@ -1,221 +1,301 @@
-"""Trains a model that hears, from nothing, while you watch; then asks it what it heard.
+"""Trains a model that hears, in the reference's three stages, from nothing, while you watch.
 
-    python -m train.demo                                # ten minutes on two cores
-    python -m train.demo --manifest digits/manifest.jsonl --steps 12000 --out runs/tiny
+    python -m train.demo                                # twelve minutes on two cores
+    python -m train.demo --world full --manifest digits/manifest.jsonl --out runs/tiny
 
-The speech is synthesised, a new room and microphone for every clip; recordings of your own join
-it with `--manifest`. The model that comes out is a folder in Hugging Face's format, with the tiny
-preset's shape, a card and pictures:
+Pretraining teaches tasks, SFT conversations (written questions and spoken ones), DPO a behaviour
+that SFT left out: to say "I hear no speech." rather than invent words. The world that it is all
+about is synthesised, a new room and microphone for every clip; the small one is sixteen words and
+some sounds, the full one (two and a half hours) is described in data/world.py. Recordings of your
+own join pretraining with `--manifest`. A demonstration that was stopped goes on where it was.
 
-    qwen2audio transcribe --model runs/demo clip.wav
+What comes out is a folder in Hugging Face's format, with the tiny preset's shape, a card and
+pictures, each stage's own folder (see train.pretrain, train.sft, train.dpo) beside it:
+
+    qwen2audio chat --model runs/demo --audio clip.wav
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
 import sys
 import time
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
 from flax import nnx
 
-from qwen2audio_jax import Processor, Qwen2Audio, audio, draw, generate, preset
-from qwen2audio_jax.data import batch, lessons, manifest, synth
+from qwen2audio_jax import Processor, Qwen2Audio, audio, draw, generate, preset, weights
+from qwen2audio_jax.data import dialogue, manifest, synth
+from qwen2audio_jax.data.pack import Bucket
+from qwen2audio_jax.data.world import MODES, World
 from qwen2audio_jax.evaluation import recognition
-from qwen2audio_jax.training import loop, loss
-from qwen2audio_jax.training.learner import Learner
-from qwen2audio_jax.training.log import Log
+from qwen2audio_jax.evaluation import world as evaluation
+from qwen2audio_jax.evaluation.world import Row
+from qwen2audio_jax.training import log
 from qwen2audio_jax.training.optimizer import OptimizerConfig
+from qwen2audio_jax.training.preference import PreferenceConfig
+from qwen2audio_jax.training.settings import (
+    DataConfig,
+    LoopConfig,
+    PreferenceSettings,
+    Settings,
+)
+from qwen2audio_jax.weights import settings as model_settings
+
+STAGES = ("pretrain", "sft", "dpo")
+VOCABULARY = {"small": 576, "full": 1280}
+STEPS = {"small": (1500, 700, 120), "full": (24_000, 9000, 400)}
+RECORDED = (
+    "[AUDIO:audio,words=text] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"
+)
+SCORES = "scores.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Demo:
     """What to train on, how long, and where to leave the model."""
 
-    steps: int = 1800
-    """Batches to learn from, each of 8 to 32 clips."""
-    learning_rate: float = 1e-3
-    """The peak, after a twentieth of the steps; then a cosine down to nothing."""
-    augmented: float = 0.4
-    """The part of the clips that is made harder: rooms, noises, microphones, speed."""
+    world: Literal["small", "full"] = "small"
+    """What is heard and spoken of."""
+    out: pathlib.Path = pathlib.Path("runs/demo")
+    """The folder to write, or to go on with."""
     manifest: tuple[pathlib.Path, ...] = ()
     """JSONL files of recordings (audio, text): rows of split "test" are kept for the score."""
-    leave_out: tuple[str, ...] = ()
-    """Speakers of the manifests who are not trained on and alone make up the recordings' score."""
+    steps: tuple[int, int, int] | None = None
+    """Of pretraining, SFT and DPO; None: what the world takes."""
     seed: int = 0
-    out: pathlib.Path = pathlib.Path("runs/demo")
-    """The folder to write; one that holds a model already is overwritten."""
-    clips: int = 300
-    """Held-out phrases to score."""
+    clips: int = 50
+    """Held-out samples of each task to score; for recognition six times as many, for each mode of
+    conversation and for preferences four times."""
 
 
-def main(settings: Settings) -> None:
-    began = time.perf_counter()
-    train, test = recordings(settings)
-    folder = settings.out
+def main(demo: Demo) -> None:
+    from qwen2audio_jax.training import stage  # Grain is an extra
+
+    began, world = time.perf_counter(), World.named(demo.world)
+    begin(demo, world)
+    told: dict[str, list[Row]] = {}
+    for settings in plan(demo):
+        name = settings.out.name
+        print(f"\n{name}: {settings.optimizer.steps} steps", flush=True)
+        if stage.train(settings) is not None:
+            raise KeyboardInterrupt
+        told[name] = score(demo, settings.out)
+        print(f"\n{evaluation.compare(told)}", flush=True)
+    model, processor = load(demo.out / STAGES[-1])
+    finish(demo, world, model, processor, told, time.perf_counter() - began)
+    converse(model, processor, world)
+    print(f"\nThe model is in {demo.out}, with its card (README.md) and pictures. Now:")
+    print(f"  qwen2audio transcribe --model {demo.out} CLIP")
+    print(f"  qwen2audio chat --model {demo.out} --audio CLIP")
+
+
+def begin(demo: Demo, world: World) -> None:
+    """Writes what pretraining begins with: sizes and words."""
+    for path in demo.manifest:
+        manifest.read(path)  # a mistake is told before anything is written
+    folder = demo.out / "start"
+    if (folder / "config.json").exists():
+        return
+    vocabulary = VOCABULARY[world.name]
+    world.write_tokenizer(folder, vocabulary=vocabulary)
     config = preset("tiny")
-    texts = [sample.text for sample in train]
-    lessons.write_tokenizer(folder, texts, vocabulary=config.decoder.vocabulary)
-    processor = Processor.from_pretrained(folder)
-    course = batch.Course(
-        processor=str(folder),
-        seed=settings.seed,
-        warmup=min(
-            settings.steps // 4, 500
-        ),  # what a word is, is learned sooner from few, clean words
-        augmented=settings.augmented,
-        recordings=tuple((sample.audio, sample.text) for sample in train),
-    )
-    optimizer = OptimizerConfig(
-        name="muon",  # a third of AdamW's errors after as many steps
-        learning_rate=settings.learning_rate,
-        steps=settings.steps,
-        warmup_steps=settings.steps // 20,
+    decoder = dataclasses.replace(config.decoder, vocabulary=vocabulary)
+    model_settings.write(dataclasses.replace(config, decoder=decoder), folder)
+
+
+def plan(demo: Demo) -> list[Settings]:
+    """The three stages, each of which begins where the one before it ended."""
+    steps = demo.steps or STEPS[demo.world]
+    made = f"world:{demo.world}"
+    begins = [demo.out / "start", *(demo.out / stage / "model" for stage in STAGES)]
+    shared = [
+        {
+            "out": demo.out / stage,
+            "model": str(model),
+            "seed": demo.seed,
+            "scan_layers": False,
+            "tensorboard": False,
+            "loop": LoopConfig(save_every=500, keep=1, best="loss"),
+        }
+        for stage, model in zip(STAGES, begins, strict=False)
+    ]
+    recorded = tuple(f"{path}:train" for path in demo.manifest)
+    short, long = (100, 160, 220), (320,) if demo.world == "small" else (320, 560)
+    heard = lambda frames, rows: Bucket(rows=rows, tokens=220, clips=3000 // frames, frames=frames)
+    return [
+        Settings(
+            **shared[0],
+            from_scratch=True,
+            ctc=0.3,
+            data=DataConfig(
+                train=(f"{made}/tasks", *recorded),
+                tasks=("", *[RECORDED] * len(recorded)),
+                weights=(1.0, *[0.15 / len(recorded)] * len(recorded)) if recorded else (),
+                buckets=tuple(heard(frames, 6) for frames in (*short, *long)),
+                augmented=0.4,
+                masked=0.4,
+            ),
+            optimizer=_muon(steps[0], 1e-3),
+        ),
+        Settings(
+            **shared[1],
+            data=DataConfig(
+                train=tuple(f"{made}/{mode}" for mode in MODES),
+                buckets=tuple(heard(frames, 6) for frames in (160, *long)),
+                augmented=0.3,
+                masked=0.3,
+            ),
+            optimizer=_muon(steps[1], 7e-4),
+        ),
+        PreferenceSettings(
+            **shared[2],
+            preference=PreferenceConfig(beta=0.1, rpo_alpha=1.0),
+            data=DataConfig(
+                train=(f"{made}/preference",),
+                buckets=tuple(
+                    Bucket(rows=16, tokens=110, clips=16, frames=frames) for frames in (180, *long)
+                ),
+            ),
+            optimizer=_muon(steps[2], 1e-4),
+        ),
+    ]
+
+
+def _muon(steps: int, peak: float) -> OptimizerConfig:
+    """After as many steps, a third of AdamW's errors."""
+    return OptimizerConfig(
+        name="muon",
+        learning_rate=peak,
+        steps=steps,
+        warmup_steps=steps // 20,
         weight_decay=0.05,
     )
-    model = Qwen2Audio(config, scan_layers=False, rngs=nnx.Rngs(settings.seed))
-    model.encoder.look_nearby()
-    batches = batch.ahead(functools.partial(batch.make, course), range(settings.steps))
-    learner = Learner(model, optimizer, loss.next_token_and_words)
-    log = Log(None)
-    if loop.train(learner, batches, log=log) is not None:
-        raise KeyboardInterrupt
-    model, history = learner.model(), log.rows
-    minutes = (time.perf_counter() - began) / 60
-    (folder / "history.json").write_text(json.dumps(history))
-    jax.tree.map(lambda x: x.astype(jnp.bfloat16), model).save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-    # What is scored is what was written, read back.
-    model = Qwen2Audio.from_pretrained(folder, dtype="float32")
-    scores = evaluate(model, processor, settings, test)
-    (folder / "README.md").write_text(card(settings, scores, history, train, minutes))
-    report(scores)
-    converse(model, processor)
-    draw.history(history, folder / "loss.png")
-    phrase = max(recognition.held_out(20), key=lambda each: len(each.text.split()))
-    draw.heard(model, processor, phrase.wave, phrase.text, folder / "heard.png")
-    print(f"\nThe model is in {folder}, its pictures loss.png and heard.png beside it. Now:")
-    print(f"  qwen2audio transcribe --model {folder} CLIP")
 
 
-def recordings(settings: Settings) -> tuple[list[manifest.Sample], list[manifest.Sample]]:
-    """The manifests' samples: those to train on, and those to keep for the score."""
-    samples = [sample for path in settings.manifest for sample in manifest.read(path)]
-    speakers = {sample.fields.get("speaker") for sample in samples}
-    if unknown := set(settings.leave_out) - speakers:
-        raise ValueError(f"no speaker {', '.join(sorted(unknown))} in the manifests")
-    out = lambda sample: sample.fields.get("speaker") in settings.leave_out
-    test = lambda sample: sample.fields.get("split") == "test"
-    candidates = [sample for sample in samples if not test(sample) and not out(sample)]
-    train, left_out = batch.usable(candidates, batch.Course.shapes)
-    if left_out:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        print(f"{len(train)} of {len(candidates)} recordings are used; left out: {reasons}")
-    if candidates and not train:
-        raise ValueError("none of the recordings can be used")
-    kept = [sample for sample in samples if (out if settings.leave_out else test)(sample)]
-    return train, kept
+def load(folder: pathlib.Path) -> tuple[Qwen2Audio, Processor]:
+    """What a stage left."""
+    model = Qwen2Audio.from_pretrained(folder / "model", dtype="float32")
+    return model, Processor.from_pretrained(folder / "model")
 
 
-def evaluate(
+def score(demo: Demo, folder: pathlib.Path) -> list[Row]:
+    """Scores what a stage left on what no stage learns from, once."""
+    path = folder / SCORES
+    if path.exists():
+        return [Row(**row) for row in json.loads(path.read_text("utf-8"))]
+    (model, processor), world = load(folder), World.named(demo.world)
+    counts = dict.fromkeys((skill.name for skill in world.tasks), demo.clips)
+    counts["recognise en"] *= 6
+    counts |= dict.fromkeys((*MODES, "preference"), 4 * demo.clips)
+    rows = [
+        row
+        for kind, count in counts.items()
+        for row in evaluation.score(model, processor, world, count, kinds=[kind])
+    ]
+    if samples := recordings(demo, "test"):
+        waves = [audio.load(sample.audio) for sample in samples]
+        heard = recognition.score(model, processor, waves, [each.text for each in samples])
+        rate = heard.word_error_rate
+        rows.append(Row(task="recordings", metric="wer", value=rate, n=len(samples)))
+    path.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1), "utf-8")
+    return rows
+
+
+def recordings(demo: Demo, split: str) -> list[manifest.Sample]:
+    """The manifests' rows that are to be learned, or to be scored."""
+    samples = [sample for path in demo.manifest for sample in manifest.read(path)]
+    return [each for each in samples if each.fields.get("split", "train") == split]
+
+
+def finish(
+    demo: Demo,
+    world: World,
     model: Qwen2Audio,
     processor: Processor,
-    settings: Settings,
-    test: list[manifest.Sample],
-) -> dict[str, recognition.Score]:
-    """Scores on voices never trained on, and on what the manifests keep for the score."""
-    phrases = recognition.held_out(settings.clips)
-    hear = functools.partial(recognition.score, model, processor)
-    scores = {"held-out voices": hear([p.wave for p in phrases], [p.text for p in phrases])}
-    if test:
-        name = f"left out: {', '.join(settings.leave_out)}" if settings.leave_out else "recordings"
-        waves = [audio.load(sample.audio) for sample in test]
-        scores[name] = hear(waves, [sample.text for sample in test])
-    return scores
+    told: dict[str, list[Row]],
+    seconds: float,
+) -> None:
+    """Writes the model, its card and its pictures."""
+    weights.save(jax.tree.map(lambda x: x.astype("bfloat16"), model), demo.out)
+    processor.save_pretrained(demo.out)
+    (demo.out / "README.md").write_text(card(demo, world, model, told, seconds), "utf-8")
+    histories = {
+        stage: [row for row in log.read(demo.out / stage / log.LOG) if "loss" in row]
+        for stage in STAGES
+    }
+    draw.stages(histories, told, demo.out / "stages.png")
+    said = [world["recognise en"].sample(number, "test") for number in range(20)]
+    longest = max(said, key=lambda sample: len(sample["text"].split()))
+    draw.heard(model, processor, longest["audio"][0], longest["text"], demo.out / "heard.png")
 
 
-def report(scores: dict[str, recognition.Score]) -> None:
-    """Prints the word error rates, and some of what was heard."""
-    print(f"\n{'':24} {'clips':>6} {'words wrong':>12}")
-    for name, score in scores.items():
-        print(f"{name:24} {score.clips:6} {score.word_error_rate:12.1%}")
-    for name, score in scores.items():
-        print(f"\n{name}: said, and heard")
-        for said, heard in list(zip(score.references, score.heard, strict=True))[:6]:
-            print(f"  {said:36} {heard}")
+def converse(model: Qwen2Audio, processor: Processor, world: World) -> None:
+    """A conversation in both modes, with voices and sounds that are new to the model."""
+    print("\nVoices and sounds that it does not know; what it is asked, and answers:")
+    for mode in MODES:
+        for number in range(4):
+            messages = world.messages(number, "test", mode=mode)["messages"]
+            _tell(model, processor, messages[:1], mode, messages[1]["content"])
+    for number in range(4):
+        pair = world.preference(number, "test")
+        _tell(model, processor, pair["messages"], pair["task"], pair["chosen"])
 
 
-def converse(model: Qwen2Audio, processor: Processor) -> None:
-    """Plays the model a phrase and asks about it."""
-    words, voice = "seven green bird window", synth.HELD_OUT_VOICES[0]
-    wave = synth.speak(words, voice=voice)
-    print(f"\nA voice it does not know ({voice}) says: {words}")
-    for question in (*lessons.QUESTIONS, None):
-        text = [] if question is None else [{"type": "text", "text": question}]
-        content = [{"type": "audio", "audio": (wave, audio.SAMPLE_RATE)}, *text]
-        tokens = generate(
-            model, processor([{"role": "user", "content": content}]), max_new_tokens=32
-        )
-        print(f"  {question or '(no question: voice chat)':32} {processor.decode(tokens)[0]}")
+def _tell(
+    model: Qwen2Audio, processor: Processor, messages: list[dict], kind: str, right: str
+) -> None:
+    tokens = generate(model, processor(messages), max_new_tokens=48)
+    written = [part["text"] for part in messages[0]["content"] if part["type"] == "text"]
+    asked = written[0] if written else "(spoken)"
+    print(f"  {kind:10} {asked:34} {processor.decode(tokens)[0]:32} (right: {right})")
 
 
 def card(
-    settings: Settings,
-    scores: dict[str, recognition.Score],
-    history: list[dict[str, float]],
-    train: list[manifest.Sample],
-    minutes: float,
+    demo: Demo, world: World, model: Qwen2Audio, told: dict[str, list[Row]], seconds: float
 ) -> str:
     """The model card: how it was made, and how it scores."""
-    rows = "\n".join(
-        f"| {name} | {score.clips} | {score.word_error_rate:.1%} |"
-        for name, score in scores.items()
-    )
+    train = recordings(demo, "train")
     licences = sorted({str(s.fields["licence"]) for s in train if s.fields.get("licence")})
     spoken = f" and {len(train)} recordings ({', '.join(licences) or 'no licence stated'})"
-    count = sum(x.size for x in jax.tree.leaves(nnx.eval_shape(lambda: _tiny())))
+    count = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
+    steps = " + ".join(map(str, demo.steps or STEPS[demo.world]))
     return f"""---
 license: apache-2.0
-language: en
+language: [{", ".join(world.words)}]
 pipeline_tag: audio-text-to-text
 ---
 
 # Qwen2-Audio, tiny
 
 {count / 1e6:.1f} M parameters in Qwen2-Audio's architecture, trained from nothing with
-[qwen2audio_jax](https://pypi.org/project/qwen2audio-jax/) on synthesised speech (espeak-ng,
-{len(synth.TRAIN_VOICES)} voices){spoken if train else ""}. It knows {len(synth.WORDS)} English
-words, says which of them it hears in phrases of up to five, and answers four questions about them.
-It shows how the architecture works and tests what carries it; it is of no other use.
+[qwen2audio_jax](https://pypi.org/project/qwen2audio-jax/) by pretraining, SFT and DPO ({steps}
+steps, seed {demo.seed}, {seconds / 60:.0f} minutes on a CPU at last) on a made world of
+synthesised speech (espeak-ng, {len(synth.TRAIN_VOICES)} voices) and
+sounds{spoken if train else ""}. It shows how the architecture works and tests what carries it; it
+is of no other use.
 
-| test | clips | word error rate |
-|---|---|---|
-{rows}
+On held-out voices and sounds, after each stage:
 
-Held-out voices are {len(synth.HELD_OUT_VOICES)} synthetic voices whose timbres no training saw.
+```
+{evaluation.compare(told)}
+```
 
-Words: {", ".join(synth.WORDS)}.
+`exact` is the part of answers that are right to the letter, `wer` the words that are wrong,
+`times` the boundaries of words that are right within 0.1 s. To a clip without speech the right
+answer is: {dialogue.NO_SPEECH}
 
-Questions: {" ".join(lessons.QUESTIONS)}
+Words: {"; ".join(f"{language}: {', '.join(words)}" for language, words in world.words.items())}.
 
-Made with {settings.steps} steps of 8 to 32 clips (Muon, seed {settings.seed}, peak learning rate
-{settings.learning_rate:g}) in {minutes:.0f} minutes on a CPU; the last loss was
-{np.mean([row["loss"] for row in history[-20:]]):.3f}.
+Tasks: {", ".join(skill.name for skill in world.tasks)}.
 """
-
-
-def _tiny() -> Qwen2Audio:
-    return Qwen2Audio(preset("tiny"), rngs=nnx.Rngs(0))
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Settings, description=__doc__))
+        main(tyro.cli(Demo, description=__doc__))
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"train.demo: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -12,9 +12,6 @@ Every setting is a flag. The folder --out holds all of a run: the same command g
 was killed, to the bit.
 """
 
-from functools import partial
-
-from qwen2audio_jax.training.preference import preference
 from qwen2audio_jax.training.settings import PreferenceSettings
 from train.launch import launch
 
@@ -22,8 +19,7 @@ from train.launch import launch
 def main(settings: PreferenceSettings) -> int | None:
     from qwen2audio_jax.training import stage  # Grain is an extra
 
-    remat = settings.remat_policy == "full"
-    return stage.train(settings, partial(preference, config=settings.preference, remat=remat))
+    return stage.train(settings)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,6 @@ Every setting is a flag. The folder --out holds all of a run: the same command g
 was killed, to the bit.
 """
 
-from functools import partial
-
-from qwen2audio_jax.training import loss
 from qwen2audio_jax.training.settings import Settings
 from train.launch import launch
 
@@ -20,8 +17,7 @@ from train.launch import launch
 def main(settings: Settings) -> int | None:
     from qwen2audio_jax.training import stage  # Grain is an extra
 
-    remat = settings.remat_policy == "full"
-    return stage.train(settings, partial(loss.next_token, remat=remat))
+    return stage.train(settings)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ import zlib
 from collections.abc import Iterator
 from typing import Annotated
 
-import tqdm
 import tyro
 from etils import epath
 
 from qwen2audio_jax.data import sources
 from qwen2audio_jax.data.example import BadSample
 from qwen2audio_jax.data.mixture import settle
+from qwen2audio_jax.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,16 +64,16 @@ def main(settings: Settings) -> None:
     done = _resume(settings, source)
     todo = [shard for shard in range(shards) if shard not in done]
     with (
-        open(settings.out / "progress.jsonl", "a") as progress,
-        tqdm.tqdm(total=shards, initial=len(done), unit="shard", desc="writing") as bar,
+        open(settings.out / "progress.jsonl", "a") as noted,
+        Progress(shards, desc="writing", unit=" shards", initial=len(done)) as progress,
     ):
         for written in _write_all(settings, source, shards, todo):
             # After the shard itself: what is noted here exists.
-            progress.write(json.dumps(dataclasses.asdict(written)) + "\n")
-            progress.flush()
-            os.fsync(progress.fileno())
+            noted.write(json.dumps(dataclasses.asdict(written)) + "\n")
+            noted.flush()
+            os.fsync(noted.fileno())
             done[written.shard] = written
-            bar.update()
+            progress.update()
     _tell(settings, [done[shard] for shard in range(shards)])
 
 

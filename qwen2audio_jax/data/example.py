@@ -37,10 +37,15 @@ class BadSample(ValueError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """One row: a prompt with what is learned in it, and its clips."""
+    """One row: a prompt with what is learned in it, and its clips.
+
+    Attributes:
+      words: the tokens of what is said in each clip, none where that is not known; () if in none.
+    """
 
     prompt: Prompt
     waves: tuple[Wave, ...]
+    words: tuple[list[int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ A slot `[TYPE:field,attribute,key=value]` takes a field of the sample; all else 
     optional          a sample that lacks the field leaves the slot empty
     closed_set=a|b|c  the text is one of these; closed_set=FIELD: of the list in the sample's field
     max_seconds=10    a longer clip is a bad sample; never more than 30
+    words=FIELD       the field with the words that are said in the clip, for CTC to learn from
 
 A backslash makes the next character literal (`\[`, `\->`, `\,`, `\|`, `\\`, and `\ ` where white
 space would be dropped); `\n` and `\t` are a new line and a tab. White space directly behind a clip
@@ -32,9 +33,11 @@ STYLES = ("prompt", "tags", "none")
 TASKS = ("transcribe", "translate", "caption", "keyword", "question")  # that have a tag
 
 
-@slot_type("AUDIO", attributes=["max_seconds"], heard=True)
+@slot_type("AUDIO", attributes=["max_seconds", "words"], heard=True)
 def fill_audio(value: Any, slot: Slot, sample: Mapping) -> Filled:
-    return Filled(f"{AUDIO_BOS}{AUDIO}{AUDIO_EOS}", (hear(value, slot.max_seconds),))
+    words = "" if slot.words is None else _text(_field(slot.words, sample), slot.words)
+    waves = (hear(value, slot.max_seconds),)
+    return Filled(f"{AUDIO_BOS}{AUDIO}{AUDIO_EOS}", waves, (words,))
 
 
 @slot_type("TEXT", attributes=["closed_set"])
@@ -87,12 +90,14 @@ class Task:
           BadSample: "missing field", "missing audio", "corrupt audio", "too long", "empty text",
             "not text", "outside closed set" or "audio token in text".
         """
-        prompt, waves = _compile(_fill(self.given, sample, False), processor)
+        given, answer = _fill(self.given, sample, False), []
+        prompt, waves = _compile(given, processor)
         if learn:
-            filled = [*_fill(self.answer, sample, True), Filled(PAD, learned=True)]
-            answer, more = _compile(filled, processor, first=len(waves))
-            prompt, waves = prompt + answer, waves + more
-        return Example(prompt, waves)
+            answer = [*_fill(self.answer, sample, True), Filled(PAD, learned=True)]
+            said, more = _compile(answer, processor, first=len(waves))
+            prompt, waves = prompt + said, waves + more
+        words = [text for each in (*given, *answer) for text in each.words]
+        return Example(prompt, waves, tuple(map(processor.tokenizer.encode, words)))
 
     def choices(self, sample: Mapping) -> list[str] | None:
         """All that a sample's answer can be, for `generate`; None if there is no end of it."""

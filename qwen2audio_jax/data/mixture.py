@@ -16,6 +16,7 @@ from typing import Any
 
 import grain
 import numpy as np
+import threadpoolctl
 from absl import flags
 
 from qwen2audio_jax.data.example import BadSample, Example, Pair
@@ -64,6 +65,7 @@ class Mixture:
     shuffle: bool = True
     epochs: int | None = None  # passes over one part; None never ends
     pack: bool = True
+    words: bool = False  # whether batches have `words` [C, N]: what is said in each clip
     accumulate: int = 1  # batches of one shape per element, along a leading axis
     host: int = 0
     hosts: int = 1  # each gets its own samples; all get batches of the same shapes
@@ -111,7 +113,7 @@ class Mixture:
             for part in self.parts
         }
         buckets = [list(dataclasses.astuple(bucket)) for bucket in self.buckets]
-        names = ("seed", "shuffle", "epochs", "pack", "accumulate", "host", "hosts")
+        names = ("seed", "shuffle", "epochs", "pack", "words", "accumulate", "host", "hosts")
         return {"parts": parts, "buckets": buckets} | {n: getattr(self, n) for n in names}
 
 
@@ -281,7 +283,12 @@ class _Groups(grain.DatasetIterator):
 
     def _group(self, bucket: int) -> Group:
         mixture = self._mixture
-        return Group(mixture.buckets[bucket], packed=mixture.pack, batches=mixture.accumulate)
+        return Group(
+            mixture.buckets[bucket],
+            packed=mixture.pack,
+            batches=mixture.accumulate,
+            words=mixture.words,
+        )
 
     def get_state(self) -> dict[str, Any]:
         bad = lambda reasons: {reason: [*told] for reason, told in reasons.items()}
@@ -345,9 +352,11 @@ def _make(
 def settle(*_: int) -> None:
     """What a worker does first: leaves accelerator and priority to the trainer, and ends with it.
 
-    A trainer that is killed cannot stop its workers, and they would wait for work forever.
+    A trainer that is killed cannot stop its workers, and they would wait for work forever. On
+    small matrices BLAS's threads wait for each other, busily: a log-mel took twelve times as long.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
+    threadpoolctl.threadpool_limits(1)
     os.nice(5)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

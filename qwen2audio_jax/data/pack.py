@@ -18,6 +18,7 @@ from qwen2audio_jax.prompt import Prompt
 
 OPEN = 2  # groups of a bucket that are filled at the same time: the next may fill the first's gaps
 ANSWERS = ("chosen", "rejected")
+FRAMES_PER_WORD = 12  # of 10 ms, per token that is said: nobody speaks faster for long
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class Sample:
     texts: tuple[Text, ...]  # one; two of a preference pair, chosen and rejected
     pictures: tuple[Float[np.ndarray, "M _"], ...]  # log-mel, as many frames as are needed
     valid: tuple[int, ...]  # the clips' own mel frames
+    words: tuple[list[int], ...] = ()  # what is said in each clip, none where that is not known
     bucket: int = 0
     part: str = ""  # of the mixture
     row: int = 0  # of the part's source
@@ -107,6 +109,7 @@ def draw(
         texts=texts,
         pictures=tuple(_picture(wave, rng, mels, masked) for wave in waves),
         valid=valid,
+        words=(getattr(example, "words", ()) or ([],) * len(waves)),
         bucket=bucket,
         seconds=sum(map(len, waves)) / audio.SAMPLE_RATE,
     )
@@ -159,10 +162,11 @@ class Group:
       bucket: the sizes of each batch.
       packed: whether rows hold several samples; pairs have a row each.
       batches: how many.
+      words: whether batches have what is said in each clip, too.
     """
 
-    def __init__(self, bucket: Bucket, *, packed: bool, batches: int = 1):
-        self.bucket, self.packed = bucket, packed
+    def __init__(self, bucket: Bucket, *, packed: bool, batches: int = 1, words: bool = False):
+        self.bucket, self.packed, self.words = bucket, packed, words
         self.batches: list[list[list[Sample]]] = [[] for _ in range(batches)]
         self.keys: list[int] = []  # of what was taken, in that order, which decides its places
 
@@ -200,6 +204,9 @@ class Group:
     def arrays(self, kind: list[int], *, mels: int, pad: int) -> Inputs:
         """What a step of training takes; several batches have an axis of their own, the first."""
         made = [_arrays(self.bucket, rows, kind, mels, pad) for rows in self.batches]
+        if self.words:
+            for batch, rows in zip(made, self.batches, strict=True):
+                batch["words"] = _words(self.bucket, [each for row in rows for each in row])
         if len(made) == 1:
             return made[0]
         return {name: np.stack([each[name] for each in made]) for name in made[0]}
@@ -268,3 +275,13 @@ def _features(bucket: Bucket, samples: list[Sample], mels: int) -> Inputs:
         batch["input_features"][c, :, frames:] = picture[:, -1:]  # silence, as log_mel goes on
         batch["feature_attention_mask"][c, :valid] = 1
     return batch
+
+
+def _words(bucket: Bucket, samples: list[Sample]) -> Int32[np.ndarray, "C N"]:
+    """What is said in each clip, IGNORED behind it; all of it where it cannot be spelt in time."""
+    words = np.full((bucket.clips, max(bucket.frames // FRAMES_PER_WORD, 1)), IGNORED, np.int32)
+    said = [ids for sample in samples for ids in sample.words]
+    for row, ids in zip(words, said, strict=False):
+        if len(ids) <= len(row):
+            row[: len(ids)] = ids
+    return words

@@ -105,6 +105,7 @@ class Skill:
     metric: Literal["exact", "wer", "times"] = "exact"
     asked: tuple[str, ...] = ()  # in a conversation; {question} is the sample's own
     reply: str = "{text}"
+    words: bool = False  # whether what is answered is what is said, word by word
     augmented: bool = True  # whether the answer survives another speed, and silence before it
     weight: float = 1.0  # of samples, relative to the other skills
     seconds: float = 5.0  # the longest clip
@@ -125,7 +126,8 @@ class Skill:
         """The declaration of the task, in some prompt's words."""
         closed = f",closed_set={'|'.join(self.closed_set)}" if self.closed_set else ""
         answer = self.answer.replace("[TEXT:text]", f"[TEXT:text{closed}]")
-        return f"[AUDIO:audio,max_seconds={self.seconds:g}] {prompt} -> {answer}"
+        words = ",words=text" if self.words else ""
+        return f"[AUDIO:audio,max_seconds={self.seconds:g}{words}] {prompt} -> {answer}"
 
     def task(self, prompt: int = 0, *, style: str = "prompt", paraphrased: bool = False) -> Task:
         """The task in one of its prompts' words, or in those of a paraphrase."""
@@ -240,6 +242,7 @@ def _recognise(
         tags=hierarchical_tags("transcribe", text_language="unknown"),  # it is to be detected
         answer=TAGGED,
         metric="wer",
+        words=True,
         asked=SAID,
         weight=weight,
     )

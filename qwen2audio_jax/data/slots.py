@@ -29,6 +29,7 @@ class Slot:
     optional: bool = False
     closed_set: str | tuple[str, ...] | None = None  # the name of a field, or the set
     max_seconds: float = LONGEST
+    words: str | None = None  # the name of a field: what is said in the clip
 
 
 Part = str | Slot
@@ -40,6 +41,7 @@ class Filled:
 
     text: str
     waves: tuple[Wave, ...] = ()
+    words: tuple[str, ...] = ()  # said in each clip; empty where that is not known
     learned: bool = False
 
 
@@ -155,7 +157,19 @@ def _seconds(value: str | None, column: int) -> float:
     return seconds
 
 
-ATTRIBUTES = {"no_loss": _flag, "optional": _flag, "closed_set": _set, "max_seconds": _seconds}
+def _name(value: str | None, column: int) -> str:
+    if not value:
+        raise _wrong(column, "the name of a field", "nothing")
+    return _unescape(value)
+
+
+ATTRIBUTES = {
+    "no_loss": _flag,
+    "optional": _flag,
+    "closed_set": _set,
+    "max_seconds": _seconds,
+    "words": _name,
+}
 
 
 def _split(text: str, separator: str, column: int) -> list[tuple[str, int]]:

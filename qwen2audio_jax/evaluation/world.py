@@ -1,14 +1,12 @@
 """How well a model knows a small made world: one row for each task and each of its behaviours."""
 
 import dataclasses
-import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from qwen2audio_jax.data.example import Example
 from qwen2audio_jax.data.world import MODES, World
-from qwen2audio_jax.evaluation import metrics
-from qwen2audio_jax.generate import generate
+from qwen2audio_jax.evaluation import answering, metrics
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
 
@@ -123,27 +121,18 @@ def answer(
     batch: int = 32,
     max_new_tokens: int = 48,
 ) -> list[str]:
-    """What the model says to each, special tokens included, in batches of clips of like length."""
-    choices = lambda i: asked[i].choices if constrained else None
-    seconds = lambda i: sum(map(len, asked[i].example.waves))
-    order = sorted(range(len(asked)), key=lambda i: (choices(i) is None, seconds(i)))
-    told = [""] * len(asked)
-    for _, group in itertools.groupby(order, key=lambda i: choices(i) is None):
-        for chosen in _batches(group, batch):
-            examples = [asked[i].example for i in chosen]
-            inputs = processor.batch(
-                [example.prompt for example in examples],
-                [wave for example in examples for wave in example.waves],
-            )
-            closed = None if choices(chosen[0]) is None else [choices(i) for i in chosen]
-            tokens = generate(
-                model, inputs, max_new_tokens=max_new_tokens, choices=closed, processor=processor
-            )
-            texts = processor.decode(tokens, skip_special_tokens=False)
-            ends = processor.decode([[end] for end in model.config.end_tokens], False)
-            for i, text in zip(chosen, texts, strict=True):
-                told[i] = min((text.partition(end)[0] for end in ends), key=len).strip()
-    return told
+    """What the model says to each, special tokens included, up to the end."""
+    tokens = answering.answer(
+        model,
+        processor,
+        [each.example for each in asked],
+        [each.choices if constrained else None for each in asked],
+        rows=batch,
+        max_new_tokens=max_new_tokens,
+    )
+    ends = processor.decode([[end] for end in model.config.end_tokens], False)
+    texts = (processor.decode(row, False)[0] for row in tokens)
+    return [min((text.partition(end)[0] for end in ends), key=len).strip() for text in texts]
 
 
 def rows(asked: Sequence[Asked], told: Sequence[str]) -> list[Row]:
@@ -161,6 +150,17 @@ def table(rows: Iterable[Row]) -> str:
     """Rows as text."""
     lines = [f"{'task':24} {'metric':8} {'value':>7} {'n':>5}"]
     lines += [f"{row.task:24} {row.metric:8} {row.value:7.1%} {row.n:5}" for row in rows]
+    return "\n".join(lines)
+
+
+def compare(stages: Mapping[str, Sequence[Row]]) -> str:
+    """The same rows at several times, side by side, as text."""
+    value = {name: {row.task: row.value for row in rows} for name, rows in stages.items()}
+    names = "".join(f" {name:>9}" for name in stages)
+    lines = [f"{'task':24} {'metric':6} {'n':>5}{names}"]
+    for row in next(iter(stages.values())):
+        values = "".join(f" {value[name][row.task]:9.1%}" for name in stages)
+        lines.append(f"{row.task:24} {row.metric:6} {row.n:5}{values}")
     return "\n".join(lines)
 
 
@@ -197,8 +197,3 @@ METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
     "wer": word_error_rate,
     "times": boundaries,
 }
-
-
-def _batches(items: Iterable[int], size: int) -> Iterable[list[int]]:
-    items = [*items]
-    return (items[i : i + size] for i in range(0, len(items), size))

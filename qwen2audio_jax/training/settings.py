@@ -161,6 +161,9 @@ class Settings:
     """Where it begins: tiny, a folder, or a hub id."""
     from_scratch: bool = False
     """Take the sizes and the words of --model, and random parameters."""
+    ctc: float = 0.0
+    """The weight of CTC, in which audio states alone spell the words of [AUDIO:clip,words=FIELD]:
+    a model that starts from nothing learns to listen several times sooner."""
     seed: int = 0
     """Of parameters, order, augmentation and dropout."""
     data: DataConfig = DataConfig()

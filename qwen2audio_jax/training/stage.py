@@ -30,6 +30,8 @@ from qwen2audio_jax.training import inputs, learner, loop, peft, placement, run,
 from qwen2audio_jax.training.checkpoint import Checkpoints
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.log import Log
+from qwen2audio_jax.training.loss import Sums, next_token, next_token_and_words
+from qwen2audio_jax.training.preference import preference
 from qwen2audio_jax.training.reference import precompute
 from qwen2audio_jax.training.settings import PreferenceSettings, Settings
 from qwen2audio_jax.weights import huggingface
@@ -37,12 +39,8 @@ from qwen2audio_jax.weights import settings as model_settings
 from qwen2audio_jax.weights.source import locate
 
 
-def train(settings: Settings, loss: Callable[..., Any]) -> int | None:
+def train(settings: Settings) -> int | None:
     """Begins a run, or goes on with it, to its end.
-
-    Args:
-      loss: of a model and a batch, and of a `reference` model where preferences are learned
-        against one.
 
     Returns:
       The signal that ended it before its end; None: it is done.
@@ -60,13 +58,14 @@ def train(settings: Settings, loss: Callable[..., Any]) -> int | None:
     sizes = model_settings.read(locate(settings.model, huggingface.PATTERNS))
     processor = Processor.from_pretrained(settings.model)
     run.begin(settings.out, settings, model=sizes, processor=processor)
-    trainee = _learner(settings, loss, sizes, mesh)
+    trainee = _learner(settings, sizes, mesh)
     mixture = Mixture(
         parts=parts,
         processor=str(settings.out),
         buckets=settings.data.buckets,
         seed=settings.seed,
         pack=settings.data.pack,
+        words=settings.ctc > 0,
         accumulate=settings.gradient_accumulation_steps,
         host=jax.process_index(),
         hosts=jax.process_count(),
@@ -81,7 +80,17 @@ def train(settings: Settings, loss: Callable[..., Any]) -> int | None:
     return _run(settings, trainee, mixture, processor, kept)
 
 
-def _learner(settings: Settings, loss: Callable[..., Any], sizes: Config, mesh: Mesh) -> Learner:
+def loss_of(settings: Settings) -> Callable[..., Sums]:
+    """What a run minimises: of a model and a batch, and of a `reference` model if it has one."""
+    remat = settings.remat_policy == "full"
+    if isinstance(settings, PreferenceSettings):
+        return partial(preference, config=settings.preference, remat=remat)
+    if settings.ctc:
+        return partial(next_token_and_words, weight=settings.ctc, remat=remat)
+    return partial(next_token, remat=remat)
+
+
+def _learner(settings: Settings, sizes: Config, mesh: Mesh) -> Learner:
     how = {"dtype": settings.weight_dtype, "scan_layers": settings.scan_layers}
     if settings.from_scratch:
         model = learner.fresh(sizes, mesh, seed=settings.seed, **how)
@@ -93,7 +102,7 @@ def _learner(settings: Settings, loss: Callable[..., Any], sizes: Config, mesh: 
     return Learner(
         model,
         settings.optimizer,
-        loss,
+        loss_of(settings),
         adapters=settings.lora if settings.lora.r else None,
         reference=reference,
         mesh=mesh,
