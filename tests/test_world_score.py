@@ -9,6 +9,7 @@ from flax import nnx
 
 from qwen2audio_jax import Processor, Qwen2Audio
 from qwen2audio_jax.data.world import World
+from qwen2audio_jax.evaluation import answering
 from qwen2audio_jax.evaluation import world as scores
 
 pytest.importorskip("espeakng_loader")
@@ -51,7 +52,7 @@ def test_who_knows_all_gets_all(model, world, processor, monkeypatch):
         longest = max(map(len, rows))
         return np.array([row + [processor.tokenizer.pad_id] * (longest - len(row)) for row in rows])
 
-    monkeypatch.setattr(scores, "generate", hear)
+    monkeypatch.setattr(answering, "generate", hear)
     begin = processor.tokenizer.audio_bos_id
     kinds = ["recognise en", "count", "analysis", "chat", "preference"]
     for kind in kinds:

@@ -2,18 +2,22 @@
 
 import collections
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+
 from qwen2audio_jax.data.example import BadSample, Example, Pair
 from qwen2audio_jax.data.mixture import Mixture
-from qwen2audio_jax.evaluation import metrics
-from qwen2audio_jax.generate import generate
+from qwen2audio_jax.evaluation import answering, metrics
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.training import inputs
 from qwen2audio_jax.training.inputs import HeldOut
 from qwen2audio_jax.training.loss import Sums
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +34,7 @@ def losses(parts: Sequence[HeldOut], mixture: Mixture, measure: Callable[[Any], 
     """What `measure` adds up to over all samples that can be used."""
     total = None
     for each in parts:
-        for batch in inputs.once(each.part, mixture):
+        for batch in _usable(each, mixture):
             sums = measure(batch)
             total = sums if total is None else total + sums
     means = {} if total is None else total.means()
@@ -52,43 +56,66 @@ def answers(
       The answers, and how many samples could not be used, by reason.
     """
     found, bad = [], collections.Counter()
+    room = model.config.decoder.positions - max_new_tokens
     for each in parts:
-        samples = list(_samples(each, processor, bad))
-        for start in range(0, len(samples), rows):
-            some = samples[start : start + rows]
-            given, _, sets = zip(*some, strict=True)
-            batch = processor.batch(
-                [example.prompt for example in given],
-                [wave for example in given for wave in example.waves],
-            )
-            tokens = generate(
-                model,
-                batch,
-                max_new_tokens=max_new_tokens,
-                choices=None if None in sets else list(sets),
-                processor=processor,
-            )
-            for (_, answer, _), got in zip(some, processor.decode(tokens), strict=True):
-                found.append(dataclasses.replace(answer, got=got.strip()))
+        samples = list(_samples(each, processor, room, bad))
+        given, answers, choices = zip(*samples, strict=True) if samples else ((), (), ())
+        tokens = answering.answer(
+            model, processor, given, choices, rows=rows, max_new_tokens=max_new_tokens
+        )
+        for answer, got in zip(answers, tokens, strict=True):
+            text = processor.decode(got)[0].strip()
+            found.append(dataclasses.replace(answer, got=text))
     return found, dict(bad)
 
 
+def _usable(each: HeldOut, mixture: Mixture) -> Iterator[dict[str, Any]]:
+    batches = inputs.once(each.part, mixture)
+    while True:
+        try:
+            batch = next(batches, None)
+        except ValueError as error:  # none of its samples is of use: no reason to end a training
+            if mixture.fatal:
+                raise
+            _tell(f"{each.part.name} is not measured: {error}")
+            return
+        if batch is None:
+            return
+        yield batch
+
+
 def _samples(
-    each: HeldOut, processor: Processor, bad: collections.Counter
+    each: HeldOut, processor: Processor, room: int, bad: collections.Counter
 ) -> Iterator[tuple[Example, Answer, list[str] | None]]:
+    """What can be answered, of prompts of at most `room` tokens; the rest is counted and told."""
+    told: dict[str, list[str]] = collections.defaultdict(list)
     for row in range(len(each.part.source)):
         try:
             sample = each.part.source[row]
             example = each.part.compile(sample, processor)
             choices = each.choices(sample)
+            given, wanted = inputs.prompt_and_answer(example, processor)
+            tokens = sum(len(segment.ids) for segment in given.prompt)
+            if tokens > room:
+                raise BadSample("too long", f"wanted a prompt of {room} tokens, got {tokens}")
         except BadSample as error:
-            bad[error.reason] += 1
+            told[error.reason].append(f"row {row}: {error}")
             continue
-        given, wanted = inputs.prompt_and_answer(example, processor)
+        except (ValueError, KeyError, TypeError, OSError) as error:  # as when it is trained on
+            told["unforeseen"].append(f"row {row}: {type(error).__name__}: {error}")
+            continue
         rejected = None
         if isinstance(example, Pair):
             rejected = inputs.text_of(example.rejected, processor)
         yield given, Answer(part=each.part.name, wanted=wanted, got="", rejected=rejected), choices
+    for reason, messages in told.items():
+        bad[reason] += len(messages)
+        _tell(f"{each.part.name}: {len(messages)} {reason}, the last: {messages[-1]}")
+
+
+def _tell(line: str) -> None:
+    if jax.process_index() == 0:
+        _log.warning(line)
 
 
 def scores(answers: Sequence[Answer]) -> dict[str, float]:

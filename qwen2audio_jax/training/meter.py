@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 
+from qwen2audio_jax.progress import Progress
 from qwen2audio_jax.training import flops
 from qwen2audio_jax.training.checkpoint import Checkpoints
 from qwen2audio_jax.training.log import Log
@@ -42,13 +42,12 @@ class Meter:
         self._waiting: tuple[int, dict[str, float], Any] | None = None
         self._recent: collections.deque = collections.deque(maxlen=RECENT)
         self._last, self._compiling = time.perf_counter(), True
-        self._bar = tqdm.tqdm(
-            total=learner.optimizer.steps,
-            initial=done,
-            unit="step",
+        self._progress = Progress(
+            learner.optimizer.steps,
             desc="training",
-            mininterval=1,
-            disable=None if jax.process_index() == 0 else True,
+            unit=" steps",
+            initial=done,
+            shown=jax.process_index() == 0,
         )
         log.begin(done)
 
@@ -58,7 +57,7 @@ class Meter:
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is None:
             self.flush()
-        self._bar.close()
+        self._progress.close()
         self.log.flush()
 
     def add(self, number: int, batch: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
@@ -80,10 +79,12 @@ class Meter:
         self.flush()
         self.log.write(number, {f"eval/{name}": value for name, value in scores.items()})
         told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if "/" not in name)
-        self._bar.write(f"step {number}: {told}")
+        self._progress.write(f"step {number}: {told}")
         if self._best not in scores:
             known = ", ".join(scores)
-            self._bar.write(f"no checkpoint is kept as the best: no {self._best!r} among {known}")
+            self._progress.write(
+                f"no checkpoint is kept as the best: no {self._best!r} among {known}"
+            )
         self._last = time.perf_counter()
         self._recent.clear()
 
@@ -100,9 +101,14 @@ class Meter:
         self._compiling = False
         rates = self._rates() if self._recent else {}
         self.log.write(number, row | rates)
-        self._bar.set_postfix(_shown(row["loss"], rates), refresh=False)
-        self._bar.update()
+        self._show(row["loss"], rates)
         self._count(number, row)
+
+    def _show(self, loss: float, rates: Mapping[str, float]) -> None:
+        seconds = sum(each["seconds"] for each in self._recent)
+        pace = len(self._recent) / seconds if seconds else None
+        # At once where rates are known anew: the step behind compilation, or an evaluation.
+        self._progress.update(1, _figures(loss, rates), rate=pace, now=len(self._recent) == 1)
 
     def _rates(self) -> dict[str, float]:
         total = {k: sum(each[k] for each in self._recent) for k in self._recent[0]}
@@ -139,7 +145,7 @@ def _sizes(learner: Any, batch: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _shown(loss: float, rates: Mapping[str, float]) -> dict[str, str]:
+def _figures(loss: float, rates: Mapping[str, float]) -> dict[str, str]:
     forms = {
         "tokens_per_second": ("tokens/s", ",.0f"),
         "audio_seconds_per_second": ("audio s/s", ".1f"),

@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 from jaxtyping import Float
 
 from qwen2audio_jax.data.example import BadSample, Pair, from_preference
 from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.sources import RandomAccess
 from qwen2audio_jax.processor import Processor
+from qwen2audio_jax.progress import Progress
 from qwen2audio_jax.training import inputs
 from qwen2audio_jax.training.learner import Learner, checksum
 from qwen2audio_jax.training.preference import REFERENCE
@@ -82,13 +82,14 @@ def precompute(
 
 def _compute(learner: Learner, mixture: Mixture, part: Part) -> Float[np.ndarray, "rows 2"]:
     logps = np.full((len(part.source), len(REFERENCE)), np.nan, np.float32)
-    with tqdm.tqdm(total=len(logps), unit="pair", desc="reference", disable=None) as bar:
+    shown = jax.process_index() == 0
+    with Progress(len(logps), desc="reference", unit=" pairs", shown=shown) as progress:
         for batch in inputs.once(part, mixture):
             known = learner.reference_logps(batch)
             rows = batch["rows"]
             used = rows >= 0
             logps[rows[used]] = np.stack([known[name][used] for name in REFERENCE], axis=1)
-            bar.update(int(used.sum()))
+            progress.update(int(used.sum()))
     return logps
 
 

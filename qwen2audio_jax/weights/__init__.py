@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from flax import nnx
 
 from qwen2audio_jax import sharding
 from qwen2audio_jax.config import Config
 from qwen2audio_jax.model import Qwen2Audio
+from qwen2audio_jax.progress import Progress
 from qwen2audio_jax.weights import huggingface, settings, table
 from qwen2audio_jax.weights.folder import CHECKPOINT, is_ours, staged
 from qwen2audio_jax.weights.source import locate
@@ -172,11 +172,9 @@ def save(model: Qwen2Audio, folder: str | os.PathLike, *, progress: bool = False
             huggingface.write(partial, huggingface.plan(tensors), read, shown.update)
 
 
-def bar(what: str, total: int, progress: bool) -> tqdm.tqdm:
-    """A progress bar that counts bytes."""
-    return tqdm.tqdm(
-        desc=what, total=total, unit="B", unit_scale=True, disable=not progress, mininterval=0.5
-    )
+def bar(what: str, total: int, progress: bool) -> Progress:
+    """Counts bytes."""
+    return Progress(total, desc=what, unit="B", scale=True, shown=progress)
 
 
 def _leaves(model: Qwen2Audio) -> list[tuple[tuple, jax.Array]]:

@@ -1,0 +1,60 @@
+"""Prompts of any number and length -> answers, in batches of what is alike."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from qwen2audio_jax.data.example import Example
+from qwen2audio_jax.generate import generate
+from qwen2audio_jax.model import Qwen2Audio
+from qwen2audio_jax.processor import Processor
+
+
+def answer(
+    model: Qwen2Audio,
+    processor: Processor,
+    examples: Sequence[Example],
+    choices: Sequence[Sequence[str] | None],
+    *,
+    rows: int,
+    max_new_tokens: int,
+) -> list[Int[np.ndarray, " _"]]:
+    """Answers each prompt greedily, in its own words or with one of its choices.
+
+    Args:
+      choices: for each example, all that its answer can be; None where there is no end of it.
+      rows: prompts that are answered at the same time.
+      max_new_tokens: of the longest answer in the model's own words; no choice is too long.
+
+    Returns:
+      The tokens of each answer, in the order of the examples; padding may follow.
+    """
+    is_open = lambda i: choices[i] is None
+    seconds = lambda i: sum(map(len, examples[i].waves))
+    answers: dict[int, Int[np.ndarray, " _"]] = {}
+    order = sorted(range(len(examples)), key=lambda i: (is_open(i), seconds(i)))
+    for alike, group in itertools.groupby(order, key=is_open):
+        group = list(group)
+        for some in (group[i : i + rows] for i in range(0, len(group), rows)):
+            closed = None if alike else [list(choices[i]) for i in some]
+            batch = processor.batch(
+                [examples[i].prompt for i in some],
+                [wave for i in some for wave in examples[i].waves],
+            )
+            tokens = generate(
+                model,
+                batch,
+                max_new_tokens=max(max_new_tokens, _longest(closed, processor)),
+                choices=closed,
+                processor=processor,
+            )
+            answers |= zip(some, tokens, strict=True)
+    return [answers[i] for i in range(len(examples))]
+
+
+def _longest(closed: Sequence[Sequence[str]] | None, processor: Processor) -> int:
+    """Tokens of the longest choice, and its end."""
+    texts = {text for texts in closed or () for text in texts}
+    return max((len(processor.tokenizer.encode(text)) + 1 for text in texts), default=0)
