@@ -3,6 +3,7 @@
 Nothing here knows which tower it stands in.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -143,33 +144,100 @@ def _weights(q, k, mask):
     )
 
 
+@jax.custom_vjp
 def _attend_by_head(q, k, v, mask):
-    """As `_attend`, a head and a block of queries at a time."""
-    length, heads, group, width = q.shape[1:]
-    blocks = -(-length // CPU_QUERIES)
-    size = -(-length // blocks)  # even blocks: little is padded
-    pad = ((0, 0), (0, blocks * size - length))
-    # heads in front, so that every product is of two plain matrices, the keys' already transposed
-    q = jnp.pad(q * width**-0.5, (*pad, (0, 0), (0, 0), (0, 0)))
-    q = einops.rearrange(q, "B (block L) K G H -> (B K G block) L H", block=blocks)
-    k = einops.rearrange(k, "B S K H -> (B K) H S")
-    v = einops.rearrange(v, "B S K H -> (B K) S H")
-    mask = einops.rearrange(jnp.pad(mask, (*pad, (0, 0))), "B (block L) S -> B block L S", L=size)
+    """As `_attend`, a head and a block of queries at a time, forward and backward."""
+    return _forward_by_head(q, k, v, mask)[0]
+
+
+def _forward_by_head(q, k, v, mask):
+    heads = k.shape[2]
+    qs, masks = _in_blocks(q * q.shape[-1] ** -0.5), _masks_in_blocks(mask)
+    # keys already transposed, so that every product is of two plain matrices
+    ks = einops.rearrange(k, "B S K H -> (B K) H S")
+    vs = einops.rearrange(v, "B S K H -> (B K) S H")
+    group, blocks = qs.shape[1], masks.shape[1]
 
     def one(i):
-        head, block = i // (group * blocks), i % blocks
-        scores = jnp.dot(q[i], k[head], preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[head // heads, block], scores, _NEVER)
-        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-        seen = jnp.dot(weights.astype(v.dtype), v[head], preferred_element_type=jnp.float32)
+        head, block = i // group, i % group
+        scores = jnp.dot(qs[head, block], ks[head], preferred_element_type=jnp.float32)
+        scores = jnp.where(masks[head // heads, block % blocks], scores, _NEVER)
+        top = scores.max(axis=-1)
+        weights = jnp.exp(scores - top[:, None])
+        seen = jnp.dot(weights.astype(v.dtype), vs[head], preferred_element_type=jnp.float32)
+        total = weights.sum(axis=-1)
         # dividing H values rather than all the keys' weights spares a pass over them
-        return (seen / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+        return (seen / total[:, None]).astype(v.dtype), top, total
 
-    out = jax.lax.map(one, jnp.arange(len(q)))
-    out = einops.rearrange(
-        out, "(B K G block) L H -> B (block L) K G H", K=heads, G=group, block=blocks
+    out, top, total = jax.lax.map(one, jnp.arange(len(qs) * group))
+    out = _out_of_blocks(out.reshape(qs.shape), q.shape)
+    return out, (q, k, v, mask, out, top, total)
+
+
+def _backward_by_head(saved, cotangent):
+    """Makes each block's weights again: keeping all would cost more time than that, and memory."""
+    q, k, v, mask, out, top, total = saved
+    heads, scale = k.shape[2], q.shape[-1] ** -0.5
+    qs, masks = _in_blocks(q * scale), _masks_in_blocks(mask)
+    top, total = (x.reshape(qs.shape[:-1]) for x in (top, total))
+    ks = einops.rearrange(k, "B S K H -> (B K) S H")
+    vs = einops.rearrange(v, "B S K H -> (B K) H S")
+    slopes = _in_blocks(cotangent.astype(jnp.float32)) / total[..., None]
+    means = (slopes * _in_blocks(out)).sum(axis=-1)
+    slopes = slopes.astype(v.dtype)
+    product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+
+    def one(head):
+        key = ks[head].T
+
+        def block(sums, i):
+            query, slope = qs[head, i], slopes[head, i]
+            weights = jnp.exp(product(query, key) - top[head, i][:, None])
+            weights = jnp.where(masks[head // heads, i % masks.shape[1]], weights, 0)
+            back = weights * (product(slope, vs[head]) - means[head, i][:, None])
+            back, weights = back.astype(q.dtype), weights.astype(v.dtype)
+            # [H S], so that of the two factors the small one is transposed
+            dk, dv = sums[0] + product(query.T, back), sums[1] + product(slope.T, weights)
+            return (dk, dv), product(back, ks[head]).astype(q.dtype)
+
+        zeros = jnp.zeros(vs.shape[1:], jnp.float32)
+        sums, dq = jax.lax.scan(block, (zeros, zeros), jnp.arange(qs.shape[1]))
+        return dq, *sums
+
+    dq, dk, dv = jax.lax.map(one, jnp.arange(len(qs)))
+    back = lambda x: einops.rearrange(x, "(B K) H S -> B S K H", K=heads)
+    return (
+        _out_of_blocks(dq, q.shape) * scale,
+        back(dk).astype(k.dtype),
+        back(dv).astype(v.dtype),
+        None,
     )
-    return out[:, :length]
+
+
+_attend_by_head.defvjp(_forward_by_head, _backward_by_head)
+
+
+def _block_size(length):
+    return -(-length // -(-length // CPU_QUERIES))  # even blocks: little is padded
+
+
+def _in_blocks(x):
+    size = _block_size(x.shape[1])
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0), (0, 0)))
+    # heads in front
+    return einops.rearrange(x, "B (block L) K G H -> (B K) (G block) L H", L=size)
+
+
+def _masks_in_blocks(mask):
+    size = _block_size(mask.shape[1])
+    mask = jnp.pad(mask, ((0, 0), (0, -mask.shape[1] % size), (0, 0)))
+    return einops.rearrange(mask, "B (block L) S -> B block L S", L=size)
+
+
+def _out_of_blocks(x, shape):
+    _, length, heads, group, _ = shape
+    x = einops.rearrange(x, "(B K) (G block) L H -> B (block L) K G H", K=heads, G=group)
+    return x[:, :length]
 
 
 def stack(
