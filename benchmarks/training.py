@@ -37,7 +37,7 @@ from benchmarks import sides
 from benchmarks.sides import GIB, Peak
 from qwen2audio_jax import Processor, Qwen2Audio
 from qwen2audio_jax.config import Config
-from qwen2audio_jax.data import lessons
+from qwen2audio_jax.data.world import World
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.loss import next_token
 from qwen2audio_jax.training.optimizer import OptimizerConfig
@@ -102,7 +102,7 @@ def compare(sizes: Config, seconds: float, *, clips: int, repeats: int) -> dict[
     our_model, their_model = sides.build(sizes, "float32", "cpu")
     trained = [p.numel() for p in their_model.parameters() if p.requires_grad]
     with tempfile.TemporaryDirectory() as folder:
-        lessons.write_tokenizer(pathlib.Path(folder), [sides.QUESTION, *ANSWERS], vocabulary=512)
+        World.named("small").write_tokenizer(pathlib.Path(folder), vocabulary=512)
         processor = Processor.from_pretrained(folder)
     batch = batch_of(processor, seconds, clips)
     step, flops = ours(our_model, batch)

@@ -13,19 +13,6 @@ from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
 
 
-def history(rows: Sequence[dict[str, float]], path: pathlib.Path) -> None:
-    """Loss and accuracy over the steps of a training."""
-    figure, (left, right) = _figure(1, 2, (10.0, 3.6))
-    smooth = lambda name: _smooth(np.array([row[name] for row in rows]))
-    left.plot([row["loss"] for row in rows], alpha=0.25, color="C0", linewidth=0.8)
-    left.plot(smooth("loss"), color="C0")
-    left.set(xlabel="step", ylabel="loss, nats per learned token", ylim=(0, None))
-    right.plot([100 * row["accuracy"] for row in rows], alpha=0.25, color="C2", linewidth=0.8)
-    right.plot(100 * smooth("accuracy"), color="C2")
-    right.set(xlabel="step", ylabel="learned tokens foreseen, %", ylim=(0, 100))
-    _save(figure, path)
-
-
 def training(rows: Sequence[Mapping[str, int | float]], path: pathlib.Path) -> None:
     """A run's log: loss, gradients, speed, and what was measured on held-out samples."""
     steps = [row for row in rows if "loss" in row]

@@ -5,24 +5,29 @@ import pytest
 from flax import nnx
 
 from qwen2audio_jax import Processor, Qwen2Audio, draw, preset
-from qwen2audio_jax.data import lessons
+from qwen2audio_jax.data.world import World
+from qwen2audio_jax.evaluation.world import Row
 
 image = pytest.importorskip("matplotlib.image")
 
 
-def test_history_shows_a_curve(tmp_path):
-    """Steps that differ make another picture than steps that do not."""
-    falling = [{"loss": 3 / (1 + i), "accuracy": i / 40} for i in range(40)]
-    draw.history(falling, tmp_path / "falling.png")
-    draw.history(falling[:1] * 40, tmp_path / "flat.png")
-    falling, flat = (image.imread(tmp_path / f"{name}.png") for name in ("falling", "flat"))
-    assert falling.shape == flat.shape and falling.shape[0] > 300
-    assert (falling != flat).any(axis=-1).mean() > 0.005
+def test_stages_show_what_each_did(tmp_path):
+    """Steps that lower the loss, and tasks that get better, make another picture."""
+    row = lambda task, metric, value: Row(task=task, metric=metric, value=value, n=4)
+    rows = lambda a, b: [row("recognise en", "wer", a), row("chat", "exact", b)]
+    falling = [{"step": i + 1, "loss": 3 / (1 + i)} for i in range(40)]
+    histories = {"pretrain": falling, "sft": falling[:20]}
+    draw.stages(histories, {"pretrain": rows(0.4, 0.0), "sft": rows(0.1, 0.8)}, tmp_path / "a.png")
+    flat = {"pretrain": [{**each, "loss": 3.0} for each in falling], "sft": falling[:20]}
+    draw.stages(flat, {"pretrain": rows(1.4, 0), "sft": rows(1.4, 0.1)}, tmp_path / "b.png")
+    a, b = (image.imread(tmp_path / f"{name}.png") for name in "ab")
+    assert a.shape == b.shape and a.shape[0] > 300
+    assert (a != b).any(axis=-1).mean() > 0.01
 
 
 def test_heard_shows_a_clip_and_its_words(tmp_path, chirp):
     """Mel and attention fill most of the picture with colours."""
-    lessons.write_tokenizer(tmp_path, [], vocabulary=512)
+    World.named("small").write_tokenizer(tmp_path, vocabulary=512)
     model = Qwen2Audio(preset("tiny"), rngs=nnx.Rngs(0))
     processor = Processor.from_pretrained(tmp_path)
     draw.heard(model, processor, chirp(0.6), "seven two", tmp_path / "heard.png")

@@ -103,6 +103,20 @@ def test_clips_in_the_answer_follow_those_of_the_prompt(processor, chirp):
     assert counts == [(0, 12), (1, 22)]
 
 
+def test_the_words_of_a_clip_go_with_it(processor, chirp):
+    """A field of each slot's own, for CTC; clips without one have none; bad samples say why."""
+    line = "[AUDIO:a,words=said][AUDIO:b] Which? -> [AUDIO:c,no_loss,words=sung] that"
+    task = Task.parse(line)
+    clips = {name: (chirp(0.3), 16_000) for name in "abc"}
+    sample = {**clips, "said": "one two", "sung": None}
+    wanted = processor.tokenizer.encode("one two")
+    assert task.compile(sample, processor).words == (wanted, [], [])
+    assert task.compile(sample, processor, learn=False).words == (wanted, [])
+    assert Task.parse("[AUDIO:a] -> b").compile(clips, processor).words == ([],)
+    with pytest.raises(BadSample, match="no 'said' among"):
+        task.compile(clips, processor)
+
+
 def test_text_without_a_clip(processor):
     """Questions; and plain text, of which all is learned and which begins with no space."""
     sample = {"q": "What can you hear?", "text": "今天"}
@@ -203,7 +217,8 @@ WRONG = {
     "[AUDIO:x, max_seconds=40] -> a": "column 23: wanted seconds above 0 and up to 30, got '40'",
     "[AUDIO:x,max_seconds=nan] -> a": "column 22: wanted seconds above 0 and up to 30, got 'nan'",
     "[AUDIO:x, closed_set=b] -> a": "column 11: wanted an attribute of AUDIO (max_seconds,"
-    " no_loss, optional), got 'closed_set'",
+    " no_loss, optional, words), got 'closed_set'",
+    "[AUDIO:x,words=] -> a": "column 16: wanted the name of a field, got nothing",
     "a -> [TEXT:x,no_loss=1]": "column 22: wanted an attribute without a value, got '1'",
     "a -> [TEXT:x,no_loss,no_loss]": "column 22: wanted no_loss once, got it again",
     "a -> b\\": "column 7: wanted a character behind '\\', got the end of the line",

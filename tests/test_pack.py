@@ -1,5 +1,7 @@
 """Packing moves samples into rows and changes nothing about them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,6 +121,20 @@ def test_pairs_share_their_clips():
             kept = batch[f"{answer}_attention_mask"][b] == 1
             np.testing.assert_array_equal(batch[f"{answer}_input_ids"][b, kept], pair.texts[i].ids)
     assert batch["input_features"].shape == (3, MELS, 40)
+
+
+def test_words_stand_with_their_clips():
+    """In the clips' order; those that could not be spelt in the clip's time are all left out."""
+    bucket = Bucket(rows=2, tokens=40, clips=4, frames=48)
+    group = Group(bucket, packed=True, words=True)
+    said = lambda each, *words: dataclasses.replace(each, words=words)
+    samples = [said(sample(0, 3, 20, 9), [7, 8], []), sample(1, 3), said(sample(2, 3, 40), [9] * 5)]
+    assert all(group.take(each, key) for key, each in enumerate(samples))
+    words = group.arrays([1, 0], mels=MELS, pad=0)["words"]
+    assert words.shape == (4, 4)
+    none = [IGNORED] * 4
+    assert words.tolist() == [[7, 8, IGNORED, IGNORED], none, none, none]
+    assert "words" not in packed([sample(0, 3, 20)], bucket)[1]
 
 
 def test_a_bucket_says_what_fits():

@@ -6,7 +6,7 @@ import small
 from flax import nnx
 
 from qwen2audio_jax import Processor, Qwen2Audio
-from qwen2audio_jax.data import lessons, synth
+from qwen2audio_jax.data.world import World
 from qwen2audio_jax.evaluation import recognition
 
 WORDS = ("one", "two", "three", "four", "five")
@@ -14,7 +14,7 @@ WORDS = ("one", "two", "three", "four", "five")
 
 def test_what_was_heard_returns_in_the_clips_order(monkeypatch, tmp_path, chirp):
     """Clips are heard in batches sorted by length, and scored in the order they came in."""
-    lessons.write_tokenizer(tmp_path, [], vocabulary=512)
+    World.named("small").write_tokenizer(tmp_path, vocabulary=512)
     processor = Processor.from_pretrained(tmp_path)
     lengths = [0.5, 0.2, 0.4, 0.1, 0.3]  # seconds; a clip of 0.n s is heard as the n-th word
     batches = []
@@ -33,12 +33,3 @@ def test_what_was_heard_returns_in_the_clips_order(monkeypatch, tmp_path, chirp)
     assert score.heard == ("five", "two", "four", "one", "three")
     assert score.references == tuple(said) and score.clips == 5
     assert score.word_error_rate == pytest.approx(1 / 5)
-
-
-def test_held_out_phrases_are_by_held_out_voices_and_recur():
-    """The same phrases every time, the first of many as of few."""
-    pytest.importorskip("espeakng_loader")
-    few, many = recognition.held_out(2), recognition.held_out(4)
-    assert [p.text for p in few] == [p.text for p in many[:2]]
-    np.testing.assert_array_equal(few[1].wave, many[1].wave)
-    assert all(p.voice in synth.HELD_OUT_VOICES for p in many)

@@ -6,7 +6,7 @@ import pathlib
 from flax import nnx
 
 from qwen2audio_jax import DecoderConfig, EncoderConfig, Processor, Qwen2Audio, preset
-from qwen2audio_jax.data import lessons
+from qwen2audio_jax.data.world import World
 
 
 def save(folder: pathlib.Path) -> pathlib.Path:
@@ -25,7 +25,7 @@ def save(folder: pathlib.Path) -> pathlib.Path:
             positions=2048,
         ),
     )
-    lessons.write_tokenizer(folder, [], vocabulary=512)
+    World.named("small").write_tokenizer(folder, vocabulary=512)
     Qwen2Audio(config, rngs=nnx.Rngs(0)).save_pretrained(folder)
     Processor.from_pretrained(folder).save_pretrained(folder)
     return folder

@@ -5,7 +5,6 @@ The synthesiser is espeak-ng, which the `espeakng-loader` wheel carries (extra: 
 
 import _ctypes
 import ctypes
-import dataclasses
 import os
 import pathlib
 import threading
@@ -162,38 +161,3 @@ def trim(wave: Float[np.ndarray, " S"], *, decibels: float = 40.0) -> Float[np.n
     power = np.add.reduceat(np.square(wave), np.arange(0, len(wave), window))
     loud = np.flatnonzero(power > power.max() * 10 ** (-decibels / 10))
     return wave[loud[0] * window : (loud[-1] + 1) * window] if len(loud) else wave
-
-
-def phrase(rng: np.random.Generator) -> str:
-    """One to five words; a lone digit more often than chance, as real digits are the test."""
-    if rng.random() < 0.3:
-        return str(rng.choice(DIGITS))
-    return " ".join(rng.choice(WORDS, size=rng.integers(1, 6)))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Utterance:
-    """Something said: mono samples at 16 kHz, the words, and whose voice it is."""
-
-    wave: Float[np.ndarray, " S"]
-    text: str
-    voice: str
-
-
-def utterance(seed: int | tuple[int, ...], voices: tuple[str, ...] = TRAIN_VOICES) -> Utterance:
-    """A phrase in one of `voices`, at its own speed, pitch and liveliness; `seed` decides all."""
-    rng = np.random.default_rng(seed)
-    text = phrase(rng)
-    voice = voices[rng.integers(len(voices))]
-    wave = speak(
-        text,
-        voice=voice,
-        rate=int(rng.integers(110, 261)),
-        pitch=int(rng.integers(15, 86)),
-        pitch_range=int(rng.integers(20, 101)),
-        word_gap=int(rng.integers(0, 13)),
-    )
-    wave = trim(wave, decibels=rng.uniform(25, 45))
-    wave = 0.5 * wave / np.abs(wave).max()  # voices differ by 20 dB in level
-    before, after = (0.15 * SAMPLE_RATE * rng.random(2) ** 2).astype(int)  # mostly tight
-    return Utterance(wave=np.pad(wave, (before, after)), text=text, voice=voice)

@@ -8,7 +8,6 @@ from jaxtyping import Float
 
 from qwen2audio_jax import prompt
 from qwen2audio_jax.audio import SAMPLE_RATE
-from qwen2audio_jax.data import synth
 from qwen2audio_jax.evaluation import metrics
 from qwen2audio_jax.generate import generate
 from qwen2audio_jax.model import Qwen2Audio
@@ -59,8 +58,3 @@ def score(
         for i, text in zip(chosen, texts, strict=True):
             heard[i] = text.strip()
     return Score(references=tuple(references), heard=tuple(heard))
-
-
-def held_out(clips: int, *, seed: int = 2024) -> list[synth.Utterance]:
-    """Phrases by voices that no training uses, clean, the same ones every time."""
-    return [synth.utterance((seed, i), synth.HELD_OUT_VOICES) for i in range(clips)]
