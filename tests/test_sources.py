@@ -7,6 +7,7 @@ import pickle
 import sys
 
 import numpy as np
+import prepared
 import pytest
 import soundfile
 from etils.epath import backend
@@ -49,13 +50,14 @@ def test_a_manifest_s_clips_start_at_its_folder(manifest):
 
 
 def test_a_broken_row_is_a_bad_sample_with_its_line(manifest):
-    """It is met when asked for, so that it can be counted; a split leaves it out."""
+    """It is met when asked for, so that it can be counted; nobody can tell of which split it is."""
     source = open_source(manifest)
     for index, message in ((3, "line 5: Expecting value"), (4, "line 6: wanted an object")):
         with pytest.raises(BadSample, match=message) as error:
             source[index]
         assert error.value.reason == "bad row" and str(manifest) in str(error.value)
-    assert [row["text"] for row in open_source(f"{manifest}:train")] == ["b"]
+    train = open_source(f"{manifest}:train")
+    assert len(train) == 3 and train[0]["text"] == "b" and train.line(1) == 5
 
 
 def test_storage_elsewhere(manifest, monkeypatch):
@@ -98,6 +100,23 @@ def test_what_is_not_there_is_refused(spec, error, message):
 def test_a_manifest_without_rows_of_the_split(manifest):
     with pytest.raises(ValueError, match=r"rows.jsonl: no rows with split 'dev'"):
         open_source(f"{manifest}:dev")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("audio,text\na.wav,one\n", r"bad row: .*rows.jsonl, line 1: Expecting value"),
+        ('[{"audio": "a.wav"}]', r"bad row: .*, line 1: wanted an object, got list"),
+        ('{\n  "audio": "a.wav"\n}', r"bad row: .*, line 1: Expecting property name"),
+        ("\n \n", r"rows.jsonl: no rows"),
+    ],
+)
+def test_what_is_no_manifest_is_refused(tmp_path, content, message):
+    """With its first line; it is not a night's worth of bad samples."""
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        open_source(tmp_path / "rows.jsonl")
+    assert not isinstance(error.value, BadSample)
 
 
 def test_shards_give_what_was_written(tmp_path):
@@ -174,58 +193,35 @@ def test_killed_while_writing_shards(many, tmp_path, monkeypatch, capsys):
         shard.main(settings)
 
 
-def declare_audio(folder: pathlib.Path, **told) -> None:
-    """tfds cannot declare audio without TensorFlow, but stores it as it stores this tensor."""
-    path = next(folder.rglob("features.json"))
-    features = json.loads(path.read_text())
-    stored = features["featuresDict"]["features"]["speech"]["tensor"]
-    features["featuresDict"]["features"]["speech"] = {
-        "pythonClassName": "tensorflow_datasets.core.features.audio_feature.Audio",
-        "audio": {**stored, **told},
-    }
-    path.write_text(json.dumps(features))
-
-
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory, chirp):
-    """A data set that tensorflow-datasets really wrote, in place of a download."""
-    tfds = pytest.importorskip("tensorflow_datasets")
+def made(tmp_path_factory, chirp):
+    """The folder of a data set that tensorflow-datasets wrote, and its rows as that reads them."""
+    pytest.importorskip("tensorflow_datasets")
     pytest.importorskip("grain")
 
-    class MadeSpeech(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.2.0")
-        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="en")]  # noqa: RUF012
-
-        def _info(self):
-            features = {
-                "speech": tfds.features.Tensor(shape=(None,), dtype=np.int64),
-                "text": tfds.features.Text(),
-                "gender": tfds.features.ClassLabel(names=["male", "female"]),
-            }
-            return tfds.core.DatasetInfo(
-                builder=self, features=tfds.features.FeaturesDict(features)
-            )
-
-        def _split_generators(self, _):
-            return {"train": self._generate_examples(6), "test": self._generate_examples(2)}
-
-        def _generate_examples(self, count):
-            for i in range(count):
-                wave = np.round(32767 * chirp(0.1, i)).astype(np.int64)
-                yield i, {"speech": wave, "text": f"wörd {i}", "gender": i % 2}
+    def row(i):
+        wave = np.round(32767 * chirp(0.1, i)).astype(np.int64)
+        return {"speech": wave, "text": f"wörd {i}", "gender": i % 2}
 
     folder = tmp_path_factory.mktemp("tfds")
-    builder = MadeSpeech(config="en", data_dir=folder, file_format="array_record")
-    builder.download_and_prepare()
+    builder = prepared.write(
+        folder,
+        {"train": [row(i) for i in range(6)], "test": [row(i) for i in range(2)]},
+        lambda tfds: {
+            "speech": tfds.features.Tensor(shape=(None,), dtype=np.int64),
+            "text": tfds.features.Text(),
+            "gender": tfds.features.ClassLabel(names=["male", "female"]),
+        },
+        audio="speech",
+        sampleRate="8000",
+    )
     theirs = builder.as_data_source("train")
-    rows = [theirs[i] for i in range(len(theirs))]
-    declare_audio(folder, sampleRate="8000")
-    return folder, rows
+    return folder, [theirs[i] for i in range(len(theirs))]
 
 
-def test_tfds_without_tensorflow(prepared, monkeypatch):
+def test_tfds_without_tensorflow(made, monkeypatch):
     """The rows that tfds.data_source gives, audio with its rate, classes by name, splits sliced."""
-    folder, rows = prepared
+    folder, rows = made
     monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
     source = pickle.loads(pickle.dumps(open_source("tfds:made_speech/en:train")))
     assert len(source) == 6
@@ -240,9 +236,9 @@ def test_tfds_without_tensorflow(prepared, monkeypatch):
     assert "tensorflow" not in sys.modules
 
 
-def test_tfds_says_what_is_missing(prepared, monkeypatch, tmp_path):
+def test_tfds_says_what_is_missing(made, monkeypatch, tmp_path):
     """The data set, the split, or the rate."""
-    folder, _ = prepared
+    folder, _ = made
     monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
     with pytest.raises(FileNotFoundError, match="tfds build fleurs/de_de --file_format=array_rec"):
         open_source("tfds:fleurs/de_de:train")

@@ -43,8 +43,11 @@ def launch(stage: str, train: Callable[[Any], int | None], about: str) -> None:
         _stop(name, f"{error}; pip install 'qwen2audio_jax[train]'", 2)
     except (ValueError, FileNotFoundError, ImportError) as error:
         _stop(name, error, 2)
-    except (FloatingPointError, OSError) as error:
+    except FloatingPointError as error:
         _stop(name, error, 1)
+    except OSError as error:
+        nameless = error.errno is not None and error.filename is None  # as of a disk that is full
+        _stop(name, f"{settings.out}: {error.strerror}" if nameless else error, 1)
     except KeyboardInterrupt:
         sys.exit(130)
     if signal is not None:
@@ -71,5 +74,5 @@ def _parse(stage: str, about: str) -> Any:
 
 
 def _stop(name: str, error: object, status: int) -> None:
-    print(f"{name}: error: {error}", file=sys.stderr)
+    print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(status)

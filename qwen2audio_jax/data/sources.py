@@ -22,6 +22,7 @@ MESSAGES = ("messages", "prompt", "chosen", "rejected")  # fields whose parts na
 NAMED = ("audio", "audio_url", "path", "url")  # how a part names its clip
 ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:|~|/")  # what no folder goes in front of
 SUFFIX = ".array_record"
+FEW = 10  # rows of a manifest that are tried at once: it may be no manifest at all
 # As tensorflow-datasets names the types of what it stores.
 TFDS_AUDIO = "tensorflow_datasets.core.features.audio_feature.Audio"
 TFDS_TENSOR = "tensorflow_datasets.core.features.tensor_feature.Tensor"
@@ -79,12 +80,11 @@ class Manifest:
         if not epath.Path(path).is_file():
             raise FileNotFoundError(f"no manifest at {self.path}")
         self.lines = _lines(self._data)
+        first = [self._bad(i) for i in range(min(len(self), FEW))]
+        if all(first):
+            raise ValueError(first[0] if first else f"{self.path}: no rows")
         if split is not None:
-            kept = [self._split(i) == split for i in range(len(self))]
-            self.lines = self.lines[kept]
-        if not len(self):
-            wanted = "rows" if split is None else f"rows with split {split!r}"
-            raise ValueError(f"{self.path}: no {wanted}")
+            self.lines = self.lines[self._of(split)]
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -104,11 +104,20 @@ class Manifest:
         """The number of a row's line in the file."""
         return int(self.lines[index, 0])
 
-    def _split(self, index: int) -> str | None:
+    def _bad(self, index: int) -> str | None:
         try:
-            return self[index].get("split")
-        except BadSample:  # belongs to no split; the whole manifest's reader will meet it
-            return None
+            self[index]
+        except BadSample as error:
+            return str(error)
+        return None
+
+    def _of(self, split: str) -> list[bool]:
+        """Which rows are of a split: also those of which nobody can tell, to be counted as bad."""
+        bad = [self._bad(i) is not None for i in range(len(self))]
+        same = [not bad[i] and self[i].get("split") == split for i in range(len(self))]
+        if not any(same):
+            raise ValueError(f"{self.path}: no rows with split {split!r}")
+        return [a or b for a, b in zip(bad, same, strict=True)]
 
     @functools.cached_property
     def _data(self) -> mmap.mmap | bytes:
@@ -286,6 +295,8 @@ class Prepared:
         return value.decode("utf-8") if isinstance(value, bytes) else value
 
     def _sound(self, value: Any, told: dict[str, Any]) -> Any:
+        if not len(value):  # what tfds stores where there is none
+            return None
         if told.get("lazyDecode"):
             return value
         samples = np.asarray(value)

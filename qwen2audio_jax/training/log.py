@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,7 +57,7 @@ class Log:
         self._file = path.open("a", encoding="utf-8", buffering=1)
         tensorboard, wandb, settings = self._options
         if tensorboard:
-            self._events = _tensorboard(self.folder / "tensorboard", step)
+            self._events = _Events(self.folder / "tensorboard", step)
         if wandb is not None:
             self._project = _wandb(self.folder, wandb, settings)
 
@@ -66,14 +67,9 @@ class Log:
         if self._file is not None:
             self._file.write(_line(row))
         if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+            self._events.write(step, values)
         if self._project is not None:
             self._project.log(dict(values), step=step)
-
-    def flush(self) -> None:
-        if self._events is not None:
-            self._events.flush()
 
     def close(self) -> None:
         for each in (self._file, self._events):
@@ -102,15 +98,35 @@ def _line(row: Row) -> str:
     return json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n"
 
 
-def _tensorboard(folder: pathlib.Path, step: int) -> Any:
-    try:
-        import tensorboardX
-    except ImportError as error:
-        raise ImportError(
-            "TensorBoard's events want tensorboardX: pip install 'qwen2audio_jax[train]', "
-            "or --no-tensorboard"
-        ) from error
-    return tensorboardX.SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+class _Events:
+    """TensorBoard's events, written in this thread: tensorboardX's own dies of a full disk, and
+    then whoever writes waits for it forever."""
+
+    def __init__(self, folder: pathlib.Path, step: int):
+        try:
+            from tensorboardX import event_file_writer, proto, summary
+        except ImportError as error:
+            raise ImportError(
+                "TensorBoard's events want tensorboardX: pip install 'qwen2audio_jax[train]', "
+                "or --no-tensorboard"
+            ) from error
+        folder.mkdir(exist_ok=True)
+        self._proto, self._summary = proto.event_pb2, summary
+        self._file = event_file_writer.EventsWriter(str(folder / "events"))
+        if step:  # what was written behind it is void
+            begun = self._proto.SessionLog(status=self._proto.SessionLog.START)
+            self._add(step + 1, session_log=begun)
+
+    def write(self, step: int, values: Row) -> None:
+        for name, value in values.items():
+            self._add(step, summary=self._summary.scalar(name, value))
+        self._file.flush()
+
+    def _add(self, step: int, **what: Any) -> None:
+        self._file.write_event(self._proto.Event(step=step, wall_time=time.time(), **what))
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _wandb(folder: pathlib.Path, project: str, settings: Mapping[str, Any] | None) -> Any:

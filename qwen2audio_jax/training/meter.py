@@ -40,6 +40,7 @@ class Meter:
         self._schedule = learner.optimizer.schedule()
         self._peak = 1e12 * (config.peak_tflops or 0) or flops.peak(dtype)
         self._waiting: tuple[int, dict[str, float], Any] | None = None
+        self._waited = False
         self._recent: collections.deque = collections.deque(maxlen=RECENT)
         self._last, self._compiling = time.perf_counter(), True
         self._progress = Progress(
@@ -58,11 +59,16 @@ class Meter:
         if kind is None:
             self.flush()
         self._progress.close()
-        self.log.flush()
+
+    def batch_came(self) -> None:
+        """Notes whether the device was done before its next batch was there, and had to wait."""
+        metrics = self._waiting[2] if self._waiting else {}
+        self._waited = bool(metrics) and all(x.is_ready() for x in metrics.values())
 
     def add(self, number: int, batch: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Notes a step that was started, and reads the one before it."""
-        before, self._waiting = self._waiting, (number, _sizes(self._learner, batch), metrics)
+        sizes = _sizes(self._learner, batch) | {"waited": float(self._waited)}
+        before, self._waiting = self._waiting, (number, sizes, metrics)
         self._read(before)
 
     def flush(self) -> None:
@@ -92,9 +98,11 @@ class Meter:
         if waiting is None:
             return
         number, sizes, metrics = waiting
+        waited = sizes.pop("waited")
         row = {name: float(x) for name, x in jax.device_get(metrics).items()}
         now = time.perf_counter()
         row |= {"learning_rate": float(self._schedule(number - 1)), "seconds": now - self._last}
+        row["waited"] = waited
         self._last = now
         if not self._compiling:
             self._recent.append({**sizes, "seconds": row["seconds"]})

@@ -1,0 +1,131 @@
+"""Held-out samples are all answered or told about, each from the set that is its own."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import small
+import words
+from flax import nnx
+
+pytest.importorskip("grain")
+
+from qwen2audio_jax import Processor, Qwen2Audio
+from qwen2audio_jax.data.example import Example, from_messages
+from qwen2audio_jax.data.mixture import Mixture, Part
+from qwen2audio_jax.data.pack import Bucket
+from qwen2audio_jax.evaluation import answering, held_out
+from qwen2audio_jax.training.inputs import HeldOut
+
+BUCKET = Bucket(rows=2, tokens=90, clips=5, frames=60)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(words.made_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    return Processor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Qwen2Audio(small.CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture
+def asked(monkeypatch, processor):
+    """What `generate` is asked, which says the first choice, or how many tokens a prompt has."""
+    calls = []
+
+    def generate(model, inputs, *, max_new_tokens, choices, processor):
+        counts = inputs["attention_mask"].sum(axis=1)
+        calls.append((len(counts), choices, max_new_tokens))
+        texts = [str(n) for n in counts] if choices is None else [texts[0] for texts in choices]
+        rows = [processor.tokenizer.encode(text) for text in texts]
+        longest = max(map(len, rows))
+        return np.array([row + [processor.tokenizer.pad_id] * (longest - len(row)) for row in rows])
+
+    monkeypatch.setattr(answering, "generate", generate)
+    return calls
+
+
+def prompt(processor, text):
+    return Example(processor.tokenizer.compile(text), ())
+
+
+def test_closed_and_open_sets_are_answered_apart(model, processor, asked):
+    """None is lost to its neighbours, and no choice is cut, however short answers may be."""
+    texts = ["yes", "yes no", "yes no yes", "yes no", "no"]
+    examples = [prompt(processor, text) for text in texts]
+    length = lambda i: sum(len(segment.ids) for segment in examples[i].prompt)
+    long = "yes no yes no yes no"
+    choices = [None, ("no", "yes"), None, (long,), ("yes",)]
+    got = answering.answer(model, processor, examples, choices, rows=2, max_new_tokens=3)
+    said = [processor.decode(row)[0] for row in got]
+    assert said == [str(length(0)), "no", str(length(2)), long, "yes"]
+    room = len(processor.tokenizer.encode(long)) + 1
+    wanted = [(2, [["no", "yes"], [long]], room), (1, [["yes"]], 3), (2, None, 3)]
+    assert asked == wanted and room > 3
+
+
+def conversation(question, answer="yes"):
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
+def kept(source, name="kept"):
+    part = Part(name=name, source=source, compile=from_messages)
+    return HeldOut(part=part, choices=lambda sample: sample.get("choices"))
+
+
+def test_what_cannot_be_answered_is_told_by_reason(model, processor, asked, caplog):
+    """And ends nothing: a prompt that the context has no room for, and what nobody foresaw."""
+    absent = [{"type": "audio", "audio": "absent.wav"}]
+    rows = [
+        conversation("no"),
+        conversation(absent),
+        conversation("no", " "),
+        conversation("no " * 300),
+        conversation("no") | {"choices": 1j},
+        conversation(absent),
+    ]
+    choices = lambda sample: None if "choices" not in sample else sorted(sample["choices"])
+    answers, bad = held_out.answers(
+        model,
+        processor,
+        [dataclasses.replace(kept(rows), choices=choices)],
+        rows=2,
+        max_new_tokens=4,
+    )
+    assert [(each.part, each.wanted) for each in answers] == [("kept", "yes")] and len(asked) == 1
+    assert bad == {"missing audio": 2, "empty text": 1, "too long": 1, "unforeseen": 1}
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 4 and told[0].startswith("kept: 2 missing audio, the last: row 5: ")
+    assert any("row 4: TypeError: " in line for line in told)
+
+
+def test_what_is_of_no_use_at_all_ends_nothing(folder, caplog):
+    """Unless a bad sample is to."""
+    parts = [kept([conversation("no", "")] * 3, "mute"), kept([conversation("no")], "good")]
+    train = tuple(each.part for each in parts)
+    mixture = Mixture(parts=train, processor=folder, buckets=(BUCKET,))
+    seen = []
+
+    class One:
+        def means(self):
+            return {"loss": 2.0, "tokens": 5.0}
+
+    measure = lambda batch: seen.append(batch) or One()
+    assert held_out.losses(parts, mixture, measure) == {"loss": 2.0} and len(seen) == 1
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.startswith("mute is not measured: none of 3 samples can be used, the last: row 2")
+    assert held_out.losses(parts[:1], mixture, measure) == {}
+    with pytest.raises(ValueError, match="part 'mute': row 0: empty text"):
+        held_out.losses(parts, dataclasses.replace(mixture, fatal=True), measure)
