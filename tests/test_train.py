@@ -1,13 +1,19 @@
 """The programs train, measure, save and go on, each in one folder; mistakes are one line."""
 
+import contextlib
 import json
-import pathlib
+import os
 import re
+import resource
 import runpy
+import signal
+import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import prepared
 import pytest
 import soundfile
 import tiny
@@ -15,9 +21,20 @@ import tiny
 pytest.importorskip("grain")
 
 from qwen2audio_jax import Qwen2Audio
-from qwen2audio_jax.training import log, lora, peft, reference
+from qwen2audio_jax.data import sources
+from qwen2audio_jax.data.pack import Bucket
+from qwen2audio_jax.training import log, lora, loss, peft, reference, stage
+from qwen2audio_jax.training.checkpoint import CHECKPOINTS
+from qwen2audio_jax.training.learner import Learner
+from qwen2audio_jax.training.optimizer import OptimizerConfig
+from qwen2audio_jax.training.settings import (
+    DataConfig,
+    LoopConfig,
+    PreferenceSettings,
+    Settings,
+)
+from train import launch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORDS = ("low", "mid", "high", "top")
 TASK = "[AUDIO:audio] What is that? -> [TEXT:text,closed_set=low|mid|high|top]"
 
@@ -29,10 +46,12 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def hurry():
+def hurry(tmp_path_factory):
     """Programs that run a few steps take longer to be compiled well than to be run badly."""
     jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
     yield
+    jax.config.update("jax_compilation_cache_dir", None)
     jax.config.update("jax_disable_most_optimizations", False)
 
 
@@ -41,24 +60,49 @@ def base(tmp_path_factory):
     return tiny.save(tmp_path_factory.mktemp("base"))
 
 
+BAD = {  # reason -> a row that is bad for it
+    "missing audio": ("absent.wav", "low"),
+    "corrupt audio": ("noise.wav", "low"),
+    "too long": ("long.wav", "low"),
+    "empty text": ("0.wav", " "),
+}
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, chirp):
-    """Ten clips, told about in conversations, pairs of answers, and plainly; one is missing."""
+    """Clips, told about in conversations, pairs of answers, and plainly; some rows are bad."""
     folder = tmp_path_factory.mktemp("data")
     rows = {"chats": [], "pairs": [], "plain": []}
-    for i in range(10):
-        if i != 3:
-            soundfile.write(folder / f"{i}.wav", chirp(0.3, i), 16_000)
-        split, word = {"split": "test" if i > 6 else "train"}, WORDS[i % 4]
-        asked = [{"type": "audio", "audio": f"{i}.wav"}, {"type": "text", "text": "How high?"}]
+    for i in range(9):
+        soundfile.write(folder / f"{i}.wav", chirp(0.3, i), 16_000)
+    (folder / "noise.wav").write_bytes(b"no sound at all")
+    soundfile.write(folder / "long.wav", chirp(31, 0), 16_000)
+    good = [(f"{i}.wav", WORDS[i % 4]) for i in range(9)]
+    for i, (clip, word) in enumerate([*good[:3], *BAD.values(), *good[3:]]):
+        split = {"split": "test" if i > 9 else "train"}
+        asked = [{"type": "audio", "audio": clip}, {"type": "text", "text": "How high?"}]
         given = [{"role": "user", "content": asked}]
         answered = {"role": "assistant", "content": word}
         rows["chats"].append(split | {"messages": [*given, answered]})
         rows["pairs"].append(split | {"messages": given, "chosen": word, "rejected": "no"})
-        rows["plain"].append(split | {"audio": f"{i}.wav", "text": word})
+        rows["plain"].append(split | {"audio": clip, "text": word})
     for name, each in rows.items():
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, each)))
+        lines = [*map(json.dumps, each), '{"audio": ', "[1]"]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
     return folder
+
+
+def presets(stage):
+    """One, for clips of half a second on eight devices."""
+    return {"tiny": ("For tests.", PREFERENCE if stage == "dpo" else SETTINGS)}
+
+
+SETTINGS = Settings(
+    scan_layers=False,
+    data=DataConfig(buckets=(Bucket(rows=8, tokens=160, clips=24, frames=60),)),
+    optimizer=OptimizerConfig(learning_rate=5e-4),
+)
+PREFERENCE = PreferenceSettings(**{**vars(SETTINGS), "loop": LoopConfig(best="accuracy")})
 
 
 @pytest.fixture
@@ -69,9 +113,9 @@ def run(monkeypatch, base, data):
         source = data / f"{rows}.jsonl"
         flags = ["--model", base, "--out", out, "--data.train", f"{source}:train"]
         flags += ["--data.held-out", f"{source}:test", "--data.workers", 0, "--data.augmented", 0]
-        flags += ["--data.masked", 0, "--optimizer.warmup-steps", 1, "--evaluation.samples", 3]
-        flags += ["--evaluation.max-new-tokens", 4, "--no-tensorboard"]
-        monkeypatch.syspath_prepend(ROOT)
+        flags += ["--data.masked", 0, "--optimizer.warmup-steps", 1, "--evaluation.samples", 4]
+        flags += ["--evaluation.max-new-tokens", 3, "--no-tensorboard"]
+        monkeypatch.setattr(launch, "presets", presets)
         monkeypatch.setattr(sys, "argv", ["x", "tiny", *map(str, flags), *map(str, args)])
         try:
             runpy.run_module(f"train.{stage}", run_name="__main__")
@@ -90,7 +134,7 @@ def parameters(folder):
     return Qwen2Audio.from_pretrained(folder, dtype="float32")
 
 
-def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, capsys):
+def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, capsys, caplog):
     """LoRA on a mesh, in parts: adapter, merged model, figures, and a run that is done."""
     out = tmp_path / "run"
     args = ["--optimizer.steps", 3, "--loop.evaluate-every", 2, "--lora.r", 2, "--tensorboard"]
@@ -100,11 +144,16 @@ def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, capsys):
     wanted = {"run.json", "config.json", "tokenizer.json", "checkpoints", "log.jsonl", "adapter"}
     wanted |= {"model", "summary.md", "answers.jsonl", "tensorboard", "profile"}
     assert wanted <= {path.name for path in out.iterdir()}
-    assert any((out / "tensorboard").iterdir())
+    events = b"".join(path.read_bytes() for path in (out / "tensorboard").iterdir())
+    assert b"tokens_per_second" in events and b"eval/exact_match" in events
     assert list((out / "profile").rglob("*.xplane.pb"))
     told = (out / "summary.md").read_text()
     assert "| exact_match |" in told and "| held out | step 2 | step 3 |" in told
-    assert "1 missing audio" in told and "3.wav" in told  # nothing is dropped in silence
+    for reason in (*BAD, "bad row"):  # nothing is dropped in silence
+        assert re.search(rf"chats.jsonl:train: \d+ {reason}, the last: row ", told), reason
+    bad = [row.get("eval/bad_samples") for row in log.read(out / log.LOG) if "loss" not in row]
+    assert bad == [1, 1]
+    assert re.search(r"chats.jsonl:test: 1 bad row, the last: row 3: .*, line 14: ", caplog.text)
     config, adapters = peft.load(out / "adapter", parameters(base))
     merged = lora.merge(parameters(base), adapters, config)
     ids = np.array([[1, 20, 30, 40]])
@@ -119,15 +168,48 @@ def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, capsys):
     assert "holds a run with other settings: optimizer.learning_rate was 0.0005, now 1.0" in error
 
 
-def test_pretraining_begins_from_nothing(run, tmp_path, base):
-    """A declared task, answered from its closed set; the parameters are the seed's."""
+@pytest.fixture
+def everywhere(data, tmp_path, monkeypatch):
+    """A good row and the bad ones, as JSON lines, as ArrayRecord, and as tfds wrote them."""
+    pytest.importorskip("tensorflow_datasets")
+    rows = [("0.wav", "low"), *BAD.values()]
+    lines = [json.dumps({"audio": clip, "text": text}) for clip, text in rows]
+    (data / "all.jsonl").write_text("\n".join(lines))
+    (tmp_path / "shards").mkdir()
+    records = [{"audio": str(data / clip), "text": text} for clip, text in rows]
+    sources.write(tmp_path / "shards" / "0.array_record", records)
+    # what tfds has is in it: only a clip of nothing is missing
+    content = lambda clip: (data / clip).read_bytes() if (data / clip).exists() else b""
+    prepared.write(
+        tmp_path / "tfds",
+        {"train": [{"audio": content(clip), "text": text} for clip, text in rows]},
+        lambda tfds: {
+            "audio": tfds.features.Tensor(shape=(), dtype=np.bytes_),
+            "text": tfds.features.Text(),
+        },
+        audio="audio",
+        lazyDecode=True,
+    )
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    return [data / "all.jsonl", tmp_path / "shards", "tfds:made_speech/en:train"]
+
+
+def test_pretraining_begins_from_nothing(run, tmp_path, base, everywhere):
+    """A declared task, answered from its closed set; the parameters are the seed's.
+
+    Of every kind of source, all bad samples are told; none ends the run.
+    """
     out = tmp_path / "run"
-    args = ["--optimizer.steps", 2, "--loop.evaluate-every", 5, "--data.tasks", TASK]
-    assert run("pretrain", "plain", out, *args) == 0
+    args = ["--optimizer.steps", 2, "--data.tasks", TASK, "--from-scratch"]
+    assert run("pretrain", "plain", out, *args, "--data.train", *everywhere) == 0
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 3 and all(each["got"] in WORDS for each in answers)
     new, old = parameters(out / "model"), parameters(base)
     assert not np.allclose(new.projector.kernel[...], old.projector.kernel[...], atol=0.01)
+    told = (out / "summary.md").read_text()
+    for source in everywhere:
+        for reason in BAD:
+            assert re.search(rf"{source}: \d+ {reason}, the last: row ", told), (source, reason)
 
 
 def test_dpo_has_the_same_reference_in_memory_and_beforehand(run, tmp_path):
@@ -145,9 +227,8 @@ def test_dpo_has_the_same_reference_in_memory_and_beforehand(run, tmp_path):
     np.testing.assert_allclose(*both, atol=1e-5)
     files = list((tmp_path / "file" / reference.FOLDER).iterdir())
     assert len(files) == 2  # what is trained on, and what is held out
-    assert (
-        sum(np.isnan(np.load(file)["logps"][:, 0]).sum() for file in files) == 1
-    )  # the missing one
+    # those that cannot be used: there are two lines without a pair, and one of them is held out
+    assert sum(np.isnan(np.load(file)["logps"][:, 0]).sum() for file in files) == len(BAD) + 3
 
 
 @pytest.mark.parametrize(
@@ -160,18 +241,162 @@ def test_dpo_has_the_same_reference_in_memory_and_beforehand(run, tmp_path):
         ("sft", ["--mesh.ici-tensor-parallelism", "3"], "a mesh of .* needs 6 devices"),
         ("sft", ["--data.weights", "1", "2"], "wanted weights for 1 sources, got 2"),
         ("sft", ["--optimizer.steps", "1"], "wanted fewer warm-up steps than the 1 steps"),
-        ("pretrain", ["--data.tasks", "[AUDIO:audio] ->"], "column"),
+        ("sft", ["--data.train", "table.jsonl"], "bad row: table.jsonl, line 1: Expecting value"),
+        ("pretrain", ["--data.tasks", "[AUDIO:audio] ->"], "column 17"),
         ("dpo", ["--preference.beta", "-1"], "wanted beta above 0"),
     ],
 )
 def test_mistakes_are_one_line(run, tmp_path, monkeypatch, capsys, stage, args, message):
     """With exit status 2, before anything is written."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "table.jsonl").write_text("audio,text\na.wav,one\n")
     assert run(stage, "chats", "out", *args) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith(f"train.{stage}: error: ")
     assert re.search(message, error)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
+def test_presets_are_settings_that_fit_each_other(stage):
+    """For a laptop and for a pod; each says its command."""
+    found = launch.presets(stage)
+    assert {"tiny", "7b"} <= set(found)
+    for name, (about, settings) in found.items():
+        assert f"python -m train.{stage} {name}" in about
+        assert isinstance(settings, PreferenceSettings) == (stage == "dpo")
+
+
+def test_one_bad_sample_ends_a_run_if_asked(run, tmp_path, capsys):
+    """With its line; in the folder is nothing that it could go on from."""
+    assert run("sft", "chats", tmp_path / "run", "--data.fatal", "--optimizer.steps", 2) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(
+        r"train.sft: error: part '.*': (row \d+: )?(bad|missing|corrupt|too|em)", error
+    )
+    assert not [*(tmp_path / "run" / CHECKPOINTS).glob("*")]
+
+
+STEPS = ["--optimizer.steps", 6, "--loop.save-every", 2, "--loop.bad-steps", 2, "--data.held-out"]
+
+
+@pytest.fixture
+def ends(run, monkeypatch, capsys):
+    """Runs `sft` to its end in some folder: `ends(out)` gives its status and its last line."""
+
+    def call(out, *args):
+        status = run("sft", "chats", out, *STEPS, *args)
+        told = capsys.readouterr()
+        return status, (told.err if status in (1, 2) else told.out).splitlines()[-1]
+
+    return call
+
+
+def steps_of(out):
+    return sorted(int(path.name) for path in (out / CHECKPOINTS).iterdir() if path.name.isdigit())
+
+
+def weights_of(out):
+    return (out / "model" / "model.safetensors").read_bytes()
+
+
+@contextlib.contextmanager
+def small_files(limit=100 * 1024):
+    """No file may become larger: as on a disk that is full, but for the words of the message."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_whatever_ends_a_run_it_goes_on_to_the_same_bits(ends, tmp_path, monkeypatch, caplog):
+    """SIGTERM, gradients that are no numbers, a full disk, a damaged checkpoint: one line each."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert ends(whole)[0] == 0
+
+    def terminated(self, batch, number):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, number)
+
+    step = Learner.step
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", terminated)
+        status, line = ends(out)
+    assert (status, steps_of(out)) == (143, [2, 3])
+    assert line == f"train.sft: signal 15: all is saved in {out}, run it again to go on"
+
+    def broken(*args, **how):
+        sums = loss.next_token(*args, **how)
+        return sums.replace(loss=sums.loss * jnp.nan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "next_token", broken)
+        status, line = ends(out)
+    assert (status, steps_of(out)) == (1, [2, 3])
+    assert line.startswith(
+        "train.sft: error: the loss is nan and the gradient's norm nan at step 5"
+    )
+    assert line.endswith(f"the last good checkpoint is {out / CHECKPOINTS / '3'}")
+
+    with small_files():
+        status, line = ends(out)
+    assert (status, steps_of(out)) == (1, [2, 3])
+    assert line.startswith(f"train.sft: error: cannot save step 4 to {out / CHECKPOINTS}: ")
+    assert "File too large" in line and line.endswith("; step 3 is still there")
+
+    file = max((out / CHECKPOINTS / "3").rglob("*"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert ends(out)[0] == 0
+    assert f"{out / CHECKPOINTS / '3'} is damaged, now called 3.damaged: " in caplog.text
+    assert weights_of(out) == weights_of(whole)
+    exact = lambda out: [(row["step"], row["loss"], row["grad_norm"]) for row in rows_of(out)]
+    assert exact(out) == exact(whole)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of its own: `disk("size=2m")` makes it, then changes it; skips where nobody may."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "tmpfs", folder]
+
+    def change(options):
+        again = [] if not os.path.ismount(folder) else ["remount"]
+        told = subprocess.run([*command, "-o", ",".join([*again, options])], capture_output=True)
+        if told.returncode:
+            pytest.skip(f"no disk can be mounted here: {told.stderr.decode().strip()}")
+        return folder
+
+    yield change
+    if os.path.ismount(folder):
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_disk_that_is_full_or_read_only(ends, disk, tmp_path):
+    """A real one. With more room the same command goes on, to the same bits."""
+    out = disk("size=2500k") / "run"
+    status, line = ends(out, "--loop.keep", 9, "--tensorboard")
+    assert status == 1 and line.startswith("train.sft: error: ") and str(out) in line
+    assert "No space left" in line or "ENOSPC" in line
+    assert (saved := steps_of(out)) and f"step {saved[-1]} is still there" in line
+    disk("ro")
+    status, line = ends(out, "--loop.keep", 9)
+    assert status == 1 and "Read-only file system" in line and steps_of(out) == saved
+    disk("rw,size=64m")
+    assert ends(out, "--loop.keep", 9)[0] == 0
+    assert ends(tmp_path / "whole")[0] == 0
+    assert weights_of(out) == weights_of(tmp_path / "whole")
+
+
+def test_a_folder_that_cannot_be_is_one_line(ends, tmp_path):
+    """There is a file in its place."""
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        status, line = ends(out)
+        assert status == 1 and line.startswith("train.sft: error: ") and str(out) in line
 
 
 @pytest.mark.slow
