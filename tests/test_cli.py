@@ -88,11 +88,11 @@ def test_ask(run, expected):
 
 def test_ask_about_several(run, expected):
     """Each clip is answered by itself, by name; together they share one prompt."""
-    one, two = (expected(user(clip, "Why?")) for clip in ("a.wav", "b.wav"))
-    status, out, _ = run("ask", "a.wav", "b.wav", "Why?", *FEW)
+    one, two = (expected(user(clip, "What?")) for clip in ("a.wav", "b.wav"))
+    status, out, _ = run("ask", "a.wav", "b.wav", "What?", *FEW)
     assert (status, out) == (0, f"a.wav: {one}\nb.wav: {two}\n")
-    status, out, _ = run("ask", "a.wav", "b.wav", "Why?", "--together", "--json", *FEW)
-    both = expected(user("a.wav", "b.wav", "Why?"))
+    status, out, _ = run("ask", "a.wav", "b.wav", "What?", "--together", "--json", *FEW)
+    both = expected(user("a.wav", "b.wav", "What?"))
     told = {"audio": ["a.wav", "b.wav"], "text": both, "seconds": 1.0, "cut": True}
     assert json.loads(out) == told
 

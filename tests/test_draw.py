@@ -19,7 +19,7 @@ def test_stages_show_what_each_did(tmp_path):
     histories = {"pretrain": falling, "sft": falling[:20]}
     draw.stages(histories, {"pretrain": rows(0.4, 0.0), "sft": rows(0.1, 0.8)}, tmp_path / "a.png")
     flat = {"pretrain": [{**each, "loss": 3.0} for each in falling], "sft": falling[:20]}
-    draw.stages(flat, {"pretrain": rows(1.4, 0), "sft": rows(1.4, 0.1)}, tmp_path / "b.png")
+    draw.stages(flat, {"pretrain": rows(1.4, 0.0), "sft": rows(1.4, 0.1)}, tmp_path / "b.png")
     a, b = (image.imread(tmp_path / f"{name}.png") for name in "ab")
     assert a.shape == b.shape and a.shape[0] > 300
     assert (a != b).any(axis=-1).mean() > 0.01

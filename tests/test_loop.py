@@ -1,7 +1,9 @@
 """The loop trains once a batch, keeps a history, and an interrupted run ends with the same bits."""
 
+import contextlib
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +80,47 @@ def test_every_batch_is_one_step_of_the_history():
     rates = [0, 0.01, 0.01 * (1 + 0.5**0.5) / 2, 0.005]
     np.testing.assert_allclose([row["learning_rate"] for row in log.rows[:4]], rates, rtol=1e-5)
     assert log.rows[-1]["loss"] < log.rows[0]["loss"]
+
+
+def test_what_is_held_out_may_be_measured_before_the_first_step(tmp_path):
+    """Once: a run that goes on does not measure its beginning again."""
+    config = LoopConfig(save_every=100, evaluate_every=4, evaluate_first=True, best="seen")
+    batches = Counted(signal_at=3)
+
+    def go():
+        evaluate = lambda: {"seen": float(batches.number)}
+        with (
+            contextlib.closing(Log(tmp_path)) as log,
+            contextlib.closing(Checkpoints(tmp_path)) as checkpoints,
+        ):
+            how = {"log": log, "checkpoints": checkpoints, "evaluate": evaluate}
+            return loop.train(learner(), batches, config, **how), log.rows
+
+    assert go()[0] == signal.SIGTERM
+    batches.signal_at = None
+    ended, rows = go()
+    assert ended is None
+    seen = [(row["step"], row["eval/seen"]) for row in rows if "eval/seen" in row]
+    assert seen == [(0, 0), (4, 4), (5, 5)]
+
+
+class Slow(Counted):
+    """Batches that come long after the device has done with the one before."""
+
+    def __next__(self):
+        time.sleep(0.3)
+        return super().__next__()
+
+
+def test_a_device_that_waits_for_data_is_told_of():
+    """Where batches are there at once it computes while the next one is put in line."""
+    rows = {}
+    for kind in (Slow, Counted):
+        log = Log(None)
+        loop.train(learner(), kind(), log=log)
+        rows[kind] = [row["waited"] for row in log.rows]
+    assert rows[Slow][1:] == [1, 1, 1, 1]
+    assert sum(rows[Counted]) < 4 and rows[Counted][0] == 0
 
 
 WAYS = {

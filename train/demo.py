@@ -42,10 +42,11 @@ from qwen2audio_jax.training.settings import (
     Settings,
 )
 from qwen2audio_jax.weights import settings as model_settings
+from train.configs import laptop
 
 STAGES = ("pretrain", "sft", "dpo")
 VOCABULARY = {"small": 576, "full": 1280}
-STEPS = {"small": (900, 500, 80), "full": (24_000, 9000, 400)}
+STEPS = {"small": (900, 500, 80), "full": (16_000, 6000, 250)}
 RECORDED = (
     "[AUDIO:audio,words=text] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"
 )
@@ -122,8 +123,7 @@ def plan(demo: Demo) -> list[Settings]:
         for stage, model in zip(STAGES, begins, strict=False)
     ]
     recorded = tuple(f"{path}:train" for path in demo.manifest)
-    sizes = (100, 190, 320) if demo.world == "small" else (100, 160, 220, 320, 520)
-    heard = lambda frames: Bucket(rows=6, tokens=220, clips=3000 // frames, frames=frames)
+    sizes = (100, 190, 340) if demo.world == "small" else (100, 160, 220, 340, 600)
     return [
         Settings(
             **shared[0],
@@ -133,7 +133,7 @@ def plan(demo: Demo) -> list[Settings]:
                 train=(f"{made}/tasks", *recorded),
                 tasks=("", *[RECORDED] * len(recorded)),
                 weights=(1.0, *[0.15 / len(recorded)] * len(recorded)) if recorded else (),
-                buckets=tuple(map(heard, sizes)),
+                buckets=laptop(*sizes),
                 augmented=0.4,
                 masked=0.4,
             ),
@@ -144,7 +144,7 @@ def plan(demo: Demo) -> list[Settings]:
             data=DataConfig(
                 train=(*(f"{made}/{mode}" for mode in MODES), f"{made}/tasks"),
                 weights=(0.4, 0.4, 0.2),  # some of what is known, or it is forgotten
-                buckets=tuple(map(heard, sizes[1:])),
+                buckets=laptop(*sizes[1:]),
                 augmented=0.3,
                 masked=0.3,
             ),

@@ -49,6 +49,8 @@ def train(
     done = resume(learner, batches, checkpoints)
     meter = Meter(learner, config, log or Log(None), checkpoints, done=done, dtype=dtype)
     with meter, Interruption() as stop:
+        if evaluate is not None and config.evaluate_first and done == 0:
+            meter.scored(0, evaluate())
         for number in _traced(range(done, steps), config.profile, meter):
             try:
                 batch = next(batches, None)
@@ -58,6 +60,7 @@ def train(
                 break
             if batch is None:
                 raise ValueError(f"the batches ended after {done} of {steps} steps")
+            meter.batch_came()
             metrics = learner.step(batch, number)
             meter.add(number + 1, batch, metrics)
             done, scores = number + 1, None

@@ -119,6 +119,8 @@ class LoopConfig:
     """How many of the latest checkpoints stay, beside the best one."""
     evaluate_every: int = 1000
     """Steps between evaluations, each with a checkpoint; there is one at the end, too."""
+    evaluate_first: bool = False
+    """Whether to measure what is held out before the first step, too."""
     best: str = "wer"
     """The figure whose best checkpoint stays: loss, wer (best low), accuracy, exact_match, or
     SOURCE/exact_match."""

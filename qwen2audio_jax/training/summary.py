@@ -31,7 +31,8 @@ def write(
         last, hours = steps[-1], sum(row["seconds"] for row in steps) / 3600
         lines += [
             f"{last['step']} steps in {hours:.2f} hours; the last loss was {last['loss']:.4f}, "
-            f"{int(last['skipped'])} steps were skipped. Settings: [{SETTINGS}]({SETTINGS}).",
+            f"{int(last['skipped'])} steps were skipped. For {_waits(steps)} the device waited for "
+            f"data. Settings: [{SETTINGS}]({SETTINGS}).",
             "",
         ]
     if scores:
@@ -44,6 +45,11 @@ def write(
         draw.training(rows, folder / "summary.png")
         lines += ["![loss, accuracy, speed, held-out figures](summary.png)", ""]
     (folder / "summary.md").write_text("\n".join(lines), "utf-8")
+
+
+def _waits(steps: Sequence[Row]) -> str:
+    waits = sum(row.get("waited", 0) for row in steps)
+    return f"{waits:.0f} of {len(steps)} steps"
 
 
 def _table(scores: Sequence[Row]) -> list[str]:

@@ -1,1 +1,12 @@
 """Presets: STAGE_NAME.py is `python -m train.STAGE NAME`; each says what comes out."""
+
+from qwen2audio_jax.data.pack import Bucket
+
+
+def laptop(*frames: int) -> tuple[Bucket, ...]:
+    """Buckets of some 30 s of sound and 1300 tokens a batch, for clips of up to so many frames."""
+    room = {most: max(220, most // 4 + 100) for most in frames}
+    return tuple(
+        Bucket(rows=1320 // room[most], tokens=room[most], clips=3000 // most, frames=most)
+        for most in frames
+    )

@@ -22,6 +22,8 @@ SETTINGS = PreferenceSettings(
             Bucket(rows=8, tokens=400, clips=8, frames=3000),
         ),
     ),
-    optimizer=OptimizerConfig(learning_rate=1e-4, steps=300, warmup_steps=30, weight_decay=0.0),
-    loop=LoopConfig(save_every=100, evaluate_every=100, best="accuracy"),
+    optimizer=OptimizerConfig(
+        name="muon", learning_rate=7e-5, steps=200, warmup_steps=10, weight_decay=0.0
+    ),
+    loop=LoopConfig(save_every=100, evaluate_every=100, evaluate_first=True, best="accuracy"),
 )

@@ -10,9 +10,9 @@ Expected: the loss on what is held out falls from evaluation to evaluation.
 
 import pathlib
 
-from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.settings import DataConfig, LoopConfig, Settings
+from train.configs import laptop
 
 SETTINGS = Settings(
     out=pathlib.Path("runs/sft"),
@@ -20,14 +20,12 @@ SETTINGS = Settings(
     data=DataConfig(
         train=("world:small/analysis", "world:small/chat"),
         held_out=("world:small/analysis:test", "world:small/chat:test"),
-        buckets=(
-            Bucket(rows=8, tokens=160, clips=24, frames=160),
-            Bucket(rows=8, tokens=240, clips=16, frames=320),
-            Bucket(rows=8, tokens=480, clips=16, frames=3000),
-        ),
-        augmented=0.4,
-        masked=0.4,
+        buckets=laptop(100, 190, 320, 1000, 3000),
+        augmented=0.3,
+        masked=0.3,
     ),
-    optimizer=OptimizerConfig(learning_rate=5e-4, steps=1000, warmup_steps=50, weight_decay=0.05),
-    loop=LoopConfig(save_every=250, evaluate_every=500, best="exact_match"),
+    optimizer=OptimizerConfig(
+        name="muon", learning_rate=5e-4, steps=600, warmup_steps=30, weight_decay=0.05
+    ),
+    loop=LoopConfig(save_every=300, evaluate_every=300, evaluate_first=True, best="exact_match"),
 )
