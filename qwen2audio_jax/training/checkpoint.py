@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import sys
+import time
 import zlib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -24,6 +25,7 @@ from orbax.checkpoint import v1 as ocp
 from qwen2audio_jax.weights.orbax import _quietly
 
 CHECKPOINTS = "checkpoints"  # the folder within a run's
+TORN = ".orbax-checkpoint-tmp"  # in the names of those that are not whole yet
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ class Checkpoints:
         self._saving: int | None = None
         self._orbax = self._open()
 
-    def _open(self) -> ocp.training.Checkpointer:
+    def _open(self, *, clear: bool = True) -> ocp.training.Checkpointer:
         policies = ocp.training.preservation_policies
         kept = [policies.LatestN(self._keep)]
         if self._best is not None:
@@ -71,7 +73,7 @@ class Checkpoints:
         return ocp.training.Checkpointer(
             self.folder,
             preservation_policy=policies.AnyPreservationPolicy(kept),
-            cleanup_tmp_directories=True,  # of a process that was killed
+            cleanup_tmp_directories=clear,  # of a process that was killed
         )
 
     def _merit(self, metrics: Mapping[str, Any] | None) -> float:
@@ -139,9 +141,21 @@ class Checkpoints:
         step, self._saving = self._saving, None
         with contextlib.suppress(Exception), _quietly():  # the same one again
             self._orbax.close()
-        self._orbax = self._open()  # frees what the failed save had written
+        self._free()
+        self._orbax = self._open(clear=False)
         last = f"step {self.steps[-1]} is still there" if self.steps else "there is none before it"
         return OSError(f"cannot save step {step} to {self.folder}: {_line(error)}; {last}")
+
+    def _free(self) -> None:
+        """Removes what a failed save had written, where other threads may be about to fail too."""
+        for _ in range(20):
+            torn = [path for path in self.folder.iterdir() if TORN in path.name]
+            if not torn:
+                break
+            for path in torn:
+                with contextlib.suppress(OSError):
+                    path.rmtree()
+            time.sleep(0.1)
 
     def close(self) -> None:
         """As `wait`, and lets go of the folder."""
