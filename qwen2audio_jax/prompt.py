@@ -293,8 +293,9 @@ def parse(conversation: Sequence) -> list[dict]:
     """Checks a conversation and gives its content parts one form.
 
     Returns:
-      The messages; content is a string, or a list of {"type": "audio", "audio": source} and
-      {"type": "text", "text": text}. What else a message has is kept, for the template.
+      The messages; content is a string, or a list of {"type": "audio", "audio": source}, with the
+      "words" that are said in it if they were given, and {"type": "text", "text": text}. What else
+      a message has is kept, for the template.
     """
     if not conversation:
         raise ValueError("wanted a conversation, got no messages")
@@ -325,7 +326,8 @@ def _part(part: Any, where: str) -> dict:
         # Tables fill absent fields with None.
         keys = ("audio", "audio_url", "input_audio", "path", "url")
         for source in (part[key] for key in keys if part.get(key) is not None):
-            return {"type": "audio", "audio": _source(source, where)}
+            words = {"words": part["words"]} if isinstance(part.get("words"), str) else {}
+            return {"type": "audio", "audio": _source(source, where), **words}
     raise ValueError(f"{where}: wanted {wanted}, got {_brief(dict(part))}")
 
 

@@ -56,6 +56,16 @@ def test_conversations_are_learned_as_they_are_asked(processor, heard, chirp):
         np.testing.assert_array_equal(wave, chirp(0.7))
 
 
+def test_what_is_said_may_stand_beside_a_clip(processor, heard):
+    """It goes with its clip, and changes nothing of what is read."""
+    silent, said = heard["content"][0], {**heard["content"][0], "words": "open the door"}
+    messages = [{"role": "user", "content": [silent, said, QUESTION]}, says("A dog.")]
+    example = from_messages({"messages": messages}, processor)
+    assert example.words == ([], processor.tokenizer.encode("open the door"))
+    messages[0]["content"][1] = silent
+    assert ids_of(example.prompt) == ids_of(from_messages({"messages": messages}, processor).prompt)
+
+
 @pytest.mark.parametrize("form", ["texts", "messages", "prompt", "implicit prompt"])
 def test_pairs_share_their_prompt(processor, heard, form):
     """Each answer behind it is what training on that conversation sees, however it was written."""

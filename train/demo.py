@@ -25,7 +25,7 @@ import jax
 import tyro
 from flax import nnx
 
-from qwen2audio_jax import Processor, Qwen2Audio, audio, draw, generate, preset, weights
+from qwen2audio_jax import Processor, Qwen2Audio, audio, draw, preset, weights
 from qwen2audio_jax.data import dialogue, manifest, synth
 from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.data.world import MODES, World
@@ -46,7 +46,7 @@ from train.configs import laptop
 
 STAGES = ("pretrain", "sft", "dpo")
 VOCABULARY = {"small": 576, "full": 1280}
-STEPS = {"small": (900, 500, 80), "full": (16_000, 6000, 250)}
+STEPS = {"small": (800, 440, 60), "full": (16_000, 6000, 250)}
 RECORDED = (
     "[AUDIO:audio,words=text] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"
 )
@@ -130,9 +130,9 @@ def plan(demo: Demo) -> list[Settings]:
             from_scratch=True,
             ctc=0.3,
             data=DataConfig(
-                train=(f"{made}/tasks", *recorded),
-                tasks=("", *[RECORDED] * len(recorded)),
-                weights=(1.0, *[0.15 / len(recorded)] * len(recorded)) if recorded else (),
+                train=(f"{made}/tasks", f"{made}/recognise en", *recorded),
+                tasks=("", "", *[RECORDED] * len(recorded)),
+                weights=(0.6, 0.4, *[0.15 / max(len(recorded), 1)] * len(recorded)),
                 buckets=laptop(*sizes),
                 augmented=0.4,
                 masked=0.4,
@@ -141,6 +141,7 @@ def plan(demo: Demo) -> list[Settings]:
         ),
         Settings(
             **shared[1],
+            ctc=0.3,
             data=DataConfig(
                 train=(*(f"{made}/{mode}" for mode in MODES), f"{made}/tasks"),
                 weights=(0.4, 0.4, 0.2),  # some of what is known, or it is forgotten
@@ -155,9 +156,8 @@ def plan(demo: Demo) -> list[Settings]:
             preference=PreferenceConfig(beta=0.1, rpo_alpha=1.0),
             data=DataConfig(
                 train=(f"{made}/preference",),
-                buckets=tuple(
-                    Bucket(rows=16, tokens=110, clips=16, frames=frames) for frames in sizes[1:]
-                ),
+                # one shape: a second one takes as long to compile as it would save
+                buckets=(Bucket(rows=12, tokens=50 + sizes[-1] // 4, clips=12, frames=sizes[-1]),),
             ),
             optimizer=_muon(steps[2], 7e-5),
         ),
@@ -192,11 +192,12 @@ def score(demo: Demo, folder: pathlib.Path) -> list[Row]:
     counts = dict.fromkeys((skill.name for skill in world.tasks), demo.clips)
     counts["recognise en"] *= 6
     counts |= dict.fromkeys((*MODES, "preference"), 4 * demo.clips)
-    rows = [
-        row
+    asked = [
+        each
         for kind, count in counts.items()
-        for row in evaluation.score(model, processor, world, count, kinds=[kind])
+        for each in evaluation.ask(processor, world, kind, count)
     ]
+    rows = evaluation.rows(asked, evaluation.answer(model, processor, asked))
     if samples := recordings(demo, "test"):
         waves = [audio.load(sample.audio) for sample in samples]
         heard = recognition.score(model, processor, waves, [each.text for each in samples])
@@ -236,24 +237,15 @@ def finish(
 
 
 def converse(model: Qwen2Audio, processor: Processor, world: World) -> None:
-    """A conversation in both modes, with voices and sounds that are new to the model."""
+    """Both modes, and silence, with voices and sounds that are new to the model."""
+    asked = [
+        each
+        for kind, count in (*((mode, 4) for mode in MODES), ("preference", 6))
+        for each in evaluation.ask(processor, world, kind, count)
+    ]
     print("\nVoices and sounds that it does not know; what it is asked, and answers:")
-    for mode in MODES:
-        for number in range(4):
-            messages = world.messages(number, "test", mode=mode)["messages"]
-            _tell(model, processor, messages[:1], mode, messages[1]["content"])
-    pairs = [world.preference(number, "test") for number in range(20)]
-    for pair in sorted(pairs, key=lambda pair: pair["task"])[:: len(pairs) // 4]:
-        _tell(model, processor, pair["messages"], pair["task"], pair["chosen"])
-
-
-def _tell(
-    model: Qwen2Audio, processor: Processor, messages: list[dict], kind: str, right: str
-) -> None:
-    tokens = generate(model, processor(messages), max_new_tokens=48)
-    written = [part["text"] for part in messages[0]["content"] if part["type"] == "text"]
-    asked = written[0] if written else "(spoken)"
-    print(f"  {kind:10} {asked:34} {processor.decode(tokens)[0]:32} (right: {right})")
+    for each, told in zip(asked, evaluation.answer(model, processor, asked), strict=True):
+        print(f"  {each.task:24} {each.question:34} {told:32} (right: {each.right})")
 
 
 def card(

@@ -105,13 +105,13 @@ def chat(
     if rng.random() < 0.5:
         about = chats[rng.integers(len(chats))]
         question, answer = about(rng)
-        content = [_clip(say_question(question, rng, held_out=held_out))]
+        content = [_clip(say_question(question, rng, held_out=held_out), spoken(question))]
         name = about.__name__
     else:
         task, sample = _sample(tasks, rng, held_out)
         question, answer = task.question(sample, rng), task.reply_to(sample)
         asked = say_question(question, rng, held_out=held_out)
-        content, name = [_clip(sample["audio"]), _clip(asked)], task.name
+        content, name = [_clip(sample["audio"]), _clip(asked, spoken(question))], task.name
     return {"messages": [_user(*content), _assistant(answer)], "task": name}
 
 
@@ -149,8 +149,8 @@ def _sample(tasks: Sequence[Any], rng: np.random.Generator, held_out: bool) -> t
     return task, task.draw(rng, held_out)
 
 
-def _clip(audio: tuple) -> dict[str, Any]:
-    return {"type": "audio", "audio": audio}
+def _clip(audio: tuple, words: str = "") -> dict[str, Any]:
+    return {"type": "audio", "audio": audio, "words": words}
 
 
 def _user(*parts: dict) -> dict[str, Any]:

@@ -100,13 +100,18 @@ def _stored(path: str) -> bytes:
 def from_messages(record: Mapping, processor: Processor) -> Example:
     """Compiles {"messages": [...]}: a conversation whose assistant turns are learned.
 
+    What is said in a clip may stand beside it, for CTC to learn from:
+    {"type": "audio", "audio": "a.wav", "words": "what is that"}.
+
     Raises:
       BadSample: a clip's reason, "missing field", "empty text" or "bad conversation".
     """
     messages = _listen(_conversation(_field(record, "messages")))
     _check_answers(messages)
     prompt, waves = _compile(processor, messages, learn=True)
-    return Example(prompt, waves)
+    parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
+    words = [part.get("words", "") for part in parts if part["type"] == "audio"]
+    return Example(prompt, waves, tuple(map(processor.tokenizer.encode, words)))
 
 
 def from_preference(record: Mapping, processor: Processor) -> Pair:

@@ -23,6 +23,7 @@ class Asked:
     metric: str  # a name of METRICS
     example: Example  # with its prompt alone
     right: str
+    question: str = ""  # of a conversation
     choices: tuple[str, ...] | None = None  # all there is to answer
 
 
@@ -106,8 +107,15 @@ def ask(
         right = record["chosen"] if kind == "preference" else messages[1]["content"]
         prompt, waves = processor.conversation(messages[:1], long_audio="error")
         task = f"preference: {record['task']}" if kind == "preference" else kind
+        written = [part["text"] for part in messages[0]["content"] if part["type"] == "text"]
         asked.append(
-            Asked(task=task, metric="exact", example=Example(prompt, tuple(waves)), right=right)
+            Asked(
+                task=task,
+                metric="exact",
+                example=Example(prompt, tuple(waves)),
+                right=right,
+                question=written[0] if written else "(spoken)",
+            )
         )
     return asked
 
