@@ -58,7 +58,7 @@ def stages(
         left.plot(steps, values, alpha=0.2, color=f"C{color}", linewidth=0.8)
         left.plot(steps, _smooth(values), color=f"C{color}", label=name)
         start = steps[-1]
-    left.set(xlabel="step", ylabel="loss per learned token or pair", ylim=(0, None))
+    left.set(xlabel="step", ylabel="loss per learned token or pair", yscale="log")
     left.legend()
     tasks = [row.task for row in next(iter(scores.values()))]
     height = 0.8 / len(scores)

@@ -138,7 +138,7 @@ def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, capsys, caplog):
     """LoRA on a mesh, in parts: adapter, merged model, figures, and a run that is done."""
     out = tmp_path / "run"
     args = ["--optimizer.steps", 3, "--loop.evaluate-every", 2, "--lora.r", 2, "--tensorboard"]
-    args += ["--gradient-accumulation-steps", 2, "--loop.profile", 2, 2]
+    args += ["--gradient-accumulation-steps", 2, "--loop.profile", 2, 2, "--loop.evaluate-first"]
     assert run("sft", "chats", out, *args) == 0
     assert [row["step"] for row in rows_of(out)] == [1, 2, 3]
     wanted = {"run.json", "config.json", "tokenizer.json", "checkpoints", "log.jsonl", "adapter"}
@@ -152,7 +152,7 @@ def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, capsys, caplog):
     for reason in (*BAD, "bad row"):  # nothing is dropped in silence
         assert re.search(rf"chats.jsonl:train: \d+ {reason}, the last: row ", told), reason
     bad = [row.get("eval/bad_samples") for row in log.read(out / log.LOG) if "loss" not in row]
-    assert bad == [1, 1]
+    assert bad == [1, 1, 1]
     assert re.search(r"chats.jsonl:test: 1 bad row, the last: row 3: .*, line 14: ", caplog.text)
     config, adapters = peft.load(out / "adapter", parameters(base))
     merged = lora.merge(parameters(base), adapters, config)

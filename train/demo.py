@@ -32,7 +32,7 @@ from qwen2audio_jax.data.world import MODES, World
 from qwen2audio_jax.evaluation import recognition
 from qwen2audio_jax.evaluation import world as evaluation
 from qwen2audio_jax.evaluation.world import Row
-from qwen2audio_jax.training import log
+from qwen2audio_jax.training import log, memory
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.preference import PreferenceConfig
 from qwen2audio_jax.training.settings import (
@@ -74,6 +74,7 @@ class Demo:
 def main(demo: Demo) -> None:
     from qwen2audio_jax.training import stage  # Grain is an extra
 
+    memory.keep()
     world = World.named(demo.world)
     begin(demo, world)
     told: dict[str, list[Row]] = {}
@@ -159,7 +160,7 @@ def plan(demo: Demo) -> list[Settings]:
                 # one shape: a second one takes as long to compile as it would save
                 buckets=(Bucket(rows=12, tokens=50 + sizes[-1] // 4, clips=12, frames=sizes[-1]),),
             ),
-            optimizer=_muon(steps[2], 7e-5),
+            optimizer=_muon(steps[2], 1e-4),
         ),
     ]
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import tyro
 
+from qwen2audio_jax.training import memory
 from train import configs
 
 
@@ -34,6 +35,7 @@ def launch(stage: str, train: Callable[[Any], int | None], about: str) -> None:
     gradients, or its disk. Both with one line.
     """
     name = f"train.{stage}"
+    memory.keep()
     try:
         settings = _parse(stage, about)
         if settings.distributed:

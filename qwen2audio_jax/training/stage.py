@@ -26,7 +26,7 @@ from qwen2audio_jax.data.mixture import Batches, Mixture
 from qwen2audio_jax.evaluation import held_out
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
-from qwen2audio_jax.training import inputs, learner, loop, memory, peft, placement, run, summary
+from qwen2audio_jax.training import inputs, learner, loop, peft, placement, run, summary
 from qwen2audio_jax.training.checkpoint import Checkpoints
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.log import Log
@@ -50,7 +50,6 @@ def train(settings: Settings) -> int | None:
         disk; what was saved is still there.
       FloatingPointError: as in `loop.train`.
     """
-    memory.keep()
     pairs = isinstance(settings, PreferenceSettings)
     mesh = settings.mesh.make()
     placement.check(settings.data, mesh)
