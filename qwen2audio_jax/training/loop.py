@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -52,6 +53,7 @@ def train(
         if evaluate is not None and config.evaluate_first and done == 0:
             meter.scored(0, evaluate())
         for number in _traced(range(done, steps), config.profile, meter):
+            asked = time.perf_counter()
             try:
                 batch = next(batches, None)
             except Exception:
@@ -60,7 +62,7 @@ def train(
                 break
             if batch is None:
                 raise ValueError(f"the batches ended after {done} of {steps} steps")
-            meter.batch_came()
+            meter.batch_came(asked)
             metrics = learner.step(batch, number)
             meter.add(number + 1, batch, metrics)
             done, scores = number + 1, None
@@ -113,7 +115,9 @@ def save(
 
 @contextlib.contextmanager
 def _trace(folder: pathlib.Path) -> Iterator[None]:
-    jax.profiler.start_trace(str(folder))
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # it would hook into every thread, of batches and checkpoints
+    jax.profiler.start_trace(str(folder), profiler_options=options)
     try:
         yield
     finally:
