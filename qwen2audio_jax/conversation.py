@@ -23,7 +23,7 @@ from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.prompt import Prompt
 from qwen2audio_jax.sampling import Sampling, rules_for
 from qwen2audio_jax.stop import StopStrings
-from qwen2audio_jax.stream import read
+from qwen2audio_jax.stream import Pieces, read
 
 
 class Conversation:
@@ -53,7 +53,7 @@ class Conversation:
         sampling: Sampling = GREEDY,
         end_tokens: Sequence[int] | None = None,
         stop: Sequence[str] = (),
-    ) -> Iterator[str]:
+    ) -> Pieces:
         """Answers the last of all `messages` so far, piece by piece.
 
         Args and Raises: as in `stream`. If an answer is not taken to its end, the next turn
@@ -68,15 +68,15 @@ class Conversation:
         )
         stops = StopStrings(stop, self.processor, 1) if stop else None
 
-        def answer() -> Iterator[str]:
+        def answer(spoken: list[int]) -> Iterator[str]:
             logits, cache = self._read(prompt, tokens, waves, limit)
             made = decode(self.model, rows, logits, cache, rules, limit, stops=stops, paced=True)
-            spoken: list[int] = []
-            self.cache = yield from read(self.processor, _noting(made, spoken), stop)
+            self.cache = yield from read(self.processor, made, stop, spoken)
             self.tokens = (tokens + spoken)[: int(self.cache.length)]
             self.waves = waves
 
-        return answer()
+        ends = self.model.config.end_tokens if end_tokens is None else end_tokens
+        return Pieces(answer, ends, limit)
 
     def _read(self, prompt: Prompt, tokens: list[int], waves: list, limit: int) -> tuple:
         """Brings the cache to the end of the prompt: the scores of what follows, and the cache."""
@@ -118,14 +118,3 @@ class Conversation:
                 break
         # the last token is always read, for what it says comes next
         return min(known, sum(len(segment.ids) for segment in prompt) - 1), clips
-
-
-def _noting(made, spoken):
-    """Passes on what `decode` makes, and writes its tokens down."""
-    while True:
-        try:
-            tokens, scores = next(made)
-        except StopIteration as end:
-            return end.value
-        spoken.extend(tokens[0].tolist())
-        yield tokens, scores

@@ -106,6 +106,11 @@ def generate(
     """
     rows = unpad(inputs)
     limit = room(model, rows, max_new_tokens)
+    if min(n, num_beams) < 1 or not 0 <= min_new_tokens <= limit:
+        raise ValueError(
+            f"wanted answers and beams from 1 and min_new_tokens from 0 to {limit}, got {n}, "
+            f"{num_beams} and {min_new_tokens}"
+        )
     rules = rules_for(model.config, sampling, min_new_tokens=min_new_tokens, end_tokens=end_tokens)
     if num_beams > 1 and (sampling.temperature > 0 or stop or n > num_beams):
         raise ValueError(
@@ -135,6 +140,8 @@ def generate(
 def unpad(inputs: Mapping[str, Any]) -> Rows:
     """The prompts' tokens without padding."""
     ids = np.asarray(inputs["input_ids"])
+    if ids.ndim != 2:
+        raise ValueError(f"wanted input_ids [B, L], got the shape {ids.shape}")
     mask = np.asarray(inputs.get("attention_mask", np.ones_like(ids)))
     rows = [row[kept].astype(np.int32) for row, kept in zip(ids, mask.astype(bool), strict=True)]
     if empty := [b for b, row in enumerate(rows) if not len(row)]:

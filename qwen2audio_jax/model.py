@@ -147,12 +147,16 @@ class Qwen2Audio(nnx.Module):
         return _logits(self, ids, mask, features, feature_mask)
 
     def check(self, input_ids, feature_attention_mask) -> None:
-        """Refuses a prompt whose audio tokens and audio states differ in number, where it can."""
+        """Refuses tokens that do not exist, or more or fewer for audio than states, if it can."""
         if feature_attention_mask is None:
             feature_attention_mask = np.zeros((0, 0), np.int32)
         if merge.concrete(input_ids, feature_attention_mask):
+            ids, vocabulary = np.asarray(input_ids), self.config.decoder.vocabulary
+            if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
+                got = f"{ids.min()} to {ids.max()}"
+                raise ValueError(f"wanted tokens of a vocabulary of {vocabulary}, got {got}")
             frames = np.asarray(feature_attention_mask).sum(axis=1).astype(np.int32)
-            slots = np.asarray(input_ids) == self.config.audio_token
+            slots = ids == self.config.audio_token
             merge.check(slots, encoder.states_of(frames))
 
     @classmethod

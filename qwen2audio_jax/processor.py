@@ -166,6 +166,8 @@ class Processor:
         else:
             if audio is not None:
                 raise ValueError("audio= goes with text=; a conversation holds its clips itself")
+            if isinstance(conversations, Mapping):
+                raise ValueError("wanted a conversation, a list of messages, got one message")
             if conversations and isinstance(conversations[0], Mapping):
                 conversations = [conversations]
             pairs = [
@@ -240,6 +242,8 @@ class Processor:
         length: int | None = None,
     ) -> Inputs:
         """Pads compiled prompts and their clips, in order over the batch, into arrays."""
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"wanted a padding_side of left or right, got {padding_side!r}")
         rows = [[token for segment in prompt for token in segment.ids] for prompt in prompts]
         if not rows:
             raise ValueError("wanted at least one prompt, got none")
@@ -299,6 +303,8 @@ class Processor:
 
     def _windows(self, source: Any, long_audio: str, number: int = 1) -> list[Wave]:
         """Loads a clip; the prompt's `number`th, if it is to be cut into windows."""
+        if long_audio not in ("windows", "error"):
+            raise ValueError(f"wanted long_audio windows or error, got {long_audio!r}")
         wave = sound.load(source)
         if len(wave) <= WINDOW:
             return [wave]

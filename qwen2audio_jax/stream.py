@@ -1,6 +1,6 @@
 """tokens -> text, as they come."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from qwen2audio_jax.cache import Cache
@@ -10,6 +10,26 @@ from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.sampling import Sampling, rules_for
 from qwen2audio_jax.stop import StopStrings, split
+
+
+class Pieces(Iterator[str]):
+    """An answer's text as it comes, in whole characters.
+
+    Attributes:
+      tokens: what has been made so far, special ones too.
+    """
+
+    def __init__(self, make: Callable[[list[int]], Iterator[str]], ends: Sequence[int], limit: int):
+        self.tokens: list[int] = []
+        self._ends, self._limit, self._pieces = frozenset(ends), limit, make(self.tokens)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def cut(self) -> bool:
+        """Whether the answer is as long as it may be, and words may be missing."""
+        return len(self.tokens) >= self._limit and self._ends.isdisjoint(self.tokens)
 
 
 def stream(
@@ -23,14 +43,14 @@ def stream(
     end_tokens: Sequence[int] | None = None,
     stop: Sequence[str] = (),
     choices: Choices | None = None,
-) -> Iterator[str]:
+) -> Pieces:
     """Answers one prompt piece by piece, with the tokens that `generate` would give.
 
     Args: as in `generate`.
 
-    Yields:
-      Text, in whole characters. All pieces together are the answer up to the first stop string,
-      of which no part is shown.
+    Returns:
+      The pieces. All together are the answer up to the first stop string, of which no part is
+      shown.
 
     Raises:
       ValueError: as in `generate`; also for more than one prompt.
@@ -44,20 +64,27 @@ def stream(
     stops = StopStrings(stop, processor, 1) if stop else None
     heard = listen(model, inputs)
 
-    def answer() -> Iterator[str]:
+    def answer(tokens: list[int]) -> Iterator[str]:
         logits, cache = prefill(model, rows, heard, limit)
         made = decode(
             model, rows, logits, cache, rules, limit, stops=stops, nodes=nodes, paced=True
         )
-        yield from read(processor, made, stop)
+        yield from read(processor, made, stop, tokens)
 
-    return answer()
+    return Pieces(answer, model.config.end_tokens if end_tokens is None else end_tokens, limit)
 
 
 def read(
-    processor: Processor, made: Generator[tuple, None, Cache], stop: Sequence[str]
+    processor: Processor,
+    made: Generator[tuple, None, Cache],
+    stop: Sequence[str],
+    taken: list[int],
 ) -> Generator[str, None, Cache]:
-    """Reads what `decode` makes of one row, up to a stop string; returns what `decode` returns."""
+    """Reads what `decode` makes of one row, up to a stop string; returns what `decode` returns.
+
+    Args:
+      taken: gets every token that is made.
+    """
     words, held, stopped = processor.detokenizer(), "", False
     while True:
         try:
@@ -67,6 +94,7 @@ def read(
                 # what was held back turns out to begin no stop string
                 yield "".join(rest)
             return end.value
+        taken.extend(tokens[0].tolist())
         if stopped:
             continue
         text = held + "".join(map(words, tokens[0].tolist()))

@@ -14,6 +14,7 @@ import tiny
 
 from qwen2audio_jax import Processor, Qwen2Audio, cli, generate
 from qwen2audio_jax.commands import ask, chat, session
+from qwen2audio_jax.stream import Pieces
 
 FEW = ("--max-new-tokens", "4")
 
@@ -298,10 +299,13 @@ def test_ctrl_c_stops_an_answer(run, expected, monkeypatch):
 
     def stream(self, messages, **options):
         if len(messages) > 1:
-            yield from spoken(self, messages, **options)
-            return
-        yield "Half an"
-        raise KeyboardInterrupt
+            return spoken(self, messages, **options)
+
+        def interrupted(tokens):
+            yield "Half an"
+            raise KeyboardInterrupt
+
+        return Pieces(interrupted, ends=(), limit=4)
 
     monkeypatch.setattr(chat.Conversation, "stream", stream)
     status, out, err = run("chat", *FEW, stdin=Terminal("hello\nWhy?\n"))

@@ -256,6 +256,13 @@ def test_what_does_not_fit_is_refused(tiny):
     with pytest.raises(ValueError, match=r"at least one token.* rows \[1\]"):
         generate(tiny, {"input_ids": np.ones((2, 3), np.int32),
                         "attention_mask": np.array([[0, 1, 1], [0, 0, 0]])})  # fmt: skip
+    for options in ({"n": 0}, {"num_beams": 0}, {"min_new_tokens": 9, "max_new_tokens": 3}):
+        with pytest.raises(ValueError, match="wanted answers and beams from 1 and min_new_tokens"):
+            generate(tiny, prompt(4), **options)
+    with pytest.raises(ValueError, match=r"wanted tokens of a vocabulary of \d+, got 9 to 100000"):
+        generate(tiny, {"input_ids": np.array([[9, 100_000]])})
+    with pytest.raises(ValueError, match=r"wanted input_ids \[B, L\], got the shape \(4,\)"):
+        generate(tiny, {"input_ids": np.full(4, 9)})
     with pytest.raises(ValueError, match="3 answers at temperature 0"):
         generate(tiny, prompt(4), n=3)
     with pytest.raises(ValueError, match="want processor="):

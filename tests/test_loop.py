@@ -119,8 +119,8 @@ def test_a_device_that_waits_for_data_is_told_of():
         log = Log(None)
         loop.train(learner(), kind(), log=log)
         rows[kind] = [row["waited"] for row in log.rows]
-    assert rows[Slow][1:] == [1, 1, 1, 1]
-    assert sum(rows[Counted]) < 4 and rows[Counted][0] == 0
+    assert all(0.3 <= seconds < 3 for seconds in rows[Slow][1:])
+    assert rows[Slow][0] == 0 and sum(rows[Counted]) < 0.3
 
 
 WAYS = {

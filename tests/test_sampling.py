@@ -1,5 +1,7 @@
 """Each rule of choice is transformers', and chance is fair."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,7 +118,8 @@ def test_a_seed_fixes_the_answer():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("temperature", -1.0), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5),
-     ("repetition_penalty", 0.0)],
+     ("repetition_penalty", 0.0), ("repetition_penalty", math.nan), ("temperature", math.nan),
+     ("temperature", math.inf)],
 )  # fmt: skip
 def test_impossible_rules_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"{name} must be .*, got {value}"):

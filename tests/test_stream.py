@@ -63,6 +63,19 @@ def test_pieces_together_are_the_answer(model, processor, inputs):
         assert len(pieces) > 3
 
 
+def test_an_answer_says_whether_it_was_cut(model, processor, inputs):
+    """By the tokens that were made, of which text shows fewer; not by what an end token ended."""
+    pieces = stream(model, processor, inputs, max_new_tokens=7, end_tokens=())
+    assert not pieces.cut
+    assert list(pieces)
+    made = generate(model, inputs, max_new_tokens=7, end_tokens=())[0].tolist()
+    assert pieces.tokens == made and pieces.cut
+    ended = stream(model, processor, inputs, max_new_tokens=7, end_tokens=[made[2]])
+    list(ended)
+    until = made.index(made[2]) + 1
+    assert not ended.cut and ended.tokens[:until] == made[:until]
+
+
 def test_the_first_piece_needs_no_decoding(model, processor, inputs, monkeypatch):
     """The first token is shown before the second is made."""
     pieces = stream(model, processor, inputs, sampling=HOT)

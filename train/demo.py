@@ -12,7 +12,7 @@ own join pretraining with `--manifest`. A demonstration that was stopped goes on
 What comes out is a folder in Hugging Face's format, with the tiny preset's shape, a card and
 pictures, each stage's own folder (see train.pretrain, train.sft, train.dpo) beside it:
 
-    qwen2audio chat --model runs/demo --audio clip.wav
+    qwen2audio chat clip.wav --model runs/demo
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ def main(demo: Demo) -> None:
     converse(model, processor, world)
     print(f"\nThe model is in {demo.out}, with its card (README.md) and pictures. Now:")
     print(f"  qwen2audio transcribe --model {demo.out} CLIP")
-    print(f"  qwen2audio chat --model {demo.out} --audio CLIP")
+    print(f"  qwen2audio chat CLIP --model {demo.out}")
 
 
 def begin(demo: Demo, world: World) -> None:
@@ -267,7 +267,7 @@ pipeline_tag: audio-text-to-text
 # Qwen2-Audio, tiny
 
 {count / 1e6:.1f} M parameters in Qwen2-Audio's architecture, trained from nothing with
-[qwen2audio_jax](https://pypi.org/project/qwen2audio-jax/) by pretraining, SFT and DPO ({steps}
+qwen2audio_jax by pretraining, SFT and DPO ({steps}
 steps, seed {demo.seed}, {minutes:.0f} minutes on a CPU) on a made world of synthesised speech
 (espeak-ng, {len(synth.TRAIN_VOICES)} voices) and sounds{spoken if train else ""}. It shows how the
 architecture works and tests what carries it; it is of no other use.

@@ -115,15 +115,11 @@ def fit(model: Qwen2Audio, question: Question, max_new_tokens: int | None) -> Qu
 def say(model: Qwen2Audio, processor: Processor, question: Question, limits: dict) -> None:
     """Prints an answer while it is made."""
     inputs = processor.batch([question.prompt], question.waves)
-    answer = ""
-    for piece in stream(model, processor, inputs, **limits):
+    pieces = stream(model, processor, inputs, **limits)
+    for piece in pieces:
         print(piece, end="", flush=True)
-        answer += piece
     print()
-    # A stream says what was written, not in how many tokens; a model spells as its tokenizer does.
-    if len(processor.tokenizer.encode(answer)) >= room(
-        model, [question.ids], limits["max_new_tokens"]
-    ):
+    if pieces.cut:
         session.note_cut(question.name)
 
 

@@ -9,7 +9,6 @@ import warnings
 from qwen2audio_jax import audio
 from qwen2audio_jax.commands import session
 from qwen2audio_jax.conversation import Conversation
-from qwen2audio_jax.generate import NEW_TOKENS
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import WINDOW, LongAudioWarning, Processor
 
@@ -83,16 +82,8 @@ class Chat:
         print()
         self.clips = []
         self.messages = [*messages, {"role": "assistant", "content": answer}]
-        if not stopped and self._cut(answer):
+        if not stopped and pieces.cut:
             session.note_cut("chat")
-
-    def _cut(self, answer: str) -> bool:
-        """Whether an answer ended because it was as long as it may be, or the context full."""
-        conversation = self.conversation
-        tokens = len(conversation.processor.tokenizer.encode(answer))
-        # The last token is not in the cache.
-        full = len(conversation.tokens) + 1 >= conversation.model.config.decoder.positions
-        return full or tokens >= (self.longest or NEW_TOKENS)
 
 
 def run(options: argparse.Namespace) -> int:

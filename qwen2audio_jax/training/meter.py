@@ -40,7 +40,7 @@ class Meter:
         self._schedule = learner.optimizer.schedule()
         self._peak = 1e12 * (config.peak_tflops or 0) or flops.peak(dtype)
         self._waiting: tuple[int, dict[str, float], Any] | None = None
-        self._waited = False
+        self._waited = 0.0
         self._recent: collections.deque = collections.deque(maxlen=RECENT)
         self._last, self._compiling = time.perf_counter(), True
         self._progress = Progress(
@@ -60,14 +60,19 @@ class Meter:
             self.flush()
         self._progress.close()
 
-    def batch_came(self) -> None:
-        """Notes whether the device was done before its next batch was there, and had to wait."""
+    def batch_came(self, asked: float) -> None:
+        """Notes for how long the device has waited for a batch at most, if it is done by now.
+
+        Args:
+          asked: when the batch was asked for, by `time.perf_counter`.
+        """
         metrics = self._waiting[2] if self._waiting else {}
-        self._waited = bool(metrics) and all(x.is_ready() for x in metrics.values())
+        idle = bool(metrics) and all(x.is_ready() for x in metrics.values())
+        self._waited = time.perf_counter() - asked if idle else 0.0
 
     def add(self, number: int, batch: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Notes a step that was started, and reads the one before it."""
-        sizes = _sizes(self._learner, batch) | {"waited": float(self._waited)}
+        sizes = _sizes(self._learner, batch) | {"waited": self._waited}
         before, self._waiting = self._waiting, (number, sizes, metrics)
         self._read(before)
 

@@ -31,8 +31,8 @@ def write(
         last, hours = steps[-1], sum(row["seconds"] for row in steps) / 3600
         lines += [
             f"{last['step']} steps in {hours:.2f} hours; the last loss was {last['loss']:.4f}, "
-            f"{int(last['skipped'])} steps were skipped. For {_waits(steps)} the device waited for "
-            f"data. Settings: [{SETTINGS}]({SETTINGS}).",
+            f"{int(last['skipped'])} steps were skipped; the device waited for data for "
+            f"{_waited(steps):.1%} of the time. Settings: [{SETTINGS}]({SETTINGS}).",
             "",
         ]
     if scores:
@@ -47,9 +47,8 @@ def write(
     (folder / "summary.md").write_text("\n".join(lines), "utf-8")
 
 
-def _waits(steps: Sequence[Row]) -> str:
-    waits = sum(row.get("waited", 0) for row in steps)
-    return f"{waits:.0f} of {len(steps)} steps"
+def _waited(steps: Sequence[Row]) -> float:
+    return sum(row.get("waited", 0.0) for row in steps) / sum(row["seconds"] for row in steps)
 
 
 def _table(scores: Sequence[Row]) -> list[str]:

@@ -3,9 +3,10 @@
     python -m train.sft tiny
     python -m train.sft tiny --data.train digits/manifest.jsonl:train \\
         --data.held-out digits/manifest.jsonl:test --data.tasks \\
-        "[AUDIO:audio] Detect the language and recognize the speech: <|en|> -> [TEXT:text]"
+        "[AUDIO:audio] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"
 
-Expected: the loss on what is held out falls from evaluation to evaluation.
+Expected: of digits that `--model runs/demo` hears, half of the words wrong before the first step,
+and two in a hundred after 300.
 """
 
 import pathlib
