@@ -133,7 +133,7 @@ def plan(demo: Demo) -> list[Settings]:
             data=DataConfig(
                 train=(f"{made}/tasks", f"{made}/recognise en", *recorded),
                 tasks=("", "", *[RECORDED] * len(recorded)),
-                weights=(0.8, 0.2, *[0.15 / max(len(recorded), 1)] * len(recorded)),
+                weights=(0.7, 0.3, *[0.15 / max(len(recorded), 1)] * len(recorded)),
                 buckets=laptop(*sizes),
                 augmented=0.4,
                 masked=0.4,
