@@ -11,9 +11,9 @@ example takes 5 GiB and, on two quiet cores, some ten minutes.
 Weights are random, made once and copied; all of them train, in float32, with AdamW: ours as
 `train.pretrain` runs it, transformers' with torch's fused one; both clip gradients, and neither
 recomputes activations. Our clips are padded as little as gives the result, transformers' to 30 s:
-its encoder accepts nothing shorter. Both profit from the allocator's settings of `train.pretrain`.
-Nothing is reported unless the losses are equal, on the
-first step to 1e-4 of themselves and on the later ones, which the updates lead to, to 1e-3.
+its encoder accepts nothing shorter. The allocator is asked for what `train.pretrain` asks it for,
+which both profit from. Nothing is reported unless the losses are equal: on the first step to 1e-4
+of themselves, on the later ones, which the updates lead to, to 1e-3.
 
 Steps of both sides alternate after two that warm each up. Figures are medians; the ratio is that of
 each pair of steps. Memory is the parameters and moments that a side holds, and the rise of the

@@ -1,10 +1,10 @@
-"""The benchmark runs, at small size."""
+"""The benchmarks against transformers run, at small size."""
 
 import json
 
 import pytest
 
-from benchmarks import inference, sides
+from benchmarks import inference, sides, training
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +53,44 @@ def test_the_bounds_count_what_the_model_must_do():
     # 780 tokens through the blocks, 30 s through 637 M parameters: two operations each
     rough = 2 * (780 * 32 * 202_375_168 + 1500 * 637e6)
     assert inference.flops_of_prefill(c, 780, 3000) == pytest.approx(rough, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What the benchmark of training writes of the tiny preset and one short clip."""
+    path = tmp_path_factory.mktemp("results") / "training.json"
+    small = ["--presets", "tiny", "--seconds", "1", "--clips", "1", "--repeats", "1"]
+    training.main([*small, "--json", str(path)])
+    return json.loads(path.read_text("utf-8")), path.with_suffix(".md").read_text("utf-8")
+
+
+def test_both_sides_train_alike(trained):
+    """Every loss, so every update that led to it; and a clip of 1 s is learned by heart a bit."""
+    (clip,) = trained[0]["presets"]["tiny"]
+    ours, theirs = clip["ours"]["losses"], clip["theirs"]["losses"]
+    assert len(ours) == 4
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-4)
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert ours[-1] < ours[0]
+
+
+def test_steps_are_timed_in_pairs(trained):
+    figures, tables = trained
+    (clip,) = figures["presets"]["tiny"]
+    theirs, ours = clip["theirs"], clip["ours"]
+    assert clip["ratios"] == [theirs["step_s"] / ours["step_s"]]
+    for side in (theirs, ours):
+        # nothing but parameters and two moments is held between steps
+        assert side["peak_gib"] - side["rise_gib"] == pytest.approx(
+            12 * clip["trained_parameters"] / 2**30
+        )
+        assert side["gflops_per_s"] == pytest.approx(clip["model_gflops"] / side["step_s"])
+    assert "1 clips of 1 s | transformers | ours | ratio |" in tables
+
+
+@pytest.mark.parametrize("losses", [[6.001, 5.5], [6.0, 5.51], [6.0, float("nan")]])
+def test_sides_that_compute_something_else_are_not_reported(losses):
+    """The first step is held to 1e-4, later ones to 1e-3; the message gives both losses."""
+    training.check({"theirs": [6.0, 5.5], "ours": [6.0005, 5.504]})
+    with pytest.raises(SystemExit, match=r"losses differ at step \d: transformers has .*, we have"):
+        training.check({"theirs": [6.0, 5.5], "ours": losses})
