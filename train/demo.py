@@ -133,7 +133,7 @@ def plan(demo: Demo) -> list[Settings]:
             data=DataConfig(
                 train=(f"{made}/tasks", f"{made}/recognise en", *recorded),
                 tasks=("", "", *[RECORDED] * len(recorded)),
-                weights=(0.6, 0.4, *[0.15 / max(len(recorded), 1)] * len(recorded)),
+                weights=(0.7, 0.3, *[0.15 / max(len(recorded), 1)] * len(recorded)),
                 buckets=laptop(*sizes),
                 augmented=0.4,
                 masked=0.4,
@@ -160,7 +160,7 @@ def plan(demo: Demo) -> list[Settings]:
                 # one shape: a second one takes as long to compile as it would save
                 buckets=(Bucket(rows=12, tokens=50 + sizes[-1] // 4, clips=12, frames=sizes[-1]),),
             ),
-            optimizer=_muon(steps[2], 7e-5),
+            optimizer=_muon(steps[2], 1e-4),
         ),
     ]
 
