@@ -71,6 +71,11 @@ TOKENIZER_CONFIG = {
 }
 
 
+# In the features' settings: how long the clips were that a checkpoint has learned from, if less
+# than 30 s; what is longer is written down in windows of so many seconds.
+WINDOW_SECONDS = "window_seconds"
+
+
 class LongAudioWarning(UserWarning):
     """A clip over 30 s is heard as several windows."""
 
@@ -90,6 +95,7 @@ class Processor:
                 raise ValueError(f"{folder}: wanted {key} {ours}, got {features[key]}")
         encoder = read_json(folder / "config.json").get("audio_config") or {}
         self.mels: int = features.get("feature_size", encoder.get("num_mel_bins", 128))
+        self.window: float = features.get(WINDOW_SECONDS, 30.0)
         self._lacks_features = not features
 
     @classmethod
@@ -101,10 +107,13 @@ class Processor:
         """
         return cls(locate(source, (*COPIED, "config.json")))
 
-    def save_pretrained(self, folder: str | pathlib.Path) -> None:
+    def save_pretrained(self, folder: str | pathlib.Path, *, window: float | None = None) -> None:
         """Writes a folder that transformers' `Qwen2AudioProcessor` loads.
 
         Files that the source folder has are copied byte for byte; only what it lacks is written.
+
+        Args:
+          window: seconds that clips of more than that are to be written down in; None: as before.
         """
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,6 +128,9 @@ class Processor:
         if self._lacks_features:
             settings = PREPROCESSOR_CONFIG | {"feature_size": self.mels}
             _write_json(folder / "preprocessor_config.json", settings)
+        if window is not None:
+            path = folder / "preprocessor_config.json"
+            _write_json(path, read_json(path) | {WINDOW_SECONDS: window})
 
     def __call__(
         self,
