@@ -31,8 +31,9 @@ Wave = Float[np.ndarray, " _"]
 
 WINDOW = 30 * sound.SAMPLE_RATE  # samples that the encoder hears at once
 SHORTEST_WINDOW = sound.SAMPLE_RATE // 10
-# Few lengths, so that a new clip rarely compiles anew; 10 ms each.
-FRAME_BUCKETS = (*range(100, 400, 100), *range(400, 1000, 200), *range(1000, 3001, 500))
+# Few lengths, so that a new clip rarely compiles anew; 10 ms each. They are those of whole seconds,
+# and the little that such a clip needs behind it.
+FRAME_BUCKETS = (104, 204, 304, 404, 504, 604, 804, 1004, 1504, 2004, 2504, 3000)
 IGNORED = -100  # a label that the loss leaves out, as in PyTorch
 
 # A checkpoint's files that are no weights.

@@ -152,7 +152,7 @@ def test_short_clips_do_not_pay_for_long_ones(saying, write, chirp):
     """Windows of like length share a batch."""
     heard = saying(*"abcd")
     write(chirp(20.0), chirp(0.5), chirp(21.0), chirp(0.6), batch_size=2)
-    assert [inputs["input_features"].shape for inputs in heard] == [(2, 128, 100), (2, 128, 2500)]
+    assert [inputs["input_features"].shape for inputs in heard] == [(2, 128, 104), (2, 128, 2504)]
 
 
 def test_a_bad_clip_is_its_own_error(write, chirp, tmp_path):
