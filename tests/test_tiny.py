@@ -1,0 +1,92 @@
+"""The model in the package hears, answers, and is the same to transformers."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+pytest.importorskip("espeakng_loader")
+
+import qwen2audio_jax
+from qwen2audio_jax import Processor, Qwen2Audio, audio, generate
+from qwen2audio_jax.data.world import World
+from qwen2audio_jax.evaluation import metrics, recognition
+from qwen2audio_jax.evaluation import world as evaluation
+from qwen2audio_jax.transcribe import transcribe
+
+FOLDER = pathlib.Path(qwen2audio_jax.__file__).parent / "assets" / "tiny"
+RATE = audio.SAMPLE_RATE
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return Qwen2Audio.from_pretrained("tiny", dtype="float32"), Processor.from_pretrained("tiny")
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World.named("full")
+
+
+def test_it_is_small_and_says_what_it_is():
+    """A few megabytes, with a card in the form of Hugging Face's."""
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 6e6
+    assert (FOLDER / "README.md").read_text("utf-8").startswith("---\nlicense: apache-2.0")
+
+
+def test_transformers_says_the_same(tiny, world):
+    """Token for token, of a conversation in each mode, each in a batch of four."""
+    model, processor = tiny
+    theirs = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(
+        FOLDER, dtype=torch.float32
+    ).eval()
+    for mode in ("analysis", "chat"):
+        asked = [world.messages(i, "test", mode=mode)["messages"][:1] for i in range(4)]
+        ours = generate(model, processor(asked), max_new_tokens=12, min_new_tokens=12)
+        inputs = {k: torch.from_numpy(x) for k, x in processor(asked, frames=3000).items()}
+        told = theirs.generate(
+            **inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0
+        )
+        np.testing.assert_array_equal(ours, told[:, inputs["input_ids"].shape[1] :].numpy())
+
+
+def test_it_hears_recorded_digits(tiny, shared_data):
+    """At most three in a hundred wrong, of speakers that it knows."""
+    folder = shared_data / "fsdd"
+    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["split"] == "test"]
+    waves = [audio.load(folder / row["audio"]) for row in rows]
+    heard = recognition.score(*tiny, waves, [row["text"] for row in rows])
+    assert heard.clips == 300 and heard.word_error_rate <= 0.03
+
+
+@pytest.mark.parametrize(
+    ("kind", "right"),
+    [
+        ("recognise en", 0.95),
+        ("translate en de", 0.85),
+        ("gender", 0.9),
+        ("count", 0.85),
+        ("preference", 0.85),
+    ],
+)
+def test_it_answers_of_what_it_never_heard(tiny, world, kind, right):
+    """Voices and sounds that no stage learned from: the card has all, these are some."""
+    for row in evaluation.score(*tiny, world, 60, kinds=[kind]):
+        value = 1 - row.value if row.metric == "wer" else row.value
+        assert value >= right, row
+
+
+def test_it_writes_down_what_is_longer_than_all_it_has_heard(tiny, world):
+    """Twenty phrases with pauses, a minute of them, in windows of its own length."""
+    samples = [world["recognise en"].sample(i, "test") for i in range(20)]
+    silence = np.zeros(RATE // 2, np.float32)
+    parts = [part for sample in samples for part in (sample["audio"][0], silence)]
+    [result] = transcribe(*tiny, [(np.concatenate(parts), RATE)])
+    assert result.seconds > 25 and max(w.end - w.start for w in result.windows) <= 5
+    wanted = " ".join(sample["text"] for sample in samples)
+    errors, words = metrics.word_errors(wanted, result.text)
+    assert errors / words <= 0.1
