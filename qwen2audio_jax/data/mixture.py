@@ -11,7 +11,7 @@ import multiprocessing.connection
 import os
 import threading
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -166,22 +166,34 @@ class Batches:
 
     def report(self) -> str:
         """The counts as a table, with the measured ratios; a line for each reason to drop."""
-        counts = self.counts
-        total = sum(count["samples"] for count in counts.values()) or 1
-        lines = [f"{'part':24} {'samples':>9} {'share':>7} {'hours':>8} {'tokens':>11} {'bad':>6}"]
-        for name, count in counts.items():
-            bad = sum(n for n, _ in count["bad"].values())
-            lines.append(
-                f"{name:24} {count['samples']:9} {count['samples'] / total:7.2%}"
-                f" {count['seconds'] / 3600:8.2f} {count['tokens']:11} {bad:6}"
-            )
-        for name, count in counts.items():
-            for reason, (n, message) in count["bad"].items():
-                lines.append(f"{name}: {n} {reason}, the last: {message}")
-        return "\n".join(lines)
+        return report([self.counts])
 
     def close(self) -> None:
         self._ahead.close()
+
+
+def report(feeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
+    """A table of what several iterators of a mixture have counted."""
+    total = sum(count["samples"] for counts in feeds for count in counts.values()) or 1
+    lines = [f"{'part':24} {'samples':>9} {'share':>7} {'hours':>8} {'tokens':>11} {'bad':>6}"]
+    reasons: dict[tuple[str, str], list] = {}
+    for name in feeds[0]:
+        each = [counts[name] for counts in feeds]
+        samples, seconds, tokens = (
+            sum(count[k] for count in each) for k in ("samples", "seconds", "tokens")
+        )
+        for count in each:
+            for reason, (n, message) in count["bad"].items():
+                known = reasons.setdefault((name, reason), [0, message])
+                known[:] = known[0] + n, message
+        bad = sum(n for (part, _), (n, _) in reasons.items() if part == name)
+        lines.append(
+            f"{name:24} {samples:9} {samples / total:7.2%}"
+            f" {seconds / 3600:8.2f} {tokens:11} {bad:6}"
+        )
+    for (name, reason), (n, message) in reasons.items():
+        lines.append(f"{name}: {n} {reason}, the last: {message}")
+    return "\n".join(lines)
 
 
 class _Groups(grain.DatasetIterator):
