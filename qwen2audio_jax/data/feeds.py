@@ -34,6 +34,7 @@ class Feeds:
                 f"wanted a number of processes that divides the {mixture.hosts} feeds of the data, "
                 f"got {processes}"
             )
+        mixture = mixture.weighted() if mixture.hosts > 1 else mixture
         each = mixture.hosts // processes
         self.mixture = mixture
         self._batches = [

@@ -25,6 +25,7 @@ from qwen2audio_jax.data.sources import RandomAccess
 from qwen2audio_jax.processor import Inputs, Processor
 
 HOPELESS = 1000  # bad samples in a row, after which no good one is waited for
+MEASURED = 200  # samples that tell how often each bucket is needed
 WAITING = 4  # groups of a bucket that may wait for their turn, where several hosts keep step
 
 
@@ -103,6 +104,28 @@ class Mixture:
             streams.append(stream[self.host :: self.hosts])
         return grain.MapDataset.mix(streams, [part.weight for part in self.parts])
 
+    def weighted(self) -> "Mixture":
+        """The mixture with weights of all its buckets: those that are not given are measured.
+
+        All hosts have to come to the same bucket at the same step. One that holds little of what
+        there is would be given empty, again and again, if it had its turn as often as the others.
+        """
+        if all(bucket.weight for bucket in self.buckets):
+            return self
+        samples = dataclasses.replace(self, host=0, hosts=1).samples()
+        needed = np.full(len(self.buckets), 1 / MEASURED)  # what is rare has a turn, too
+        for sample in (samples[i] for i in range(MEASURED)):
+            if not isinstance(sample, Bad):
+                bucket = self.buckets[sample.bucket]
+                needed[sample.bucket] += bucket.share(sample, packed=self.pack)
+        weights = (
+            bucket.weight or float(w) for bucket, w in zip(self.buckets, needed, strict=True)
+        )
+        buckets = zip(self.buckets, weights, strict=True)
+        return dataclasses.replace(
+            self, buckets=tuple(dataclasses.replace(each, weight=w) for each, w in buckets)
+        )
+
     def __iter__(self) -> "Batches":
         return Batches(self)
 
@@ -127,7 +150,7 @@ class Batches:
     def __init__(self, mixture: Mixture):
         if not flags.FLAGS.is_parsed():  # absl's, which Grain asks; only absl's own main parses
             flags.FLAGS.mark_as_parsed()
-        self.mixture = mixture
+        self.mixture = mixture = mixture.weighted() if mixture.hosts > 1 else mixture
         self._groups = _Groups(mixture)
         self._ahead = grain.experimental.ThreadPrefetchDatasetIterator(self._groups, mixture.ahead)
         self._state = self._groups.get_state()
