@@ -62,16 +62,16 @@ def start(given, out, *args, processes=1, devices=1):
     for number in range(processes):
         joined = ["--hosts.coordinator", where, "--hosts.count", processes]
         joined += ["--hosts.number", number, "--hosts.timeout", 10]
-        told = open(f"{out}.{number}.txt", "wb")
-        started.append(
-            subprocess.Popen(
-                list(map(str, command + joined * (processes > 1))),
-                cwd=ROOT,
-                stdout=told,
-                stderr=told,
-                env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
+        with open(f"{out}.{number}.txt", "wb") as told:
+            started.append(
+                subprocess.Popen(
+                    list(map(str, command + joined * (processes > 1))),
+                    cwd=ROOT,
+                    stdout=told,
+                    stderr=told,
+                    env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
+                )
             )
-        )
     return started
 
 

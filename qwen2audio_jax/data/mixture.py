@@ -105,7 +105,7 @@ class Mixture:
         return grain.MapDataset.mix(streams, [part.weight for part in self.parts])
 
     def weighted(self) -> "Mixture":
-        """The mixture with weights of all its buckets: those that are not given are measured.
+        """The mixture with weights of its buckets: measured, unless all are given.
 
         All hosts have to come to the same bucket at the same step. One that holds little of what
         there is would be given empty, again and again, if it had its turn as often as the others.
@@ -118,13 +118,11 @@ class Mixture:
             if not isinstance(sample, Bad):
                 bucket = self.buckets[sample.bucket]
                 needed[sample.bucket] += bucket.share(sample, packed=self.pack)
-        weights = (
-            bucket.weight or float(w) for bucket, w in zip(self.buckets, needed, strict=True)
+        buckets = (
+            dataclasses.replace(bucket, weight=float(weight))
+            for bucket, weight in zip(self.buckets, needed, strict=True)
         )
-        buckets = zip(self.buckets, weights, strict=True)
-        return dataclasses.replace(
-            self, buckets=tuple(dataclasses.replace(each, weight=w) for each, w in buckets)
-        )
+        return dataclasses.replace(self, buckets=tuple(buckets))
 
     def __iter__(self) -> "Batches":
         return Batches(self)
