@@ -97,12 +97,12 @@ def test_every_bit_comes_back(tmp_path):
     assert checkpoints.steps == [2, 4, 5] and checkpoints.best == 2
     for i in checkpoints.steps:
         restored = checkpoints.restore(abstract(fresh()), i)
-        assert restored.step == i and restored.data == bytes([i, 255])
+        assert restored.step == i and restored.data == [bytes([i, 255])]
         assert_same_bits(restored.state, after(i))
     assert checkpoints.restore(abstract(fresh())).step == 5
     checkpoints.save(5, state, b"what is there already stays")
     checkpoints.close()
-    assert Checkpoints(tmp_path).restore(abstract(fresh())).data == bytes([5, 255])
+    assert Checkpoints(tmp_path).restore(abstract(fresh())).data == [bytes([5, 255])]
 
 
 def test_another_sharding_gets_the_same_bits(run, tmp_path):
@@ -117,7 +117,7 @@ def test_another_sharding_gets_the_same_bits(run, tmp_path):
         fresh(),
     )
     restored = Checkpoints(run).restore(many)
-    assert restored.step == 2 and restored.data == {"seen": [30, 40]}
+    assert restored.step == 2 and restored.data == [{"seen": [30, 40]}]
     assert restored.state["params"]["matrix"].sharding == split
     assert_same_bits(restored.state, after(2))
     checkpoints = Checkpoints(tmp_path)
@@ -168,7 +168,7 @@ def test_the_last_whole_checkpoint_is_used(copy, caplog, damage):
     DAMAGES[damage](copy)
     checkpoints = Checkpoints(copy)
     restored = checkpoints.restore(abstract(fresh()))
-    assert restored.step == 1 and restored.data == {"seen": [10, 20]}
+    assert restored.step == 1 and restored.data == [{"seen": [10, 20]}]
     assert_same_bits(restored.state, after(1))
     if (copy / CHECKPOINTS / "2.damaged").exists():
         messages = [r.getMessage() for r in caplog.records if r.name.startswith("qwen2audio")]
@@ -178,7 +178,7 @@ def test_the_last_whole_checkpoint_is_used(copy, caplog, damage):
         assert damage in ("it is empty", "its metadata are lost")
     checkpoints.save(2, after(2), {"seen": "again"})
     checkpoints.close()
-    assert Checkpoints(copy).restore(abstract(fresh())).data == {"seen": "again"}
+    assert Checkpoints(copy).restore(abstract(fresh())).data == [{"seen": "again"}]
 
 
 def test_no_flipped_bit_is_believed(copy):
@@ -193,7 +193,7 @@ def test_no_flipped_bit_is_believed(copy):
         flip(file, rng.randrange(8 * file.stat().st_size))
         restored = Checkpoints(copy).restore(abstract(fresh()))
         assert_same_bits(restored.state, after(restored.step))
-        assert restored.data == {"seen": [30, 40] if restored.step == 2 else [10, 20]}
+        assert restored.data == [{"seen": [30, 40] if restored.step == 2 else [10, 20]}]
         steps.append(restored.step)
     assert 1 in steps
 
@@ -230,7 +230,7 @@ def train(folder, steps):
     checkpoints = Checkpoints(folder, keep=1)
     state, seen = fresh(), 0
     if restored := checkpoints.restore(abstract(state)):
-        state, seen = restored.state, restored.data["seen"]
+        state, seen = restored.state, restored.data[0]["seen"]
     for i in range(seen, steps):
         state = step(state)
         checkpoints.save(i + 1, state, {"seen": i + 1})

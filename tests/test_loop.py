@@ -55,10 +55,10 @@ class Counted:
         return batch
 
     def get_state(self):
-        return {"number": self.number}
+        return {"0": self.number}
 
-    def set_state(self, state):
-        self.number = state["number"]
+    def set_state(self, states):
+        self.number = states["0"]
 
 
 def learner(loss=losses.next_token, **how):

@@ -11,6 +11,7 @@ pytest.importorskip("grain")
 
 from qwen2audio_jax import mel
 from qwen2audio_jax.data.example import BadSample, from_messages, from_preference
+from qwen2audio_jax.data.feeds import Feeds
 from qwen2audio_jax.data.instruction import Task
 from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.pack import Bucket
@@ -203,7 +204,7 @@ def test_hosts_keep_step(tokenizer):
 
     part = Part(name="n", source=rows, compile=compile)
     small = Bucket(rows=3, tokens=60, clips=0, frames=0, weight=2.0)
-    large = Bucket(rows=3, tokens=200, clips=0, frames=0)
+    large = Bucket(rows=3, tokens=200, clips=0, frames=0, weight=1.0)
     mixture = Mixture(
         parts=(part,), processor=tokenizer, buckets=(small, large), pack=False, hosts=2
     )
@@ -215,6 +216,41 @@ def test_hosts_keep_step(tokenizer):
         for each in made
     ]
     assert len(given[0]) > 15 and not given[0] & given[1]
+
+
+def test_buckets_have_their_turn_as_often_as_samples_need_them(tokenizer):
+    """Of two hosts: what one sample in twenty needs comes rarely, and hardly anything is empty."""
+    long = "yes " * 30
+    rows = [{"n": f"{n}" if n % 20 else f"{n} {long}"} for n in range(200)]
+    part = Part(name="n", source=rows, compile=text_only)
+    sizes = ((4, 60), (4, 100), (4, 200))
+    buckets = tuple(Bucket(rows=r, tokens=t, clips=0, frames=0) for r, t in sizes)
+    mixture = Mixture(parts=(part,), processor=tokenizer, buckets=buckets, pack=False, hosts=2)
+    weights = [bucket.weight for bucket in mixture.weighted().buckets]
+    assert weights[1] < weights[2] < weights[0] / 10
+    made = take(iter(mixture), 30)
+    assert sum((batch["labels"] < 0).all() for batch in made) <= 1
+
+
+def test_feeds_are_dealt_to_however_many_processes(tokenizer):
+    """Two processes' rows, one below the other, are those of one; so are states taken midway."""
+    part = Part(name="n", source=numbers(50), compile=text_only)
+    mixture = Mixture(parts=(part,), processor=tokenizer, buckets=(SHORT,), hosts=2)
+    alone, pair = Feeds(mixture), [Feeds(mixture, number, 2) for number in (0, 1)]
+    for _ in range(3):
+        wanted, parts = next(alone), [next(feeds) for feeds in pair]
+        for name, x in wanted.items():
+            np.testing.assert_array_equal(x, np.concatenate([part[name] for part in parts]))
+    states = {k: v for feeds in pair for k, v in feeds.get_state().items()}
+    again = Feeds(mixture)
+    again.set_state(json.loads(json.dumps(states)))
+    np.testing.assert_array_equal(next(again)["input_ids"], next(alone)["input_ids"])
+    with pytest.raises(ValueError, match=r"wanted the state of feed 1 .*, got those of 0"):
+        Feeds(mixture).set_state({"0": states["0"]})
+    with pytest.raises(ValueError, match="divides the 2 feeds of the data, got 3"):
+        Feeds(mixture, 0, 3)
+    for each in (alone, again, *pair):
+        each.close()
 
 
 def test_pairs_are_drawn_from_preferences(tokenizer, clips):

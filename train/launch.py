@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import tyro
 
-from qwen2audio_jax.training import memory
+from qwen2audio_jax.training import hosts, memory
 from qwen2audio_jax.training.settings import WORLD
 from train import configs
 
@@ -40,8 +40,8 @@ def launch(stage: str, train: Callable[[Any], int | None], about: str) -> None:
     memory.keep()
     try:
         settings = _without_others(_parse(stage, about), name)
-        if settings.distributed:
-            jax.distributed.initialize()
+        if settings.distributed or settings.hosts.coordinator:
+            hosts.join(settings.hosts)
         signal = train(settings)
     except ModuleNotFoundError as error:
         _stop(name, f"{error}; pip install 'qwen2audio_jax[train]'", 2)
@@ -52,6 +52,10 @@ def launch(stage: str, train: Callable[[Any], int | None], about: str) -> None:
     except OSError as error:
         nameless = error.errno is not None and error.filename is None  # as of a disk that is full
         _stop(name, f"{settings.out}: {error.strerror}" if nameless else error, 1)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        hosts.lost(name, error, settings.hosts)
     except KeyboardInterrupt:
         sys.exit(130)
     if signal is not None:

@@ -11,7 +11,7 @@ import multiprocessing.connection
 import os
 import threading
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -25,6 +25,7 @@ from qwen2audio_jax.data.sources import RandomAccess
 from qwen2audio_jax.processor import Inputs, Processor
 
 HOPELESS = 1000  # bad samples in a row, after which no good one is waited for
+MEASURED = 200  # samples that tell how often each bucket is needed
 WAITING = 4  # groups of a bucket that may wait for their turn, where several hosts keep step
 
 
@@ -103,6 +104,26 @@ class Mixture:
             streams.append(stream[self.host :: self.hosts])
         return grain.MapDataset.mix(streams, [part.weight for part in self.parts])
 
+    def weighted(self) -> "Mixture":
+        """The mixture with weights of its buckets: measured, unless all are given.
+
+        All hosts have to come to the same bucket at the same step. One that holds little of what
+        there is would be given empty, again and again, if it had its turn as often as the others.
+        """
+        if all(bucket.weight for bucket in self.buckets):
+            return self
+        samples = dataclasses.replace(self, host=0, hosts=1).samples()
+        needed = np.full(len(self.buckets), 1 / MEASURED)  # what is rare has a turn, too
+        for sample in (samples[i] for i in range(MEASURED)):
+            if not isinstance(sample, Bad):
+                bucket = self.buckets[sample.bucket]
+                needed[sample.bucket] += bucket.share(sample, packed=self.pack)
+        buckets = (
+            dataclasses.replace(bucket, weight=float(weight))
+            for bucket, weight in zip(self.buckets, needed, strict=True)
+        )
+        return dataclasses.replace(self, buckets=tuple(buckets))
+
     def __iter__(self) -> "Batches":
         return Batches(self)
 
@@ -127,7 +148,7 @@ class Batches:
     def __init__(self, mixture: Mixture):
         if not flags.FLAGS.is_parsed():  # absl's, which Grain asks; only absl's own main parses
             flags.FLAGS.mark_as_parsed()
-        self.mixture = mixture
+        self.mixture = mixture = mixture.weighted() if mixture.hosts > 1 else mixture
         self._groups = _Groups(mixture)
         self._ahead = grain.experimental.ThreadPrefetchDatasetIterator(self._groups, mixture.ahead)
         self._state = self._groups.get_state()
@@ -165,23 +186,40 @@ class Batches:
         return self._state["counts"]
 
     def report(self) -> str:
-        """The counts as a table, with the measured ratios; a line for each reason to drop."""
-        counts = self.counts
-        total = sum(count["samples"] for count in counts.values()) or 1
-        lines = [f"{'part':24} {'samples':>9} {'share':>7} {'hours':>8} {'tokens':>11} {'bad':>6}"]
-        for name, count in counts.items():
-            bad = sum(n for n, _ in count["bad"].values())
-            lines.append(
-                f"{name:24} {count['samples']:9} {count['samples'] / total:7.2%}"
-                f" {count['seconds'] / 3600:8.2f} {count['tokens']:11} {bad:6}"
-            )
-        for name, count in counts.items():
-            for reason, (n, message) in count["bad"].items():
-                lines.append(f"{name}: {n} {reason}, the last: {message}")
-        return "\n".join(lines)
+        """The counts as a table."""
+        return report(self.counts)
 
     def close(self) -> None:
         self._ahead.close()
+
+
+def added(feeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """What several iterators of a mixture have counted, together."""
+    total = {}
+    for name in feeds[0]:
+        each, bad = [counts[name] for counts in feeds], {}
+        for count in each:
+            for reason, (n, message) in count["bad"].items():
+                bad[reason] = [bad.get(reason, [0])[0] + n, message]
+        sums = {k: sum(count[k] for count in each) for k in ("samples", "tokens", "seconds")}
+        total[name] = {**sums, "bad": bad}
+    return total
+
+
+def report(counts: Mapping[str, Mapping[str, Any]]) -> str:
+    """What was counted as a table, with the measured ratios; a line for each reason to drop."""
+    total = sum(count["samples"] for count in counts.values()) or 1
+    lines = [f"{'part':24} {'samples':>9} {'share':>7} {'hours':>8} {'tokens':>11} {'bad':>6}"]
+    for name, count in counts.items():
+        bad = sum(n for n, _ in count["bad"].values())
+        lines.append(
+            f"{name:24} {count['samples']:9} {count['samples'] / total:7.2%}"
+            f" {count['seconds'] / 3600:8.2f} {count['tokens']:11} {bad:6}"
+        )
+    for name, count in counts.items():
+        for reason, (n, message) in count["bad"].items():
+            lines.append(f"{name}: {n} {reason}, the last: {message}")
+    return "\n".join(lines)
 
 
 class _Groups(grain.DatasetIterator):

@@ -29,10 +29,13 @@ class Bucket:
     tokens: int  # L, of a row
     clips: int  # C, of a batch; 0 for text alone
     frames: int  # T, room for each clip's own mel frames and what the convolutions see behind them
-    weight: float = 1.0  # how often, relative to the others, where several hosts keep step
+    # How often, relative to the others, where several hosts keep step; None: as the first samples
+    # of the mixture need it.
+    weight: float | None = None
 
     def __post_init__(self):
-        if min(self.rows, self.tokens) < 1 or self.clips < 0 or self.weight <= 0:
+        weight = 1.0 if self.weight is None else self.weight
+        if min(self.rows, self.tokens) < 1 or self.clips < 0 or weight <= 0:
             raise ValueError(f"wanted positive sizes and a positive weight, got {self}")
         if self.clips and (self.frames % 2 or not 4 <= self.frames <= 3000):
             raise ValueError(f"wanted an even number of 4 to 3000 frames, got {self.frames}")
@@ -44,6 +47,11 @@ class Bucket:
             and len(clips) <= self.clips
             and all(needed_frames(valid) <= self.frames for valid in clips)
         )
+
+    def share(self, sample: "Sample", *, packed: bool) -> float:
+        """The part of a batch that a sample takes."""
+        of_row = sample.tokens / self.tokens if packed and len(sample.texts) == 1 else 1.0
+        return max(of_row / self.rows, len(sample.pictures) / max(self.clips, 1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

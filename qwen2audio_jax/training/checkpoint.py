@@ -27,15 +27,17 @@ from qwen2audio_jax.weights.orbax import _quietly
 CHECKPOINTS = "checkpoints"  # the folder within a run's
 TORN = ".orbax-checkpoint-tmp"  # in the names of those that are not whole yet
 
+_HOST = "host-"  # begins the names of their files
+
 _log = logging.getLogger(__name__)
 
 
 class Restored(NamedTuple):
-    """What a checkpoint held; `data` is this host's."""
+    """What a checkpoint held; `data` is of every host that saved it, in their order."""
 
     step: int
     state: Any
-    data: Any
+    data: list[Any]
 
 
 class Checkpoints:
@@ -116,10 +118,14 @@ class Checkpoints:
         try:
             self._orbax.save_checkpointables_async(
                 step,
-                {"state": arrays, "data": _HostFile.of(data)},
+                {"state": arrays, "data": _HostFiles(data)},
                 force=True,  # when to save is the loop's business
                 metrics=None if metrics is None else {k: float(v) for k, v in metrics.items()},
-                custom_metadata={"leaves": leaves, "crc32": _crc(leaves)},
+                custom_metadata={
+                    "leaves": leaves,
+                    "crc32": _crc(leaves),
+                    "hosts": jax.process_count(),
+                },
             )
         except Exception as error:  # whatever Orbax and TensorStore raise
             raise self._failure(error) from error
@@ -198,10 +204,10 @@ class Checkpoints:
         if _crc(leaves := kept["leaves"]) != kept["crc32"]:
             raise ValueError("its metadata do not match their checksum")
         _check(leaves, wanted)
-        file, failure = _HostFile(), None
+        files, failure = _HostFiles(), None
         try:
-            arrays = self._load(step, {"state": wanted, "data": file})["state"]
-            data = file.data()
+            arrays = self._load(step, {"state": wanted, "data": files})["state"]
+            data = files.data(kept["hosts"])
         except Exception as error:
             failure = error
         # every host goes back to the same checkpoint
@@ -244,22 +250,25 @@ class _OtherState(Exception):
     """A checkpoint is whole, but of something else."""
 
 
-class _HostFile:
-    """One file per host, with its checksum in front."""
+class _HostFiles:
+    """A file of every host, with its checksum in front; read are those of all.
 
-    def __init__(self, content: bytes | None = None):
-        self.content = content
+    They are small, and a run that goes on with other hosts deals them anew.
+    """
 
-    @classmethod
-    def of(cls, data: Any) -> "_HostFile":
-        raw = isinstance(data, bytes)
-        body = data if raw else json.dumps(data).encode()
-        return cls(f"{'bytes' if raw else 'json'} {zlib.crc32(body):08x}\n".encode() + body)
+    def __init__(self, content: Any = None):
+        raw = isinstance(content, bytes)
+        body = content if raw else json.dumps(content).encode()
+        self._content = f"{'bytes' if raw else 'json'} {zlib.crc32(body):08x}\n".encode() + body
+        self._read: dict[int, bytes] = {}
 
-    def data(self) -> Any:
-        if self.content is None:
-            raise ValueError(f"it has no data iterator's state of host {jax.process_index()}")
-        head, _, body = self.content.partition(b"\n")
+    def data(self, hosts: int) -> list[Any]:
+        if missing := set(range(hosts)) - set(self._read):
+            raise ValueError(f"it has no data iterator's state of host {min(missing)}")
+        return [self._parse(self._read[host]) for host in sorted(self._read)]
+
+    def _parse(self, content: bytes) -> Any:
+        head, _, body = content.partition(b"\n")
         kind, _, crc = head.partition(b" ")
         if crc != b"%08x" % zlib.crc32(body):
             raise ValueError("the data iterator's state does not match its checksum")
@@ -267,19 +276,19 @@ class _HostFile:
 
     async def save(self, directory: Any) -> Any:
         async def write() -> None:
-            self._file(await directory.await_creation()).write_bytes(self.content)
+            path = await directory.await_creation() / f"{_HOST}{jax.process_index()}"
+            path.write_bytes(self._content)
 
         return write()
 
     async def load(self, directory: epath.Path) -> Any:
         async def read() -> None:  # Orbax loses track of what it reads beside this if it raises
-            file = self._file(directory)
-            self.content = file.read_bytes() if file.exists() else None
+            for file in directory.iterdir() if directory.exists() else ():
+                number = file.name.removeprefix(_HOST)
+                if number.isdigit():
+                    self._read[int(number)] = file.read_bytes()
 
         return read()
-
-    def _file(self, directory: epath.Path) -> epath.Path:
-        return directory / f"host-{jax.process_index()}"
 
 
 def _flat(tree: Any) -> dict[str, Any]:

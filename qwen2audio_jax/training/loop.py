@@ -33,7 +33,7 @@ def train(
     SIGTERM and SIGINT end it after the step they meet, with a checkpoint; a second one at once.
 
     Args:
-      batches: with checkpoints, what can say and be told where it is: `mixture.Batches`.
+      batches: with checkpoints, what can say and be told where it is: `feeds.Feeds`.
       evaluate: measures the learner as it is.
       dtype: of the arithmetic, for MFU.
 
@@ -106,13 +106,13 @@ def resume(learner: Learner, batches: Iterator[Any], checkpoints: Checkpoints | 
         return 0
     stays, abstract = learner.identity(), learner.release()
     restored = checkpoints.restore(abstract)
-    if restored.data["stays"] != stays:
+    if restored.data[0]["stays"] != stays:
         raise ValueError(
             f"{checkpoints.folder} was made beside other parameters than --model has now: those "
             "that do not train differ"
         )
     learner.state = restored.state
-    batches.set_state(restored.data["batches"])
+    batches.set_state({k: v for host in restored.data for k, v in host["batches"].items()})
     return restored.step
 
 

@@ -38,7 +38,7 @@ def check(data: DataConfig, mesh: Mesh) -> None:
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     for bucket in data.buckets:
         for name in ("rows", "clips"):
-            size = getattr(bucket, name) * jax.process_count()
+            size = getattr(bucket, name) * (data.feeds or jax.process_count())
             if size % shards:
                 raise ValueError(
                     f"{size} {name} of a batch do not split over the {shards} devices of the mesh "

@@ -58,6 +58,25 @@ def begin(folder: str | os.PathLike, config: Any, *, model: Config, processor: P
     return continues
 
 
+def fed(config: Any) -> Any:
+    """Settings that say how many feeds there are: as many as when the run in their folder began, in
+    a new one as many as hosts.
+
+    Raises:
+      ValueError: the hosts cannot share them evenly.
+    """
+    feeds, hosts = config.data.feeds, jax.process_count()
+    if not feeds:
+        path = epath.Path(config.out) / SETTINGS
+        known = json.loads(path.read_text())["data"] if path.exists() else {}
+        feeds = known.get("feeds") or hosts
+    if feeds % hosts:
+        raise ValueError(
+            f"wanted a number of hosts that divides the {feeds} feeds of the data, got {hosts}"
+        )
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, feeds=feeds))
+
+
 def as_json(config: Any) -> dict[str, Any]:
     """A dataclass of settings as `run.json` holds it."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=os.fspath))

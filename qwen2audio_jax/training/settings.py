@@ -55,6 +55,29 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HostsConfig:
+    """Where no cluster says it: how this process finds the others, which run the same command."""
+
+    coordinator: str | None = None
+    """Where the process of number 0 is, host:port."""
+    count: int | None = None
+    """How many processes there are."""
+    number: int | None = None
+    """Which of them this is, from 0."""
+    timeout: int = 60
+    """Seconds without a sign of life after which a process counts as dead, and all end."""
+
+    def __post_init__(self):
+        told = (self.coordinator, self.count, self.number)
+        if any(x is None for x in told) and any(x is not None for x in told):
+            raise ValueError(f"wanted hosts.coordinator, count and number, or none, got {told}")
+        if self.count is not None and not 0 <= self.number < self.count:
+            raise ValueError(f"wanted a hosts.number within 0..{self.count - 1}, got {self.number}")
+        if self.timeout < 1:
+            raise ValueError(f"wanted a hosts.timeout of at least 1 s, got {self.timeout}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is learned, and what is kept to measure it."""
 
@@ -75,7 +98,10 @@ class DataConfig:
     held_out_tasks: tuple[str, ...] = ()
     """Their lines; without, those of --data.tasks."""
     buckets: tuple[Bucket, ...] = (Bucket(rows=8, tokens=160, clips=8, frames=1000),)
-    """The shapes of this host's batches; a sample goes to the first that it fits."""
+    """The shapes of each feed's batches; a sample goes to the first that it fits."""
+    feeds: int = 0
+    """Of which a global batch is made, each with samples of its own; a host has one or several, and
+    a run can go on with as many hosts as divide them. 0: one for each host that it begins with."""
     pack: bool = True
     """Whether a row holds as many samples as fit."""
     augmented: float = 0.0
@@ -88,6 +114,8 @@ class DataConfig:
     """Whether a bad sample ends the run; else it is counted."""
 
     def __post_init__(self):
+        if self.feeds < 0:
+            raise ValueError(f"wanted feeds from 0, got {self.feeds}")
         for name, given, sources, one_for_all in (
             ("tasks", self.tasks, self.train, True),
             ("weights", self.weights, self.train, False),
@@ -223,7 +251,8 @@ class Settings:
     scan_layers: bool = True
     """Blocks as one stack, which compiles soon; as a list they run faster on a CPU."""
     distributed: bool = field(default=False, metadata=MAY_CHANGE)
-    """Join the other hosts first (jax.distributed); each runs the same command."""
+    """Join the other hosts first; Cloud TPUs, GKE, SLURM and Open MPI say where they are."""
+    hosts: HostsConfig = field(default=HostsConfig(), metadata=MAY_CHANGE)
     tensorboard: bool = field(default=True, metadata=MAY_CHANGE)
     """Whether to write events for TensorBoard too."""
     wandb: str | None = field(default=None, metadata=MAY_CHANGE)

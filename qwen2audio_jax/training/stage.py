@@ -24,7 +24,8 @@ from jax.sharding import Mesh
 
 from qwen2audio_jax import weights
 from qwen2audio_jax.config import Config
-from qwen2audio_jax.data.mixture import Batches, Mixture
+from qwen2audio_jax.data.feeds import Feeds
+from qwen2audio_jax.data.mixture import Mixture
 from qwen2audio_jax.evaluation import held_out
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
@@ -54,6 +55,7 @@ def train(settings: Settings) -> int | None:
     """
     pairs = isinstance(settings, PreferenceSettings)
     mesh = settings.mesh.make()
+    settings = run.fed(settings)
     placement.check(settings.data, mesh)
     parts = inputs.training(settings.data, pairs=pairs)
     kept = inputs.held_out(settings.data, settings.evaluation.samples, pairs=pairs)
@@ -69,8 +71,7 @@ def train(settings: Settings) -> int | None:
         pack=settings.data.pack,
         words=settings.ctc > 0,
         accumulate=settings.gradient_accumulation_steps,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
+        hosts=settings.data.feeds,
         workers=settings.data.workers,
         fatal=settings.data.fatal,
     )
@@ -173,8 +174,8 @@ def _run(
 
 
 @contextlib.contextmanager
-def _batches(mixture: Mixture) -> Iterator[Batches]:
-    batches = iter(mixture)
+def _batches(mixture: Mixture) -> Iterator[Feeds]:
+    batches = Feeds(mixture, jax.process_index(), jax.process_count())
     try:
         yield batches
     finally:

@@ -1,0 +1,83 @@
+"""One process's share of batches that are the same however many processes there are.
+
+A global batch is made of feeds, each an iterator of its own with its own samples. A process holds
+one feed or several, in order; a run that goes on with fewer or more processes deals them anew.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qwen2audio_jax.data.mixture import Batches, Mixture, added, report
+from qwen2audio_jax.processor import Inputs
+
+
+class Feeds:
+    """The rows of a process, batch after batch: those of its feeds, one below the other.
+
+    As `Batches`, except that `get_state()` gives a state for each of its feeds, by number, and
+    `set_state` takes those of all.
+
+    Args:
+      mixture: its `hosts` are all feeds there are.
+      process, processes: which of how many.
+
+    Raises:
+      ValueError: the feeds cannot be dealt to so many processes.
+    """
+
+    def __init__(self, mixture: Mixture, process: int = 0, processes: int = 1):
+        if mixture.hosts % processes:
+            raise ValueError(
+                f"wanted a number of processes that divides the {mixture.hosts} feeds of the data, "
+                f"got {processes}"
+            )
+        mixture = mixture.weighted() if mixture.hosts > 1 else mixture
+        each = mixture.hosts // processes
+        self.mixture = mixture
+        self._batches = [
+            Batches(dataclasses.replace(mixture, host=number))
+            for number in range(process * each, (process + 1) * each)
+        ]
+
+    def __iter__(self) -> "Feeds":
+        return self
+
+    def __next__(self) -> Inputs:
+        parts = [next(batches) for batches in self._batches]
+        if len(parts) == 1:
+            return parts[0]
+        axis = 1 if self.mixture.accumulate > 1 else 0
+        return {k: np.concatenate([part[k] for part in parts], axis=axis) for k in parts[0]}
+
+    def get_state(self) -> dict[str, Any]:
+        return {str(batches.mixture.host): batches.get_state() for batches in self._batches}
+
+    def set_state(self, states: Mapping[str, Any]) -> None:
+        """Goes on where the states were taken.
+
+        Raises:
+          ValueError: there is none for a feed, or it is another mixture's.
+        """
+        for batches in self._batches:
+            number = str(batches.mixture.host)
+            if number not in states:
+                raise ValueError(
+                    f"cannot resume: wanted the state of feed {number} of the data, "
+                    f"got those of {', '.join(sorted(states, key=int))}"
+                )
+            batches.set_state(states[number])
+
+    @property
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """As `Batches.counts`, of all feeds here."""
+        return added([batches.counts for batches in self._batches])
+
+    def report(self) -> str:
+        return report(self.counts)
+
+    def close(self) -> None:
+        for batches in self._batches:
+            batches.close()

@@ -1,0 +1,50 @@
+"""Several processes as one: how they meet, and how they end when one of them is lost."""
+
+import os
+import platform
+import sys
+import time
+
+import jax
+
+from qwen2audio_jax.training.settings import HostsConfig
+
+MEETING = 300  # seconds that the first process waits for the last
+
+
+def join(config: HostsConfig) -> None:
+    """Meets the other processes; to be called before anything is computed.
+
+    Raises:
+      ValueError: nobody says where they are, or they did not come.
+    """
+    try:
+        jax.distributed.initialize(
+            coordinator_address=config.coordinator,
+            num_processes=config.count,
+            process_id=config.number,
+            heartbeat_timeout_seconds=config.timeout,
+            initialization_timeout=MEETING,
+        )
+    except ValueError as error:
+        raise ValueError(
+            "distributed: no cluster says where the other processes are; wanted "
+            f"--hosts.coordinator HOST:PORT, --hosts.count and --hosts.number ({error})"
+        ) from error
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"distributed: the processes did not meet: {reason}") from error
+
+
+def lost(name: str, error: Exception, config: HostsConfig) -> None:
+    """Ends this process after another one was lost.
+
+    What was computed together cannot go on, and nothing here may wait for the lost one. The service
+    that all report to notices who is silent, says so, and ends this process; if it does not, this
+    does.
+    """
+    here = f"process {jax.process_index()} of {jax.process_count()} on {platform.node()}"
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    print(f"{name}: error: {here}: another one is lost: {reason}", file=sys.stderr, flush=True)
+    time.sleep(2 * config.timeout)
+    os._exit(1)

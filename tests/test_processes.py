@@ -1,0 +1,152 @@
+"""Several processes train as one does; one that dies ends all, and nothing is lost."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import soundfile
+import tiny
+
+pytest.importorskip("grain")
+
+from qwen2audio_jax.training import log
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+WORDS = ("low", "mid", "high", "top")
+STEPS = 8
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory, chirp):
+    """A model, and conversations about clips."""
+    folder = tmp_path_factory.mktemp("given")
+    tiny.save(folder / "model")
+    rows = []
+    for i in range(24):
+        soundfile.write(folder / f"{i}.wav", chirp(0.3, i), 16_000)
+        asked = [{"type": "audio", "audio": f"{i}.wav"}, {"type": "text", "text": "How high?"}]
+        answer = {"role": "assistant", "content": WORDS[i % 4]}
+        split = "test" if i > 19 else "train"
+        rows.append({"messages": [{"role": "user", "content": asked}, answer], "split": split})
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start(given, out, *args, processes=1, devices=1):
+    """Starts a training on so many processes of so many devices each."""
+    rows = given / "rows.jsonl"
+    command = [sys.executable, "-m", "train.sft", "tiny", "--model", given / "model", "--out", out]
+    command += ["--data.train", f"{rows}:train", "--data.held-out", f"{rows}:test"]
+    command += ["--data.workers", 0, "--data.augmented", 0, "--data.masked", 0]
+    command += ["--data.feeds", 2, "--optimizer.steps", STEPS, "--optimizer.warmup-steps", 1]
+    command += ["--loop.save-every", 2, "--loop.evaluate-every", 100, "--loop.no-evaluate-first"]
+    command += ["--evaluation.max-new-tokens", 2, "--no-tensorboard", *args]
+    where = f"127.0.0.1:{port()}"
+    started = []
+    for number in range(processes):
+        joined = ["--hosts.coordinator", where, "--hosts.count", processes]
+        joined += ["--hosts.number", number, "--hosts.timeout", 10]
+        with open(f"{out}.{number}.txt", "wb") as told:
+            started.append(
+                subprocess.Popen(
+                    list(map(str, command + joined * (processes > 1))),
+                    cwd=ROOT,
+                    stdout=told,
+                    stderr=told,
+                    env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
+                )
+            )
+    return started
+
+
+def finish(started, out):
+    for number, process in enumerate(started):
+        assert process.wait(600) == 0, pathlib.Path(f"{out}.{number}.txt").read_text()[-3000:]
+
+
+def steps(out):
+    return [row for row in log.read(out / log.LOG) if "loss" in row]
+
+
+def parameters(out):
+    return safetensors.numpy.load_file(out / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(given, tmp_path_factory):
+    """What two processes make of it when nothing happens."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    finish(start(given, out, processes=2), out)
+    return out
+
+
+def test_two_processes_are_one(given, undisturbed, tmp_path):
+    """The same losses and parameters as of one process with as many devices."""
+    out = tmp_path / "one"
+    finish(start(given, out, devices=2), out)
+    assert all(row["tokens"] > 0 for row in steps(undisturbed))
+    for name in ("loss", "grad_norm", "tokens"):
+        ours, theirs = ([row[name] for row in steps(each)] for each in (out, undisturbed))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    theirs = parameters(undisturbed)
+    for name, value in parameters(out).items():
+        np.testing.assert_allclose(value, theirs[name], atol=1e-5, err_msg=name)
+
+
+def test_a_process_that_dies_ends_all_and_the_run_goes_on(given, undisturbed, tmp_path):
+    """Within seconds, with a line that names it; the end is the same to the bit."""
+    out = tmp_path / "killed"
+    started = start(given, out, processes=2)
+    while not (out / log.LOG).exists() or len(steps(out)) < 4:
+        assert all(process.poll() is None for process in started)
+        time.sleep(0.05)
+    started[1].send_signal(signal.SIGKILL)
+    died = time.monotonic()
+    assert started[0].wait(120) != 0
+    assert time.monotonic() - died < 60
+    assert "process 0 of 2" in pathlib.Path(f"{out}.0.txt").read_text()
+    finish(start(given, out, processes=2), out)
+    wanted = parameters(undisturbed)
+    for name, value in parameters(out).items():
+        np.testing.assert_array_equal(value, wanted[name], err_msg=name)
+
+
+def test_a_run_goes_on_with_fewer_processes(given, undisturbed, tmp_path):
+    """The same samples in the same order, so the same losses, on half of the devices."""
+    out = tmp_path / "fewer"
+    half = ["--loop.save-every", STEPS // 2]
+    started = start(given, out, *half, processes=2)
+    while not (out / "checkpoints" / str(STEPS // 2)).exists():
+        assert all(process.poll() is None for process in started)
+        time.sleep(0.05)
+    for process in started:
+        process.kill()
+        process.wait()
+    finish(start(given, out), out)
+    ours, theirs = ([row["loss"] for row in steps(each)] for each in (out, undisturbed))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def test_processes_that_nobody_introduces_are_told_how(given, tmp_path):
+    """One line and status 2, rather than a wait for a cluster that is not there."""
+    out = tmp_path / "alone"
+    [process] = start(given, out, "--distributed")
+    assert process.wait(300) == 2
+    line = pathlib.Path(f"{out}.0.txt").read_text()
+    assert "wanted --hosts.coordinator HOST:PORT" in line and "Traceback" not in line
