@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import pickle
+import shutil
 import sys
 
 import numpy as np
@@ -246,3 +247,12 @@ def test_tfds_says_what_is_missing(made, monkeypatch, tmp_path):
         ValueError, match=r"no split 'dev', wanted one of (train, test|test, train)"
     ):
         open_source("tfds:made_speech/en:dev")
+    shutil.copytree(folder, tmp_path / "copy")
+    path = next((tmp_path / "copy").rglob("features.json"))
+    path.write_text(path.read_text().replace('"sampleRate": "8000"', '"sampleRate": ""'))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "copy"))
+    with pytest.raises(ValueError, match="no sampling rate for 'speech': give it: --data.rate, or"):
+        open_source("tfds:made_speech/en:train")
+    assert open_source("tfds:made_speech/en:train", rate=4000)[0]["speech"][1] == 4000
+    monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
+    assert open_source("tfds:made_speech/en:train", rate=4000)[0]["speech"][1] == 8000

@@ -83,6 +83,11 @@ class Task:
         given, answer = parts_of(line, arrows=1)
         return cls(_styled(given, tags, style), tuple(answer))
 
+    @property
+    def clips(self) -> tuple[str, ...]:
+        """The fields that name clips."""
+        return tuple(part.field for part in (*self.given, *self.answer) if heard(part))
+
     def compile(self, sample: Mapping, processor: Processor, *, learn: bool = True) -> Example:
         """Fills the line with a sample: to learn the answer, or (not `learn`) to give one.
 

@@ -277,7 +277,8 @@ class Prepared:
         self.folder, self.split, self.rate = folder, split, rate
         for field, told in self._audio.items():
             if not told.get("lazyDecode") and not (rate or told.get("sampleRate")):
-                raise ValueError(f"{folder} states no sampling rate for {field!r}: give rate=")
+                how = "give it: --data.rate, or rate= in Python"
+                raise ValueError(f"{folder} states no sampling rate for {field!r}: {how}")
         self._records, self._features  # noqa: B018 what cannot be read is refused here, not later
 
     def __len__(self) -> int:
@@ -306,7 +307,7 @@ class Prepared:
             samples = (
                 samples.clip(-(1 << 15), (1 << 15) - 1).astype(np.int16) if narrow else samples
             )
-        return samples, self.rate or int(told["sampleRate"])
+        return samples, int(told.get("sampleRate") or self.rate)
 
     @functools.cached_property
     def _declared(self) -> dict[str, Any]:
