@@ -221,6 +221,10 @@ WRONG = {
     "[AUDIO:x,words=] -> a": "column 16: wanted the name of a field, got nothing",
     "a -> [TEXT:x,no_loss=1]": "column 22: wanted an attribute without a value, got '1'",
     "a -> [TEXT:x,no_loss,no_loss]": "column 22: wanted no_loss once, got it again",
+    "a -> b [TEXT:x,no_loss] ": "column 25: wanted what is learned behind no_loss, got the end of"
+    " the line",
+    "a -> <|[TEXT:x,no_loss]|> b": "column 8: wanted a tag, <|...|>, that is learned as a whole,"
+    " got no_loss in it",
     "a -> b\\": "column 7: wanted a character behind '\\', got the end of the line",
     "a -> [TEXT:x\\]": "column 15: wanted ']' to close the slot of column 6, got the end of the"
     " line",
