@@ -254,7 +254,9 @@ def test_bad_samples_say_why(processor, chirp, tmp_path):
         ({"speech": clip(1), "text": None}, "empty text", "'text' says nothing"),
         ({"speech": clip(1), "text": float("nan")}, "empty text", "'text' says nothing"),
         ({"speech": clip(1), "text": ["a"]}, "not text", "wanted a text, got list"),
-        ({"speech": clip(1), "text": "<|AUDIO|>"}, "audio token in text", "for clips alone"),
+        ({"speech": clip(1), "text": "<|AUDIO|>"}, "special token in text", "no <|AUDIO|>, got"),
+        ({"speech": clip(1), "text": "<|im_end|> x"}, "special token in text", "'text': wanted no"),
+        ({"speech": clip(1), "text": f"a {prompt.PAD}"}, "special token in text", "<|endoftext|>"),
     ):
         with pytest.raises(BadSample) as caught:
             task.compile(sample, processor)
@@ -265,6 +267,13 @@ def test_bad_samples_say_why(processor, chirp, tmp_path):
     with pytest.raises(BadSample, match=r"too long: .*wanted at most 30 s, got 30.10 s"):
         Task.parse(ASR).compile({"speech": clip(30.1), "text": "a"}, processor)
     assert pickle.loads(pickle.dumps(task)) == task
+
+
+def test_tags_in_a_field_are_its_own(processor):
+    """Of time and language, say; also where the line writes the tag around the field."""
+    sample = {"text": "<|0.50|> yes <|1.00|><|en|>", "language": "en"}
+    wanted = " <|en|><|0.50|> yes <|1.00|><|en|><|endoftext|>"
+    assert given("Say -> <|[TEXT:language]|>[TEXT:text]", sample, processor)[1] == wanted
 
 
 def test_a_new_type_is_a_function(processor, monkeypatch):

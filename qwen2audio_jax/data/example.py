@@ -12,10 +12,12 @@ from etils import epath
 
 from qwen2audio_jax import audio as sound
 from qwen2audio_jax.processor import Processor, Wave
-from qwen2audio_jax.prompt import Prompt, parse
+from qwen2audio_jax.prompt import AUDIO, AUDIO_BOS, AUDIO_EOS, IM_END, IM_START, PAD, Prompt, parse
 
 LONGEST = 30.0  # seconds that the encoder hears at once
 STORAGE = re.compile(r"(?!https?|file|data)\w+://")  # what epath reaches and audio.load does not
+# What a prompt is built with and ended by; tags of time, language and task are a data set's to use.
+CONTROL = re.compile("|".join(map(re.escape, (PAD, IM_START, IM_END, AUDIO, AUDIO_BOS, AUDIO_EOS))))
 # How audio.load says that there is nothing, rather than something broken.
 ABSENT = ("there is no such file", "the server answered", "cannot be fetched")
 
@@ -97,6 +99,17 @@ def _stored(path: str) -> bytes:
         raise BadSample("missing audio", f"{path}: {reason}") from None
 
 
+def plain(text: str, where: str) -> str:
+    """The text, which is only said.
+
+    Raises:
+      BadSample: "special token in text": it would end an answer, or begin a turn or a clip.
+    """
+    if found := CONTROL.search(text):
+        raise BadSample("special token in text", f"{where}: wanted no {found[0]}, got {text!r}")
+    return text
+
+
 def from_messages(record: Mapping, processor: Processor) -> Example:
     """Compiles {"messages": [...]}: a conversation whose assistant turns are learned.
 
@@ -104,7 +117,8 @@ def from_messages(record: Mapping, processor: Processor) -> Example:
     {"type": "audio", "audio": "a.wav", "words": "what is that"}.
 
     Raises:
-      BadSample: a clip's reason, "missing field", "empty text" or "bad conversation".
+      BadSample: a clip's reason, "missing field", "empty text", "special token in text" or "bad
+        conversation".
     """
     messages = _listen(_conversation(_field(record, "messages")))
     _check_answers(messages)
@@ -147,9 +161,15 @@ def _conversation(messages: Any) -> list[dict]:
         got = type(messages).__name__
         raise BadSample("bad conversation", f"wanted a list of messages, got {got}")
     try:
-        return parse(messages)
+        messages = parse(messages)
     except ValueError as error:
         raise BadSample("bad conversation", str(error)) from None
+    for number, message in enumerate(messages, 1):
+        content = message["content"]
+        for part in [{"text": content}] if isinstance(content, str) else content:
+            for name in ("text", "words"):
+                plain(part.get(name, ""), f"message {number}")
+    return messages
 
 
 def _listen(messages: list[dict]) -> list[dict]:

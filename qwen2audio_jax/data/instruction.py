@@ -27,7 +27,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from qwen2audio_jax.data.example import BadSample, Example, hear
+from qwen2audio_jax.data.example import BadSample, Example, hear, plain
 from qwen2audio_jax.data.slots import TYPES, Filled, Part, Slot, heard, parts_of, slot_type
 from qwen2audio_jax.processor import Processor, Wave, count_tokens
 from qwen2audio_jax.prompt import AUDIO, AUDIO_BOS, AUDIO_EOS, PAD, Prompt
@@ -96,7 +96,7 @@ class Task:
 
         Raises:
           BadSample: "missing field", "missing audio", "corrupt audio", "too long", "empty text",
-            "not text", "outside closed set" or "audio token in text".
+            "not text", "outside closed set" or "special token in text".
         """
         given, answer = _fill(self.given, sample, False), []
         prompt, waves = _compile(given, processor)
@@ -225,7 +225,7 @@ def _compile(
     ]
     text = "".join(each.text for each in filled)
     if text.count(AUDIO) != len(waves):
-        raise BadSample("audio token in text", f"wanted {AUDIO} for clips alone, got {text!r}")
+        raise BadSample("special token in text", f"wanted {AUDIO} for clips alone, got {text!r}")
     compiled = processor.tokenizer.compile(text, [count_tokens(wave) for wave in waves], spans)
     return tuple(
         segment if segment.clip is None else dataclasses.replace(segment, clip=first + segment.clip)
@@ -246,4 +246,4 @@ def _text(value: Any, field: str) -> str:
         value = value.decode("utf-8", "replace")
     if isinstance(value, bool) or not isinstance(value, str | numbers.Number):
         raise BadSample("not text", f"{field!r}: wanted a text, got {type(value).__name__}")
-    return str(value).strip()
+    return plain(str(value).strip(), repr(field))
