@@ -132,7 +132,8 @@ def test_text_without_a_clip(processor):
 
 def test_optional_slots_may_be_empty(processor, chirp):
     line = "[AUDIO:clip,optional][TEXT:hint,optional] What? -> no[TEXT:more,optional]"
-    for nothing in ({}, {"clip": None, "hint": " ", "more": ""}):
+    absent = {"clip": {"bytes": None, "path": None}, "hint": float("nan"), "more": None}
+    for nothing in ({}, {"clip": None, "hint": " ", "more": ""}, absent):
         assert given(line, nothing, processor)[:2] == (" What?", " no<|endoftext|>")
     full = {"clip": (chirp(0.2), 16_000), "hint": "a dog", "more": "yes"}
     assert given(line, full, processor)[:2] == (f"{TAG}a dog What?", " noyes<|endoftext|>")
@@ -253,6 +254,7 @@ def test_bad_samples_say_why(processor, chirp, tmp_path):
         ({"speech": clip(1), "text": " \n"}, "empty text", "'text' says nothing"),
         ({"speech": clip(1), "text": None}, "empty text", "'text' says nothing"),
         ({"speech": clip(1), "text": float("nan")}, "empty text", "'text' says nothing"),
+        ({"speech": clip(1), "text": np.float32("nan")}, "empty text", "'text' says nothing"),
         ({"speech": clip(1), "text": ["a"]}, "not text", "wanted a text, got list"),
         ({"speech": clip(1), "text": "<|AUDIO|>"}, "special token in text", "no <|AUDIO|>, got"),
         ({"speech": clip(1), "text": "<|im_end|> x"}, "special token in text", "'text': wanted no"),

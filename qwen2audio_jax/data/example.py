@@ -22,6 +22,10 @@ CONTROL = re.compile("|".join(map(re.escape, (PAD, IM_START, IM_END, AUDIO, AUDI
 ABSENT = ("there is no such file", "the server answered", "cannot be fetched")
 
 
+# What else a sample may raise that nobody foresaw. An ImportError is not its fault: it ends a run.
+UNFORESEEN = (ValueError, LookupError, TypeError, OSError, AttributeError, ArithmeticError)
+
+
 class BadSample(ValueError):
     """One line: what is wrong with a sample.
 
@@ -69,6 +73,7 @@ def hear(source: Any, longest: float = LONGEST) -> Wave:
 
     Raises:
       BadSample: "missing audio", "corrupt audio" or "too long".
+      ImportError: a storage's package is not installed.
     """
     if isinstance(source, Mapping):
         if source.get("array") is not None:
@@ -91,9 +96,32 @@ def hear(source: Any, longest: float = LONGEST) -> Wave:
     return wave
 
 
+def reachable(path: str) -> None:
+    """Asks whether a storage's package is there, without asking the storage.
+
+    Raises:
+      ImportError: it is not; the message names it.
+    """
+    import fsspec  # what epath reaches other storage with
+
+    if STORAGE.match(path):
+        try:
+            fsspec.get_filesystem_class(path.partition("://")[0])
+        except ImportError as error:
+            raise _unreachable(path, error) from None
+
+
+def _unreachable(path: str, error: ImportError) -> ImportError:
+    extra = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}.get(path.partition("://")[0])
+    how = f"; pip install 'qwen2audio_jax[{extra}]'" if extra else ""
+    return ImportError(f"{path}: {error}{how}")
+
+
 def _stored(path: str) -> bytes:
     try:
         return epath.Path(path).read_bytes()
+    except ImportError as error:  # no sample's fault
+        raise _unreachable(path, error) from None
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
         raise BadSample("missing audio", f"{path}: {reason}") from None

@@ -21,7 +21,6 @@ is, within an answer, what is said but not learned, with the white space before 
 
 import dataclasses
 import itertools
-import math
 import numbers
 import re
 from collections.abc import Mapping
@@ -200,7 +199,8 @@ def _left_out(slot: Slot, sample: Mapping) -> bool:
 def _empty(value: Any) -> bool:
     """Whether a field says nothing, in whatever way tables and data sets have for it."""
     if isinstance(value, Mapping):  # a clip, as datasets has it
-        return all(_empty(value.get(name)) for name in ("array", "bytes", "path"))
+        named = value.keys() & {"array", "bytes", "path"}
+        return bool(named) and all(_empty(value[name]) for name in named)
     if isinstance(value, numbers.Number):
         return bool(value != value)  # NaN
     return value is None or (isinstance(value, str | bytes) and not value.strip())
@@ -240,7 +240,7 @@ def _field(name: str, sample: Mapping) -> Any:
 
 
 def _text(value: Any, field: str) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # tables' empty cells
+    if _empty(value):  # tables' cells
         return ""
     if isinstance(value, bytes):  # what TensorFlow's data sets have for strings
         value = value.decode("utf-8", "replace")
