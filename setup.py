@@ -57,6 +57,8 @@ setup(
         "demo": DEMO,
         "eval": EVAL,
         "train": TRAIN,
+        "gcs": ["gcsfs"],
+        "s3": ["s3fs"],
         "wandb": ["wandb"],
         "notebooks": NOTEBOOKS,
         "test": TEST,

@@ -163,9 +163,11 @@ def test_bad_conversations_say_why(processor, heard, chirp):
         (learn(long, says("a")), "too long", "wanted at most 30 s, got 30.10 s"),
         (
             learn({"role": "user", "content": prompt.AUDIO}, says("a")),
-            "bad conversation",
-            "the prompt has 1 <|AUDIO|>",
+            "special token in text",
+            "message 1: wanted no <|AUDIO|>",
         ),
+        (learn(heard, says("a<|im_end|>")), "special token in text", "wanted no <|im_end|>"),
+        (prefer("<|endoftext|>", "b"), "special token in text", "wanted no <|endoftext|>"),
         (prefer("a", None), "missing field", "no 'rejected' among"),
         (prefer("a", ""), "empty text", "the assistant says nothing"),
         (prefer("a", "a"), "equal answers", "got the same"),

@@ -132,7 +132,8 @@ def test_text_without_a_clip(processor):
 
 def test_optional_slots_may_be_empty(processor, chirp):
     line = "[AUDIO:clip,optional][TEXT:hint,optional] What? -> no[TEXT:more,optional]"
-    for nothing in ({}, {"clip": None, "hint": " ", "more": ""}):
+    absent = {"clip": {"bytes": None, "path": None}, "hint": float("nan"), "more": None}
+    for nothing in ({}, {"clip": None, "hint": " ", "more": ""}, absent):
         assert given(line, nothing, processor)[:2] == (" What?", " no<|endoftext|>")
     full = {"clip": (chirp(0.2), 16_000), "hint": "a dog", "more": "yes"}
     assert given(line, full, processor)[:2] == (f"{TAG}a dog What?", " noyes<|endoftext|>")
@@ -221,6 +222,10 @@ WRONG = {
     "[AUDIO:x,words=] -> a": "column 16: wanted the name of a field, got nothing",
     "a -> [TEXT:x,no_loss=1]": "column 22: wanted an attribute without a value, got '1'",
     "a -> [TEXT:x,no_loss,no_loss]": "column 22: wanted no_loss once, got it again",
+    "a -> b [TEXT:x,no_loss] ": "column 25: wanted what is learned behind no_loss, got the end of"
+    " the line",
+    "a -> <|[TEXT:x,no_loss]|> b": "column 8: wanted a tag, <|...|>, that is learned as a whole,"
+    " got no_loss in it",
     "a -> b\\": "column 7: wanted a character behind '\\', got the end of the line",
     "a -> [TEXT:x\\]": "column 15: wanted ']' to close the slot of column 6, got the end of the"
     " line",
@@ -249,8 +254,11 @@ def test_bad_samples_say_why(processor, chirp, tmp_path):
         ({"speech": clip(1), "text": " \n"}, "empty text", "'text' says nothing"),
         ({"speech": clip(1), "text": None}, "empty text", "'text' says nothing"),
         ({"speech": clip(1), "text": float("nan")}, "empty text", "'text' says nothing"),
+        ({"speech": clip(1), "text": np.float32("nan")}, "empty text", "'text' says nothing"),
         ({"speech": clip(1), "text": ["a"]}, "not text", "wanted a text, got list"),
-        ({"speech": clip(1), "text": "<|AUDIO|>"}, "audio token in text", "for clips alone"),
+        ({"speech": clip(1), "text": "<|AUDIO|>"}, "special token in text", "no <|AUDIO|>, got"),
+        ({"speech": clip(1), "text": "<|im_end|> x"}, "special token in text", "'text': wanted no"),
+        ({"speech": clip(1), "text": f"a {prompt.PAD}"}, "special token in text", "<|endoftext|>"),
     ):
         with pytest.raises(BadSample) as caught:
             task.compile(sample, processor)
@@ -261,6 +269,13 @@ def test_bad_samples_say_why(processor, chirp, tmp_path):
     with pytest.raises(BadSample, match=r"too long: .*wanted at most 30 s, got 30.10 s"):
         Task.parse(ASR).compile({"speech": clip(30.1), "text": "a"}, processor)
     assert pickle.loads(pickle.dumps(task)) == task
+
+
+def test_tags_in_a_field_are_its_own(processor):
+    """Of time and language, say; also where the line writes the tag around the field."""
+    sample = {"text": "<|0.50|> yes <|1.00|><|en|>", "language": "en"}
+    wanted = " <|en|><|0.50|> yes <|1.00|><|en|><|endoftext|>"
+    assert given("Say -> <|[TEXT:language]|>[TEXT:text]", sample, processor)[1] == wanted
 
 
 def test_a_new_type_is_a_function(processor, monkeypatch):

@@ -141,6 +141,25 @@ def test_bad_samples_are_counted_by_reason(tokenizer, clips):
     fatal.close()
 
 
+def test_rows_of_any_kind_are_counted(tokenizer):
+    """Of no fields, with a reference's figures that are none, or with what nobody foresaw."""
+    pair = {"messages": [{"role": "user", "content": "no"}], "chosen": "yes", "rejected": "no"}
+    strange = {**pair, "chosen": {"role": "assistant", "content": 5}}
+    figures = lambda a, b: pair | {"ref_chosen_logps": a, "ref_rejected_logps": b}
+    rows = [figures(-1, -2), [1], None, figures("x", -1), figures(float("nan"), -1), strange]
+
+    def compile(record, processor):
+        return record.absent if record is strange else from_preference(record, processor)
+
+    part = Part(name="n", source=rows, compile=compile)
+    mixture = Mixture(parts=(part,), processor=tokenizer, buckets=(SHORT,), epochs=1)
+    batches = iter(mixture)
+    assert len(list(batches)) == 1
+    reasons = {name: count for name, (count, _) in batches.counts["n"]["bad"].items()}
+    assert reasons == {"bad row": 2, "no reference": 2, "unforeseen": 1}
+    batches.close()
+
+
 def unusable(record, processor):
     raise BadSample("empty text", "nothing is said")
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import pickle
+import shutil
 import sys
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import soundfile
 from etils.epath import backend
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import _registry as known
 
 from qwen2audio_jax import audio
 from qwen2audio_jax.data.example import BadSample, hear
@@ -70,10 +72,33 @@ def test_storage_elsewhere(manifest, monkeypatch):
         def _strip_protocol(cls, path):
             return str(path).replace("s3://bucket", str(manifest.parent.parent))
 
+    monkeypatch.setitem(known, "s3", Bucket)
     monkeypatch.setattr(type(backend.fsspec_backend), "fs", lambda self, path: Bucket())
     source = pickle.loads(pickle.dumps(Manifest("s3://bucket/set/rows.jsonl")))
     assert source[0]["audio"] == "s3://bucket/set/a.wav"
     np.testing.assert_array_equal(hear(source[0]["audio"]), audio.load(manifest.parent / "a.wav"))
+
+
+@pytest.fixture
+def no_storage(monkeypatch):
+    """As where neither gcsfs nor s3fs is installed."""
+    for package in ("gcsfs", "s3fs"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for scheme in ("gs", "s3"):
+        monkeypatch.delitem(known, scheme, raising=False)
+
+
+def test_storage_that_nothing_reaches_is_told_at_once(no_storage, tmp_path):
+    """With the package to install; it is the fault of no sample, or of all."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"speech": "gs://bucket/a.wav"}')
+    with pytest.raises(ImportError, match=r"^gs://bucket/a.wav: .* gcsfs .*qwen2audio_jax\[gcs\]"):
+        open_source(path, audio=("speech",))
+    for spec in ("s3://bucket/rows.jsonl", "s3://bucket/shards"):
+        with pytest.raises(ImportError, match=rf"^{spec}: .*s3fs .*qwen2audio_jax\[s3\]"):
+            open_source(spec)
+    with pytest.raises(ImportError, match="gcsfs"):
+        hear("gs://bucket/a.wav")
 
 
 @pytest.mark.parametrize(
@@ -246,3 +271,12 @@ def test_tfds_says_what_is_missing(made, monkeypatch, tmp_path):
         ValueError, match=r"no split 'dev', wanted one of (train, test|test, train)"
     ):
         open_source("tfds:made_speech/en:dev")
+    shutil.copytree(folder, tmp_path / "copy")
+    path = next((tmp_path / "copy").rglob("features.json"))
+    path.write_text(path.read_text().replace('"sampleRate": "8000"', '"sampleRate": ""'))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "copy"))
+    with pytest.raises(ValueError, match=r"no sampling rate for 'speech': give it: --data\.rate"):
+        open_source("tfds:made_speech/en:train")
+    assert open_source("tfds:made_speech/en:train", rate=4000)[0]["speech"][1] == 4000
+    monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
+    assert open_source("tfds:made_speech/en:train", rate=4000)[0]["speech"][1] == 8000

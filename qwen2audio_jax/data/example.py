@@ -12,12 +12,18 @@ from etils import epath
 
 from qwen2audio_jax import audio as sound
 from qwen2audio_jax.processor import Processor, Wave
-from qwen2audio_jax.prompt import Prompt, parse
+from qwen2audio_jax.prompt import AUDIO, AUDIO_BOS, AUDIO_EOS, IM_END, IM_START, PAD, Prompt, parse
 
 LONGEST = 30.0  # seconds that the encoder hears at once
 STORAGE = re.compile(r"(?!https?|file|data)\w+://")  # what epath reaches and audio.load does not
+# What a prompt is built with and ended by; tags of time, language and task are a data set's to use.
+CONTROL = re.compile("|".join(map(re.escape, (PAD, IM_START, IM_END, AUDIO, AUDIO_BOS, AUDIO_EOS))))
 # How audio.load says that there is nothing, rather than something broken.
 ABSENT = ("there is no such file", "the server answered", "cannot be fetched")
+
+
+# What else a sample may raise that nobody foresaw. An ImportError is not its fault: it ends a run.
+UNFORESEEN = (ValueError, LookupError, TypeError, OSError, AttributeError, ArithmeticError)
 
 
 class BadSample(ValueError):
@@ -67,6 +73,7 @@ def hear(source: Any, longest: float = LONGEST) -> Wave:
 
     Raises:
       BadSample: "missing audio", "corrupt audio" or "too long".
+      ImportError: a storage's package is not installed.
     """
     if isinstance(source, Mapping):
         if source.get("array") is not None:
@@ -89,12 +96,46 @@ def hear(source: Any, longest: float = LONGEST) -> Wave:
     return wave
 
 
+def reachable(path: str) -> None:
+    """Asks whether a storage's package is there, without asking the storage.
+
+    Raises:
+      ImportError: it is not; the message names it.
+    """
+    import fsspec  # what epath reaches other storage with
+
+    if STORAGE.match(path):
+        try:
+            fsspec.get_filesystem_class(path.partition("://")[0])
+        except ImportError as error:
+            raise _unreachable(path, error) from None
+
+
+def _unreachable(path: str, error: ImportError) -> ImportError:
+    extra = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}.get(path.partition("://")[0])
+    how = f"; pip install 'qwen2audio_jax[{extra}]'" if extra else ""
+    return ImportError(f"{path}: {error}{how}")
+
+
 def _stored(path: str) -> bytes:
     try:
         return epath.Path(path).read_bytes()
+    except ImportError as error:  # no sample's fault
+        raise _unreachable(path, error) from None
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
         raise BadSample("missing audio", f"{path}: {reason}") from None
+
+
+def plain(text: str, where: str) -> str:
+    """The text, which is only said.
+
+    Raises:
+      BadSample: "special token in text": it would end an answer, or begin a turn or a clip.
+    """
+    if found := CONTROL.search(text):
+        raise BadSample("special token in text", f"{where}: wanted no {found[0]}, got {text!r}")
+    return text
 
 
 def from_messages(record: Mapping, processor: Processor) -> Example:
@@ -104,7 +145,8 @@ def from_messages(record: Mapping, processor: Processor) -> Example:
     {"type": "audio", "audio": "a.wav", "words": "what is that"}.
 
     Raises:
-      BadSample: a clip's reason, "missing field", "empty text" or "bad conversation".
+      BadSample: a clip's reason, "missing field", "empty text", "special token in text" or "bad
+        conversation".
     """
     messages = _listen(_conversation(_field(record, "messages")))
     _check_answers(messages)
@@ -147,9 +189,15 @@ def _conversation(messages: Any) -> list[dict]:
         got = type(messages).__name__
         raise BadSample("bad conversation", f"wanted a list of messages, got {got}")
     try:
-        return parse(messages)
+        messages = parse(messages)
     except ValueError as error:
         raise BadSample("bad conversation", str(error)) from None
+    for number, message in enumerate(messages, 1):
+        content = message["content"]
+        for part in [{"text": content}] if isinstance(content, str) else content:
+            for name in ("text", "words"):
+                plain(part.get(name, ""), f"message {number}")
+    return messages
 
 
 def _listen(messages: list[dict]) -> list[dict]:

@@ -4,27 +4,29 @@ r"""A task is one line: what is given, an arrow, what is learned.
 
 A slot `[TYPE:field,attribute,key=value]` takes a field of the sample; all else is literal.
 
-    no_loss           behind the arrow: said, but not learned
+    no_loss           behind the arrow: said, but not learned; what follows the last one is learned,
+                      and is what answers are measured by
     optional          a sample that lacks the field leaves the slot empty
-    closed_set=a|b|c  the text is one of these; closed_set=FIELD: of the list in the sample's field
+    closed_set=a|b|c  the text is one of these; closed_set=FIELD: of the list in the sample's field.
+                      Also when it is generated, if the rest of what is measured is closed too
     max_seconds=10    a longer clip is a bad sample; never more than 30
     words=FIELD       the field with the words that are said in the clip, for CTC to learn from
 
 A backslash makes the next character literal (`\[`, `\->`, `\,`, `\|`, `\\`, and `\ ` where white
 space would be dropped); `\n` and `\t` are a new line and a tab. White space directly behind a clip
 and before the arrow is dropped; one behind the arrow begins the answer, if there is a prompt. The
-prompt is tokenized by itself, as when it is to be answered, and the answer by itself behind it.
+prompt is tokenized by itself, as when it is to be answered, and the answer by itself behind it; so
+is, within an answer, what is said but not learned, with the white space before it.
 """
 
 import dataclasses
 import itertools
-import math
 import numbers
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from qwen2audio_jax.data.example import BadSample, Example, hear
+from qwen2audio_jax.data.example import BadSample, Example, hear, plain
 from qwen2audio_jax.data.slots import TYPES, Filled, Part, Slot, heard, parts_of, slot_type
 from qwen2audio_jax.processor import Processor, Wave, count_tokens
 from qwen2audio_jax.prompt import AUDIO, AUDIO_BOS, AUDIO_EOS, PAD, Prompt
@@ -83,32 +85,42 @@ class Task:
         given, answer = parts_of(line, arrows=1)
         return cls(_styled(given, tags, style), tuple(answer))
 
+    @property
+    def clips(self) -> tuple[str, ...]:
+        """The fields that name clips."""
+        return tuple(part.field for part in (*self.given, *self.answer) if heard(part))
+
     def compile(self, sample: Mapping, processor: Processor, *, learn: bool = True) -> Example:
         """Fills the line with a sample: to learn the answer, or (not `learn`) to give one.
 
         Raises:
           BadSample: "missing field", "missing audio", "corrupt audio", "too long", "empty text",
-            "not text", "outside closed set" or "audio token in text".
+            "not text", "outside closed set" or "special token in text".
         """
         given, answer = _fill(self.given, sample, False), []
         prompt, waves = _compile(given, processor)
         if learn:
             answer = [*_fill(self.answer, sample, True), Filled(PAD, learned=True)]
-            said, more = _compile(answer, processor, first=len(waves))
-            prompt, waves = prompt + said, waves + more
+            # Apart, or a token could hold the end of what is given and the beginning of an answer.
+            for _, run in itertools.groupby(answer, key=lambda each: each.learned):
+                said, more = _compile(list(run), processor, first=len(waves))
+                prompt, waves = prompt + said, waves + more
         words = [text for each in (*given, *answer) for text in each.words]
         return Example(prompt, waves, tuple(map(processor.tokenizer.encode, words)))
 
     def choices(self, sample: Mapping) -> list[str] | None:
-        """All that a sample's answer can be, for `generate`; None if there is no end of it."""
-        sets = []
-        for part in self.answer:
-            if isinstance(part, str):
-                sets.append([part])
-            elif part.closed_set is None:
-                return None
-            else:
-                sets.append([*closed_set(part, sample), *[""] * part.optional])
+        """All that can follow what is given of a sample, for `generate`; None if there is no end.
+
+        What is given ends with the answer's last slot that is not learned.
+        """
+        given = lambda part: isinstance(part, Slot) and part.no_loss and not _left_out(part, sample)
+        start = max((i for i, part in enumerate(self.answer, 1) if given(part)), default=0)
+        learned = [
+            part for part in self.answer[start:] if isinstance(part, str) or not part.no_loss
+        ]
+        if any(isinstance(part, Slot) and part.closed_set is None for part in learned):
+            return None
+        sets = [[part] if isinstance(part, str) else _texts(part, sample) for part in learned]
         return ["".join(parts) for parts in itertools.product(*sets)]
 
 
@@ -171,13 +183,35 @@ def _fill(parts: tuple[Part, ...], sample: Mapping, learned: bool) -> list[Fille
         if isinstance(part, str):
             filled.append(Filled(part, learned=learned))
             continue
-        value = sample.get(part.field)
-        empty = value is None or (isinstance(value, str | bytes) and not value.strip())
-        if part.optional and empty:
+        if _left_out(part, sample):
             continue
         made = TYPES[part.type].fill(_field(part.field, sample), part, sample)
+        if part.no_loss and not made.waves and filled and filled[-1].text.isspace():
+            filled[-1] = dataclasses.replace(filled[-1], learned=False)  # a word begins with it
         filled.append(dataclasses.replace(made, learned=learned and not part.no_loss))
     return filled
+
+
+def _left_out(slot: Slot, sample: Mapping) -> bool:
+    return slot.optional and _empty(sample.get(slot.field))
+
+
+def _empty(value: Any) -> bool:
+    """Whether a field says nothing, in whatever way tables and data sets have for it."""
+    if isinstance(value, Mapping):  # a clip, as datasets has it
+        named = value.keys() & {"array", "bytes", "path"}
+        return bool(named) and all(_empty(value[name]) for name in named)
+    if isinstance(value, numbers.Number):
+        return bool(value != value)  # NaN
+    return value is None or (isinstance(value, str | bytes) and not value.strip())
+
+
+def _texts(slot: Slot, sample: Mapping) -> list[str]:
+    """What a slot with a closed set can say; "" too, where it can be left out."""
+    own = isinstance(slot.closed_set, str)
+    if own and _left_out(slot, sample) and _empty(sample.get(slot.closed_set)):
+        return [""]
+    return [*closed_set(slot, sample), *[""] * slot.optional]
 
 
 def _compile(
@@ -191,7 +225,7 @@ def _compile(
     ]
     text = "".join(each.text for each in filled)
     if text.count(AUDIO) != len(waves):
-        raise BadSample("audio token in text", f"wanted {AUDIO} for clips alone, got {text!r}")
+        raise BadSample("special token in text", f"wanted {AUDIO} for clips alone, got {text!r}")
     compiled = processor.tokenizer.compile(text, [count_tokens(wave) for wave in waves], spans)
     return tuple(
         segment if segment.clip is None else dataclasses.replace(segment, clip=first + segment.clip)
@@ -206,10 +240,10 @@ def _field(name: str, sample: Mapping) -> Any:
 
 
 def _text(value: Any, field: str) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # tables' empty cells
+    if _empty(value):  # tables' cells
         return ""
     if isinstance(value, bytes):  # what TensorFlow's data sets have for strings
         value = value.decode("utf-8", "replace")
     if isinstance(value, bool) or not isinstance(value, str | numbers.Number):
         raise BadSample("not text", f"{field!r}: wanted a text, got {type(value).__name__}")
-    return str(value).strip()
+    return plain(str(value).strip(), repr(field))

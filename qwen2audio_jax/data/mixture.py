@@ -6,6 +6,7 @@ half-filled batches is the positions of what is in them.
 
 import dataclasses
 import functools
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -19,7 +20,7 @@ import numpy as np
 import threadpoolctl
 from absl import flags
 
-from qwen2audio_jax.data.example import BadSample, Example, Pair
+from qwen2audio_jax.data.example import UNFORESEEN, BadSample, Example, Pair
 from qwen2audio_jax.data.pack import ANSWERS, OPEN, Bucket, Group, Sample, draw
 from qwen2audio_jax.data.sources import RandomAccess
 from qwen2audio_jax.processor import Inputs, Processor
@@ -39,6 +40,13 @@ class Part:
     weight: float = 1.0  # of samples, relative to the other parts; kept to within 1 %
     augmented: float = 0.0  # of the clips: other rooms, microphones, noises, speeds, levels
     masked: float = 0.0  # of the clips: SpecAugment
+
+    def read(self, row: int) -> Mapping:
+        """A row of the source; a `BadSample` if it has no fields."""
+        record = self.source[row]
+        if not isinstance(record, Mapping):
+            raise BadSample("bad row", f"wanted fields, got {type(record).__name__}")
+        return record
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -372,19 +380,32 @@ def _make(
 ) -> Sample | Bad:
     """Reads, decodes, compiles, augments and draws one sample."""
     try:
-        record, made = part.source[row], _processor(processor)
+        record, made = part.read(row), _processor(processor)
         example = part.compile(record, made)
         sample = draw(
             example, buckets, rng, mels=made.mels, augmented=part.augmented, masked=part.masked
         )
+        reference = _reference(record)
     except BadSample as error:
         return Bad(part=part.name, reason=error.reason, message=f"row {row}: {error}")
-    except (ValueError, KeyError, TypeError, OSError) as error:  # a night's run goes on
+    except UNFORESEEN as error:  # a night's run goes on
         kind = type(error).__name__
         return Bad(part=part.name, reason="unforeseen", message=f"row {row}: {kind}: {error}")
-    known = [record.get(f"ref_{answer}_logps") for answer in ANSWERS]
-    reference = () if None in known else tuple(map(float, known))
     return dataclasses.replace(sample, part=part.name, row=row, reference=reference)
+
+
+def _reference(record: Mapping) -> tuple[float, ...]:
+    """The reference's log-probabilities of both answers, where a row has them."""
+    known = [record.get(f"ref_{answer}_logps") for answer in ANSWERS]
+    if None in known:
+        return ()
+    try:
+        reference = tuple(map(float, known))
+    except (TypeError, ValueError):
+        reference = (math.nan,)
+    if not all(map(math.isfinite, reference)):
+        raise BadSample("no reference", f"wanted two log-probabilities, got {known}")
+    return reference
 
 
 def settle(*_: int) -> None:

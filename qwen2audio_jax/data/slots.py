@@ -87,7 +87,10 @@ def parts_of(line: str, *, arrows: int) -> list[list[Part]]:
                 at = found.end()
                 got = repr(line[at]) if at < len(line) else "the end of the line"
                 raise _wrong(at + 1, wanted, got)
-            side.append(_slot(found[0], column, behind=len(sides) > 1))
+            slot = _slot(found[0], column, behind=len(sides) > 1)
+            if slot.no_loss and side and str(side[-1]).endswith("<|"):
+                raise _wrong(column, "a tag, <|...|>, that is learned as a whole", "no_loss in it")
+            side.append(slot)
         elif kind == "arrow":
             if len(sides) > arrows:
                 column += found[0].index("-")
@@ -106,6 +109,9 @@ def parts_of(line: str, *, arrows: int) -> list[list[Part]]:
         raise _wrong(len(line) + 1, "'->' before what is learned", "the end of the line")
     if arrows and not any(isinstance(part, Slot) or part.strip() for part in sides[-1]):
         raise _wrong(len(line) + 1, "what is learned behind '->'", "the end of the line")
+    said = [part for part in sides[-1] if isinstance(part, Slot) or part.strip()]
+    if said and isinstance(said[-1], Slot) and said[-1].no_loss:
+        raise _wrong(len(line) + 1, "what is learned behind no_loss", "the end of the line")
     return sides
 
 

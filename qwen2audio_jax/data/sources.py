@@ -16,7 +16,7 @@ import msgpack
 import numpy as np
 from etils import epath
 
-from qwen2audio_jax.data.example import BadSample, hear
+from qwen2audio_jax.data.example import BadSample, hear, reachable
 
 MESSAGES = ("messages", "prompt", "chosen", "rejected")  # fields whose parts name clips
 NAMED = ("audio", "audio_url", "path", "url")  # how a part names its clip
@@ -54,8 +54,10 @@ def open_source(
     Raises:
       FileNotFoundError: there is no such file or data set.
       ValueError: it has no samples, or is of no kind that can be read.
+      ImportError: the package for its storage, or for its clips', is not installed.
     """
     text = os.fspath(spec)
+    reachable(text)
     if text.startswith("tfds:"):
         return open_prepared(text.removeprefix("tfds:"), rate=rate)
     if manifest := re.fullmatch(r"(.+\.jsonl?)(?::([^:/]+))?", text):
@@ -77,12 +79,15 @@ class Manifest:
         audio: Sequence[str] = ("audio",),
     ):
         self.path, self.audio = os.fspath(path), tuple(audio)
+        reachable(self.path)
         if not epath.Path(path).is_file():
             raise FileNotFoundError(f"no manifest at {self.path}")
         self.lines = _lines(self._data)
         first = [self._bad(i) for i in range(min(len(self), FEW))]
         if all(first):
             raise ValueError(first[0] if first else f"{self.path}: no rows")
+        for index in (i for i, bad in enumerate(first) if not bad):
+            each_clip(self[index], self.audio, _reachable)
         if split is not None:
             self.lines = self.lines[self._of(split)]
 
@@ -162,6 +167,12 @@ def _in_messages(messages: Any, change: Callable) -> Any:
         return {**messages, "content": _in_messages(messages["content"], change)}
     clips = {name: messages[name] for name in NAMED if messages.get(name) is not None}
     return messages | {name: change(clip) for name, clip in clips.items()}
+
+
+def _reachable(clip: Any) -> None:
+    path = clip.get("path") if isinstance(clip, Mapping) else clip
+    if isinstance(path, str):
+        reachable(path)
 
 
 def _rooted(clip: Any, folder: epath.Path) -> Any:
@@ -277,7 +288,8 @@ class Prepared:
         self.folder, self.split, self.rate = folder, split, rate
         for field, told in self._audio.items():
             if not told.get("lazyDecode") and not (rate or told.get("sampleRate")):
-                raise ValueError(f"{folder} states no sampling rate for {field!r}: give rate=")
+                how = "give it: --data.rate, or rate= in Python"
+                raise ValueError(f"{folder} states no sampling rate for {field!r}: {how}")
         self._records, self._features  # noqa: B018 what cannot be read is refused here, not later
 
     def __len__(self) -> int:
@@ -306,7 +318,7 @@ class Prepared:
             samples = (
                 samples.clip(-(1 << 15), (1 << 15) - 1).astype(np.int16) if narrow else samples
             )
-        return samples, self.rate or int(told["sampleRate"])
+        return samples, int(told.get("sampleRate") or self.rate)
 
     @functools.cached_property
     def _declared(self) -> dict[str, Any]:

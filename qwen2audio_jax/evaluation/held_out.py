@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from qwen2audio_jax.data.example import BadSample, Example, Pair
+from qwen2audio_jax.data.example import UNFORESEEN, BadSample, Example, Pair
 from qwen2audio_jax.data.mixture import Mixture
 from qwen2audio_jax.evaluation import answering, metrics
 from qwen2audio_jax.model import Qwen2Audio
@@ -91,7 +91,7 @@ def _samples(
     told: dict[str, list[str]] = collections.defaultdict(list)
     for row in range(len(each.part.source)):
         try:
-            sample = each.part.source[row]
+            sample = each.part.read(row)
             example = each.part.compile(sample, processor)
             choices = each.choices(sample)
             given, wanted = inputs.prompt_and_answer(example, processor)
@@ -101,7 +101,7 @@ def _samples(
         except BadSample as error:
             told[error.reason].append(f"row {row}: {error}")
             continue
-        except (ValueError, KeyError, TypeError, OSError) as error:  # as when it is trained on
+        except UNFORESEEN as error:  # as when it is trained on
             told["unforeseen"].append(f"row {row}: {type(error).__name__}: {error}")
             continue
         rejected = None

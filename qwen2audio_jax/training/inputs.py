@@ -88,12 +88,13 @@ def _lines(lines: Sequence[str], sources: Sequence[str]) -> Sequence[str]:
 def _open(spec: str, line: str, data: DataConfig, pairs: bool) -> list[HeldOut]:
     if spec.startswith(WORLD):
         return _made(spec, data.style)
-    source = open_source(spec)
     if not line:
         compile = from_preference if pairs else from_messages
+        source = open_source(spec, rate=data.rate)
         part = Part(name=spec, source=source, compile=compile, augmented=1.0)
         return [HeldOut(part=part, choices=_anything)]
     task = Task.parse(line, tags=data.tags, style=data.style)
+    source = open_source(spec, audio=task.clips, rate=data.rate)
     part = Part(name=spec, source=source, compile=task.compile, augmented=1.0)
     return [HeldOut(part=part, choices=task.choices)]
 

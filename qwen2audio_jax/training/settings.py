@@ -91,6 +91,8 @@ class DataConfig:
     """How tasks are hinted at: in words, in tags (--data.tags), or not at all."""
     tags: str | None = None
     """What says the task in --data.style tags."""
+    rate: int | None = None
+    """Sampling rate of tfds: sources that state none; whatever states one keeps its own."""
     weights: tuple[float, ...] = ()
     """How often samples come from each source, relative to the others; without, all alike."""
     held_out: tuple[str, ...] = ()
@@ -116,6 +118,8 @@ class DataConfig:
     def __post_init__(self):
         if self.feeds < 0:
             raise ValueError(f"wanted feeds from 0, got {self.feeds}")
+        if self.rate is not None and self.rate < 1:
+            raise ValueError(f"wanted a sampling rate of at least 1, got {self.rate}")
         for name, given, sources, one_for_all in (
             ("tasks", self.tasks, self.train, True),
             ("weights", self.weights, self.train, False),

@@ -1,0 +1,98 @@
+"""Sources and lines of a run's settings -> samples, as they are learned and as they are asked."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import words
+
+pytest.importorskip("grain")
+
+from qwen2audio_jax import Processor
+from qwen2audio_jax.data.instruction import Task
+from qwen2audio_jax.training import inputs
+from qwen2audio_jax.training.settings import DataConfig
+
+ASR = "[AUDIO:speech] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    return Processor(words.made_tokenizer(tmp_path_factory.mktemp("words")))
+
+
+def ids_of(compiled):
+    return [token for segment in compiled for token in segment.ids]
+
+
+@pytest.fixture
+def rows(tmp_path, chirp):
+    """Writes a manifest beside a clip, 0.wav; gives its path."""
+    soundfile.write(tmp_path / "0.wav", chirp(0.2), 16_000)
+
+    def write(*rows):
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return str(tmp_path / "rows.jsonl")
+
+    return write
+
+
+def test_clips_lie_beside_their_manifest_whatever_their_field(rows, processor):
+    """A task's own fields name them, also for what is held out."""
+    path = rows({"speech": "0.wav", "text": "yes"})
+    data = DataConfig(train=(path,), held_out=(path,), tasks=(ASR,))
+    (part,), (kept,) = inputs.training(data), inputs.held_out(data, 5)
+    for each in (part, kept.part):
+        example = each.compile(each.source[0], processor)
+        assert len(example.waves[0]) == 3200
+        assert inputs.prompt_and_answer(example, processor)[1] == "<|en|>yes"
+
+
+@pytest.mark.parametrize(
+    ("line", "sample", "prompt", "answers"),
+    [
+        (
+            "-> <|en|>[TEXT:hint,no_loss,closed_set=x|y] is [TEXT:text,closed_set=a|b]",
+            {"hint": "x", "text": "b"},
+            "What? <|en|>x",
+            [" is a", " is b"],
+        ),
+        (
+            "-> [TEXT:hint,no_loss] [TEXT:text,closed_set=a|b]",
+            {"hint": "sound", "text": "b"},
+            "What? sound",
+            [" a", " b"],
+        ),
+        (
+            "-> so[TEXT:hint,no_loss]und: [TEXT:text,closed_set=a|b]",
+            {"hint": "what", "text": "b"},
+            "What? sowhat",
+            ["und: a", "und: b"],
+        ),
+        (
+            "-> no[TEXT:hint,no_loss,optional] is[TEXT:text,optional,closed_set=among]",
+            {"hint": {"bytes": None, "path": None}, "text": np.float32("nan")},
+            "What?",
+            [" no is"],
+        ),
+        ("-> [TEXT:hint,no_loss] [TEXT:text]", {"hint": "x", "text": "b"}, "What? x", None),
+    ],
+)
+def test_choices_follow_what_is_given(processor, line, sample, prompt, answers):
+    """An answer's slots that are not learned are in the prompt, with the sample's own text."""
+    task = Task.parse(f"What? {line}")
+    example = task.compile(sample, processor)
+    given, wanted = inputs.prompt_and_answer(example, processor)
+    assert processor.decode([ids_of(given.prompt)], skip_special_tokens=False) == [prompt]
+    assert task.choices(sample) == answers
+    if answers:
+        end = processor.tokenizer.pad_id
+        rest = ids_of(example.prompt[len(given.prompt) :])
+        assert rest in [[*processor.tokenizer.encode(text), end] for text in answers]
+        assert wanted in [text.strip() for text in answers]
+
+
+def test_a_rate_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="wanted a sampling rate of at least 1, got 0"):
+        DataConfig(rate=0)
