@@ -12,7 +12,7 @@ answers.jsonl, summary.md, summary.png       how good it is
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from qwen2audio_jax import weights
+from qwen2audio_jax import sharding, weights
 from qwen2audio_jax.config import Config
 from qwen2audio_jax.data.mixture import Batches, Mixture
 from qwen2audio_jax.evaluation import held_out
@@ -30,10 +30,9 @@ from qwen2audio_jax.training import inputs, learner, loop, peft, placement, run,
 from qwen2audio_jax.training.checkpoint import Checkpoints
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.log import Log
-from qwen2audio_jax.training.loss import Sums, next_token, next_token_and_words
-from qwen2audio_jax.training.preference import preference
 from qwen2audio_jax.training.reference import precompute
 from qwen2audio_jax.training.settings import PreferenceSettings, Settings
+from qwen2audio_jax.training.trainee import trainee_of
 from qwen2audio_jax.weights import huggingface
 from qwen2audio_jax.weights import settings as model_settings
 from qwen2audio_jax.weights.source import locate
@@ -80,36 +79,19 @@ def train(settings: Settings) -> int | None:
     return _run(settings, trainee, mixture, processor, kept)
 
 
-def loss_of(settings: Settings) -> Callable[..., Sums]:
-    """What a run minimises: of a model and a batch, and of a `reference` model if it has one."""
-    remat = settings.remat_policy == "full"
-    if isinstance(settings, PreferenceSettings):
-        return partial(preference, config=settings.preference, remat=remat)
-    if settings.ctc:
-        return partial(next_token_and_words, weight=settings.ctc, remat=remat)
-    return partial(next_token, remat=remat)
-
-
 def _learner(settings: Settings, sizes: Config, mesh: Mesh) -> Learner:
     how = {"dtype": settings.weight_dtype, "scan_layers": settings.scan_layers}
+    sharding.check(sizes, mesh)
     if settings.from_scratch:
         model = learner.fresh(sizes, mesh, seed=settings.seed, **how)
     else:
         model = Qwen2Audio.from_pretrained(
             settings.model, mesh=mesh, progress=jax.process_index() == 0, **how
         )
-    reference = isinstance(settings, PreferenceSettings) and settings.keeps_reference
-    return Learner(
-        model,
-        settings.optimizer,
-        loss_of(settings),
-        adapters=settings.lora if settings.lora.r else None,
-        reference=reference,
-        mesh=mesh,
-        dtype=None if settings.dtype == settings.weight_dtype else settings.dtype,
-        accumulate=settings.gradient_accumulation_steps,
-        seed=settings.seed,
-    )
+    trainee = trainee_of(settings, model, mesh)
+    if settings.mesh.show and jax.process_index() == 0:
+        print(placement.table(trainee.held()), flush=True)
+    return trainee
 
 
 def _run(
