@@ -93,7 +93,7 @@ class Decoder(nnx.Module):
             self.head = table()
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        # Looked up where the table's columns are, then brought to the rows: else all of it would move.
+        # looked up where the table's columns are, then brought to the rows: else all of it moves
         x = spread.constrain(self.embedding(tokens), "B L D", D=("fsdp", "context"))
         return spread.constrain(x, "B L D")
 

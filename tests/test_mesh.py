@@ -6,20 +6,14 @@ import pytest
 import small
 from flax import nnx
 
-from qwen2audio_jax import Config, DecoderConfig, Qwen2Audio, generate, sharding
+from qwen2audio_jax import Qwen2Audio, generate, sharding
 from qwen2audio_jax.training import loss, preference
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.preference import PreferenceConfig
 from qwen2audio_jax.training.settings import Lora, MeshConfig
 
-# widths that eight devices divide
-DECODER = DecoderConfig(
-    layers=2, width=16, heads=4, kv_heads=2, head_width=8, hidden=32, vocabulary=64, positions=256
-)
-CONFIG = Config(
-    encoder=small.ENCODER, decoder=DECODER, audio_token=3, pad_token=0, end_tokens=(0, 2)
-)
+CONFIG = small.EVEN
 MESHES = {
     "data": {"data": 8},
     "fsdp": {"fsdp": 8},
@@ -68,7 +62,7 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def after():
-    """A step's logs, the first moments, which are the gradients (b1 is 0), and what has become of it all."""
+    """A step's logs, moments (of which the first, b1 being 0, are the gradients), parameters."""
 
     def run(way, sizes):
         batch, of, how = WAYS[way]

@@ -12,6 +12,7 @@ extra: pip install 'qwen2audio_jax[tpu]'.
 
 import dataclasses
 import json
+import pathlib
 import sys
 from dataclasses import field
 
@@ -35,7 +36,7 @@ class Compile(topology.Work):
     """A preset's name."""
     topology: str = "v5e:4x4"
     """Chips: v4, v5e, v5p, v6e or 7x, and how many along each axis."""
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     remat_policy: remat.Policy = "full"
     """As in training."""
     attention: flash.Attention = "autoselected"
@@ -50,6 +51,8 @@ class Compile(topology.Work):
     lora: Lora | None = None
     json: bool = False
     """Print one JSON object."""
+    hlo: pathlib.Path | None = None
+    """Write the compiled program's text there, to be read by hand."""
 
 
 def main(given: Compile) -> None:
@@ -69,7 +72,9 @@ def main(given: Compile) -> None:
     lowered = topology.lower(given.stage, config.preset(given.model), given, settings, mesh)
     if given.mesh.show:
         print(table(lowered.held), file=sys.stderr)
-    report, _ = compiled.compile(lowered, where)
+    report, program = compiled.compile(lowered, where)
+    if given.hlo and program is not None:
+        given.hlo.write_text(program.as_text())
     if given.json:
         print(json.dumps(report.as_json()))
     else:

@@ -87,10 +87,10 @@ class Program:
       unknown: how often a loop goes round whose number of rounds depends on data.
     """
 
-    def __init__(self, text: str, *, devices: int, unknown: float = 1):
+    def __init__(self, text: str, *, devices: int, unknown: int = 1):
         self.devices, self.unknown = devices, unknown
         self.computations: dict[str, dict[str, Instruction]] = {}
-        self.entry = ""
+        self.entry, body = "", {}
         for line in text.splitlines():
             if found := _LINE.match(line):
                 root, name, kind, op, rest = found.groups()

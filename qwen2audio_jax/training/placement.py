@@ -13,7 +13,11 @@ from qwen2audio_jax.spread import ROWS
 from qwen2audio_jax.training.optimizer import name_of
 from qwen2audio_jax.training.settings import DataConfig
 
-TOKENS = ("input_ids", "attention_mask", "segment_ids", "labels")
+TOKENS = {  # of each row, where other arrays are of its clips or of pairs
+    side + name
+    for side in ("", "chosen_", "rejected_")
+    for name in ("input_ids", "attention_mask", "segment_ids", "labels")
+}
 
 
 def place(
@@ -32,7 +36,7 @@ def place(
         return jax.device_put(dict(batch), NamedSharding(mesh, PartitionSpec()))
 
     def put(name, x):
-        where = sharding.of_batch(x.shape, mesh, tokens=name.endswith(TOKENS), lead=int(parts > 1))
+        where = sharding.of_batch(x.shape, mesh, tokens=name in TOKENS, lead=int(parts > 1))
         if isinstance(x, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
         return jax.make_array_from_process_local_data(where, x)
