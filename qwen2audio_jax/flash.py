@@ -43,7 +43,9 @@ def serves(q: Float[Array, "B L N H"], k: Float[Array, "B slots K H"], offset: A
     ordered = offset is None or (isinstance(offset, int) and offset == 0)
     fits = ordered and q.shape[1] == k.shape[1]
     if choice == "autoselected":
-        return fits and on == "tpu" and q.shape[1] >= SHORTEST
+        # without a mesh nobody could tell the kernel how arrays are split over several devices
+        alone = jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
+        return fits and alone and on == "tpu" and q.shape[1] >= SHORTEST
     return fits and choice == "flash"
 
 

@@ -42,21 +42,21 @@ class State:
 
     Attributes:
       cache: the prompts and the answers but for their last tokens.
-      last: the last token of every row.
-      lengths: tokens of every answer, that which ended it included.
-      seen: the tokens that repetition counts; None where it is not penalised.
-      nodes: where in the trie of choices the answers are; None where all may be said.
-      ended: rows that are complete.
+      last: [B], the last token of every row.
+      lengths: [B], tokens of every answer, that which ended it included.
+      seen: [B V], the tokens that repetition counts; None where it is not penalised.
+      nodes: [B], where in the trie of choices the answers are; None where all may be said.
+      ended: [B], rows that are complete.
       step: tokens of an answer that has not ended.
     """
 
     cache: Cache
-    last: Int[Array, " B"]
-    lengths: Int[Array, " B"]
-    seen: Bool[Array, "B V"] | None
-    nodes: Int[Array, " B"] | None
-    ended: Bool[Array, " B"]
-    step: Int[Array, ""]
+    last: Any  # arrays, or what stands for them: shapes
+    lengths: Any
+    seen: Any
+    nodes: Any
+    ended: Any
+    step: Any
 
 
 def generate(

@@ -24,7 +24,7 @@ COLLECTIVES = (
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"),
     *("conditional", "call", "partition-id", "replica-id", "async-start", "async-update"),
-    *("async-done", "copy-done", "optimization-barrier", "domain", "send-done", "recv-done"),
+    *("optimization-barrier", "domain"),
 }
 
 
@@ -91,7 +91,7 @@ class Program:
         self.devices, self.unknown = devices, unknown
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry, body = "", {}
-        for line in text.splitlines():
+        for line in _whole_lines(text):
             if found := _LINE.match(line):
                 root, name, kind, op, rest = found.groups()
                 inner = rest[: _end(rest)]
@@ -118,8 +118,7 @@ class Program:
         for each in body.values():
             inner = times
             if each.op == "while":
-                known = _TRIPS.search(each.rest)
-                inner = times * (float(known[1]) if known else self.unknown)
+                inner = times * self._trips(each, body)
             if each.op in ("while", "fusion", "call", "conditional", "async-start", "custom-call"):
                 for called in each.called:
                     if called in self.computations:
@@ -129,8 +128,27 @@ class Program:
             kind = each.op.removesuffix("-start")
             if kind in COLLECTIVES:
                 costs.collectives.append(self._collective(kind, each, body, times))
-            elif not fused and each.op not in _FREE:
+            elif not fused and each.op not in _FREE and not each.op.endswith("-done"):
                 costs.bytes += times * self._bytes(each, body)
+
+    def _trips(self, loop: Instruction, body: dict[str, Instruction]) -> float:
+        """How often a loop goes round that counts from 0 to what its condition compares with."""
+        if known := _TRIPS.search(loop.rest):
+            return float(known[1])
+        inside = self.computations[re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]]
+        root = next(each for each in inside.values() if each.root)
+        if root.op != "compare" or "direction=LT" not in root.rest:
+            return self.unknown
+        bound = inside[root.operands[1]]
+        if bound.op == "get-tuple-element":
+            given = body.get(loop.operands[0])
+            if given is None or given.op != "tuple":
+                return self.unknown
+            number = int(re.search(r"index=(\d+)", bound.rest)[1])
+            bound = body.get(given.operands[number], bound)
+            while bound.op in ("copy", "copy-done", "copy-start") and bound.operands[0] in body:
+                bound = body[bound.operands[0]]
+        return float(bound.rest.partition(")")[0]) if bound.op == "constant" else self.unknown
 
     def _flops(self, each: Instruction, body: dict[str, Instruction]) -> float:
         if each.op not in ("dot", "convolution", "custom-call"):
@@ -153,6 +171,13 @@ class Program:
         operands = [body[name].type for name in each.operands if name in body]
         if each.op == "copy-start":
             return sum(map(_size, operands)) + _size(_first(each.type))
+        if each.op.endswith("-start"):  # a part of what is the first of its types
+            part = _ARRAY.findall(each.type)[1]
+            return _plain_size(f"{part[0]}[{part[1]}]") + _size(
+                f"{part[0]}[{part[1]}]{{{part[2]}}}"
+            )
+        if each.op == "custom-call" and "tpu_custom_call" not in each.rest:
+            return 0.0  # marks for the compiler
         if each.op != "fusion" or not each.called:
             return sum(map(_size, operands)) + _size(each.type)
         inside = self.computations[each.called[0]]
@@ -201,6 +226,18 @@ class Program:
             share = (n - 1) / n
         where = re.search(r'op_name="([^"]*)"', each.rest)
         return Collective(kind, size * share, each.type, group, times, where[1] if where else "")
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Lines; what is told of a kernel may itself have several."""
+    held = ""
+    for line in text.splitlines():
+        if line.startswith(('"', "}}")):
+            held += line
+            continue
+        yield held
+        held = line
+    yield held
 
 
 def _end(text: str) -> int:

@@ -16,7 +16,19 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from qwen2audio_jax import config, encoder, flash, generate, processor, sharding
+from qwen2audio_jax import cache as caches
+from qwen2audio_jax import config, flash, processor, sharding
+from qwen2audio_jax.generate import (
+    GREEDY,
+    SHORTEST_CACHE,
+    _begin,
+    _decode,
+    _embed,
+    _listen,
+    _prefill,
+    bucket,
+)
+from qwen2audio_jax.mel import audio_tokens
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.sampling import rules_for
 from qwen2audio_jax.training import flops, placement
@@ -71,7 +83,7 @@ class Work:
         Raises:
           ValueError: rows are too short for their clips, or do not make up the parts.
         """
-        heard = self.clips * encoder.states_of(self.frames)
+        heard = self.clips * audio_tokens(self.frames)
         if heard >= self.tokens:
             raise ValueError(
                 f"wanted rows of more than the {heard} tokens of their clips, got {self.tokens}"
@@ -170,14 +182,14 @@ def lower(
     sharding.check(sizes, mesh)
     if stage in ("prefill", "decode"):
         with flash.using(settings.attention):
-            return (_prefill if stage == "prefill" else _decode)(sizes, work, settings, mesh)
+            return (_reading if stage == "prefill" else _saying)(sizes, work, settings, mesh)
     parts = settings.gradient_accumulation_steps
     batch = work.arrays(sizes, stage, parts)
     _check(work, parts, mesh)
     model = _shapes(sizes, settings.weight_dtype, mesh, scan_layers=settings.scan_layers)
     trainee = trainee_of(settings, model, mesh)
     shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batch.items()}
-    learned = work.tokens - work.clips * encoder.states_of(work.frames)
+    learned = work.tokens - work.clips * audio_tokens(work.frames)
     return Lowered(
         program=trainee.lower(shapes),
         flops=trainee.flops(batch),
@@ -208,7 +220,7 @@ def _shapes(sizes: config.Config, dtype: str, mesh: Mesh, *, scan_layers: bool) 
     return nnx.merge(graph, placement.put(state, sharding.shardings(state, mesh)))
 
 
-def _prefill(sizes, work, settings, mesh) -> Lowered:
+def _reading(sizes, work, settings, mesh) -> Lowered:
     """Hears and reads prompts, into a cache with room for as many tokens again."""
     model = _shapes(sizes, settings.dtype, mesh, scan_layers=False)
     batch = work.arrays(sizes, "prefill")
@@ -216,13 +228,13 @@ def _prefill(sizes, work, settings, mesh) -> Lowered:
     shapes = placement.place(
         {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batch.items()}, mesh
     )
-    slots = generate.bucket(2 * work.tokens, generate.SHORTEST_CACHE, per_octave=2)
+    slots = bucket(2 * work.tokens, SHORTEST_CACHE, per_octave=2)
 
     @jax.jit
     def read(model, ids, mask, features, feature_mask):
-        heard = generate._listen(model, features, feature_mask)
-        x = generate._embed(model, ids, heard)
-        return generate._prefill(model, x, mask, None, slots, work.tokens)
+        heard = _listen(model, features, feature_mask)
+        x = _embed(model, ids, heard)
+        return _prefill(model, x, mask, None, slots, work.tokens)
 
     names = ("input_ids", "attention_mask", "input_features", "feature_attention_mask")
     with jax.set_mesh(mesh):
@@ -234,20 +246,20 @@ def _prefill(sizes, work, settings, mesh) -> Lowered:
     return Lowered(program, heard + projected + reading + head, held, 1)
 
 
-def _decode(sizes, work, settings, mesh) -> Lowered:
+def _saying(sizes, work, settings, mesh) -> Lowered:
     """One more token for every row, its past filling the cache."""
     model = _shapes(sizes, settings.dtype, mesh, scan_layers=False)
     d, rows = sizes.decoder, work.batch
-    rules = rules_for(sizes, generate.GREEDY, min_new_tokens=0, end_tokens=None)
+    rules = rules_for(sizes, GREEDY, min_new_tokens=0, end_tokens=None)
     logits = jax.ShapeDtypeStruct((rows, d.vocabulary), jnp.float32)
     draws = np.zeros(rows, np.uint32)
-    make = lambda: generate.caches.empty(d, rows, work.tokens, scan=False, dtype=settings.dtype)
+    make = lambda: caches.empty(d, rows, work.tokens, scan=False, dtype=settings.dtype)
     cache = jax.eval_shape(make)
     cache = placement.put(cache, sharding.of_cache(cache, mesh))
-    begin = lambda logits, cache: generate._begin(logits, cache, None, draws, None, rules)[0]
+    begin = lambda logits, cache: _begin(logits, cache, None, draws, None, rules)[0]
     state = jax.eval_shape(begin, logits, cache).replace(cache=cache)
     with jax.set_mesh(mesh):
-        program = generate._decode.lower(model, state, draws, rules, 1)
+        program = _decode.lower(model, state, draws, rules, 1)
     wide = d.heads * d.head_width
     weights = d.layers * d.width * (2 * wide + 2 * d.kv_heads * d.head_width + 3 * d.hidden)
     needed = 2.0 * rows * (weights + d.width * d.vocabulary + 2 * d.layers * wide * work.tokens)
