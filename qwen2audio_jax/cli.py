@@ -38,7 +38,8 @@ An argument that exists, is a URL, is one word that ends like a sound file, or b
 heard as consecutive windows of 30 s.
 """
 TRANSCRIBE = """\
-Writes down what is said. Clips may have any length: one over 30 s is cut where it is quietest.
+Writes down what is said. Clips may have any length: what is longer than a window (30 s, or what
+the model has learned from) is cut where it is quietest.
 
   qwen2audio transcribe talk.mp3
   qwen2audio transcribe talk.mp3 --timestamps
@@ -181,6 +182,12 @@ def _add_transcribe(commands) -> None:
     )
     parser.add_argument(
         "--chat", action="store_true", help="ask as a user in a chat: for Instruct models"
+    )
+    parser.add_argument(
+        "--window",
+        type=float,
+        metavar="SECONDS",
+        help="the longest part heard at once (the model's own; at most 30)",
     )
     parser.add_argument("--timestamps", action="store_true", help="print windows with their times")
     parser.add_argument("--format", choices=("text", "json", "srt", "vtt"), default="text")

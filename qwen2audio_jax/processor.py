@@ -31,8 +31,9 @@ Wave = Float[np.ndarray, " _"]
 
 WINDOW = 30 * sound.SAMPLE_RATE  # samples that the encoder hears at once
 SHORTEST_WINDOW = sound.SAMPLE_RATE // 10
-# Few lengths, so that a new clip rarely compiles anew; 10 ms each.
-FRAME_BUCKETS = (*range(100, 400, 100), *range(400, 1000, 200), *range(1000, 3001, 500))
+# Few lengths, so that a new clip rarely compiles anew; 10 ms each. They are those of whole seconds,
+# and the little that such a clip needs behind it.
+FRAME_BUCKETS = (104, 204, 304, 404, 504, 604, 804, 1004, 1504, 2004, 2504, 3000)
 IGNORED = -100  # a label that the loss leaves out, as in PyTorch
 
 # A checkpoint's files that are no weights.
@@ -71,6 +72,11 @@ TOKENIZER_CONFIG = {
 }
 
 
+# In the features' settings: how long the clips were that a checkpoint has learned from, if less
+# than 30 s; what is longer is written down in windows of so many seconds.
+WINDOW_SECONDS = "window_seconds"
+
+
 class LongAudioWarning(UserWarning):
     """A clip over 30 s is heard as several windows."""
 
@@ -90,6 +96,7 @@ class Processor:
                 raise ValueError(f"{folder}: wanted {key} {ours}, got {features[key]}")
         encoder = read_json(folder / "config.json").get("audio_config") or {}
         self.mels: int = features.get("feature_size", encoder.get("num_mel_bins", 128))
+        self.window: float = features.get(WINDOW_SECONDS, 30.0)
         self._lacks_features = not features
 
     @classmethod
@@ -101,10 +108,13 @@ class Processor:
         """
         return cls(locate(source, (*COPIED, "config.json")))
 
-    def save_pretrained(self, folder: str | pathlib.Path) -> None:
+    def save_pretrained(self, folder: str | pathlib.Path, *, window: float | None = None) -> None:
         """Writes a folder that transformers' `Qwen2AudioProcessor` loads.
 
         Files that the source folder has are copied byte for byte; only what it lacks is written.
+
+        Args:
+          window: seconds that clips of more than that are to be written down in; None: as before.
         """
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,6 +129,9 @@ class Processor:
         if self._lacks_features:
             settings = PREPROCESSOR_CONFIG | {"feature_size": self.mels}
             _write_json(folder / "preprocessor_config.json", settings)
+        if window is not None:
+            path = folder / "preprocessor_config.json"
+            _write_json(path, read_json(path) | {WINDOW_SECONDS: window})
 
     def __call__(
         self,

@@ -17,6 +17,7 @@ from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor, count_tokens
 from qwen2audio_jax.sampling import Sampling
 
+SHORTEST_WINDOW, LONGEST_WINDOW = 1.0, 30.0  # seconds
 POOL = 8  # batches that are held in memory, so that clips of like length meet in one
 HEARD = f"{prompts.AUDIO_BOS}{prompts.AUDIO}{prompts.AUDIO_EOS}"  # a clip, before its prompt
 # <|sil|> has the form of a language's tag, and says that nobody speaks.
@@ -44,7 +45,7 @@ class Transcript:
       audio: the clip's name.
       text: all windows' texts, joined.
       seconds: how long the clip lasts.
-      windows: its parts of at most 30 s; together they cover it.
+      windows: its parts, each heard by itself; together they cover it.
       language: the tag that the model began its answer with, if it did: "en".
       cut: an answer was as long as it may be: words may be missing.
       error: one line that says what is wrong with the clip; there is no text then.
@@ -64,7 +65,6 @@ class _Part:
     """A window on its way through the model."""
 
     clip: int  # which of its pool's
-    last: bool  # of its clip
     start: int  # samples
     wave: Float[np.ndarray, " S"]
     text: str = ""
@@ -80,6 +80,7 @@ def transcribe(
     language: str | None = None,
     prompt: str | None = None,
     chat: bool = False,
+    window: float | None = None,
     batch_size: int = 8,
     max_new_tokens: int | None = None,
     sampling: Sampling = GREEDY,
@@ -87,8 +88,8 @@ def transcribe(
 ) -> Iterator[Transcript]:
     """Writes down what is said in clips of any length.
 
-    A clip over 30 s is cut at the quietest point before that. Windows of like length are heard
-    together, whatever clip they are from.
+    A clip that is longer than a window is cut at the quietest point before its end. Windows of like
+    length are heard together, whatever clip they are from.
 
     Args:
       sources: paths, URLs, bytes or (samples, rate).
@@ -96,7 +97,8 @@ def transcribe(
       prompt: what to ask of the model in place of its prompt for recognition; it follows the
         clip.
       chat: ask in a user's turn of a conversation, as Instruct models are used to.
-      batch_size: windows that are heard at once.
+      window: seconds that are heard at once, at most 30; None: what the checkpoint has learned.
+      batch_size: windows that are heard together.
       max_new_tokens: the longest answer to a window; None: 256, or what the context has room for.
       progress: show a progress bar.
 
@@ -104,18 +106,23 @@ def transcribe(
       One result per source, in order. A clip that cannot be heard is an error in its own.
 
     Raises:
-      ValueError: the model does not know the language, or an answer of `max_new_tokens` does not
-        fit its context.
+      ValueError: the model does not know the language, an answer of `max_new_tokens` does not fit
+        its context, or a window has no such length.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    window = processor.window if window is None else window
+    if not SHORTEST_WINDOW <= window <= LONGEST_WINDOW:
+        raise ValueError(
+            f"wanted windows of {SHORTEST_WINDOW:g} to {LONGEST_WINDOW:g} s, got {window:g}"
+        )
     text = _prompt(processor, language, prompt)
     if chat:
         parts = [prompts.CLIP, {"type": "text", "text": text.removeprefix(HEARD)}]
         turn = [{"role": "user", "content": parts}]
         text = processor.template.render(turn, add_generation_prompt=True)
     hear = lambda parts, rows: _hear(model, processor, text, parts, rows, max_new_tokens, sampling)
-    return _transcripts(hear, sources, batch_size, progress)
+    return _transcripts(hear, sources, round(window * audio.SAMPLE_RATE), batch_size, progress)
 
 
 def _prompt(processor: Processor, language: str | None, prompt: str | None) -> str:
@@ -134,13 +141,16 @@ def _prompt(processor: Processor, language: str | None, prompt: str | None) -> s
     return prompts.transcription(language)
 
 
-def _transcripts(hear, sources, batch_size, progress) -> Iterator[Transcript]:
+def _transcripts(hear, sources, window, batch_size, progress) -> Iterator[Transcript]:
     rows = 1
-    with tqdm.tqdm(total=len(sources), unit=" clips", disable=not progress) as shown:
-        for results, parts in _pools(sources, POOL * batch_size):
+    with tqdm.tqdm(
+        total=len(sources), unit=" windows", delay=1, leave=False, disable=not progress
+    ) as shown:
+        for results, parts in _pools(sources, window, POOL * batch_size):
+            shown.total += len(parts) - len(results)  # a clip counts for one until it is cut
             # A model that is given silence makes something up.
             heard = [part for part in parts if np.abs(part.wave).max() >= audio.QUIETEST]
-            shown.update(len(results) - sum(part.last for part in heard))
+            shown.update(len(parts) - len(heard))
             waiting = sorted(heard, key=lambda part: len(part.wave))
             for first in range(0, len(waiting), batch_size):
                 batch = waiting[first : first + batch_size]
@@ -148,12 +158,12 @@ def _transcripts(hear, sources, batch_size, progress) -> Iterator[Transcript]:
                 # compiles nothing anew.
                 rows = max(rows, min(1 << (len(batch) - 1).bit_length(), batch_size))
                 hear(batch, rows)
-                shown.update(sum(part.last for part in batch))
+                shown.update(len(batch))
             for i, result in enumerate(results):
                 yield _finish(result, [part for part in parts if part.clip == i])
 
 
-def _pools(sources, enough: int) -> Iterator[tuple[list[Transcript], list[_Part]]]:
+def _pools(sources, window: int, enough: int) -> Iterator[tuple[list[Transcript], list[_Part]]]:
     """Loads clips until they have `enough` windows, again and again."""
     results, parts = [], []
     for source in sources:
@@ -162,9 +172,8 @@ def _pools(sources, enough: int) -> Iterator[tuple[list[Transcript], list[_Part]
         except audio.AudioError as error:
             results.append(Transcript(audio=audio.name(source), error=str(error)))
             continue
-        for start, stop in audio.split(wave):
-            part = {"start": start, "wave": wave[start:stop], "last": stop == len(wave)}
-            parts.append(_Part(clip=len(results), **part))
+        for start, stop in audio.split(wave, window):
+            parts.append(_Part(clip=len(results), start=start, wave=wave[start:stop]))
         seconds = len(wave) / audio.SAMPLE_RATE
         results.append(Transcript(audio=audio.name(source), seconds=seconds))
         if len(parts) >= enough:

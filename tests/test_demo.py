@@ -59,7 +59,7 @@ def demonstrate(out, *args):
 @pytest.mark.slow
 def test_the_demonstration_leaves_a_model(tmp_path, chirp):
     """A few steps of each stage: a folder that transformers loads, a card, pictures; run again, it
-    tells the same and trains nothing."""
+    tells the same and trains nothing; its two modes can be compared with each alone."""
     import torch
     import transformers
 
@@ -96,3 +96,13 @@ def test_the_demonstration_leaves_a_model(tmp_path, chirp):
     assert (out / "dpo" / "log.jsonl").read_bytes() == saved
     other = demonstrate(out, *options, "--seed=1")
     assert other.returncode == 2 and "seed was 0, now 1" in other.stderr
+
+    results = tmp_path / "modes.json"
+    command = [sys.executable, "-m", "benchmarks.modes", f"--demo={out}", f"--out={results}"]
+    done = subprocess.run([*command, "--clips=2"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    right = json.loads(results.read_text("utf-8"))["right"]
+    assert right["alone"].keys() == right["together"].keys() == {"analysis", "chat"}
+    ran = json.loads((out / "sft-chat" / "run.json").read_text("utf-8"))
+    assert ran["data"]["train"] == ["world:small/chat", "world:small/tasks"]
+    assert ran["optimizer"]["steps"] == 1  # 2 steps were for both, and for the tasks

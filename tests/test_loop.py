@@ -84,11 +84,11 @@ def test_every_batch_is_one_step_of_the_history():
 
 def test_what_is_held_out_may_be_measured_before_the_first_step(tmp_path):
     """Once: a run that goes on does not measure its beginning again."""
-    config = LoopConfig(save_every=100, evaluate_every=4, evaluate_first=True, best="seen")
+    config = LoopConfig(save_every=100, evaluate_every=4, evaluate_first=True, best="accuracy")
     batches = Counted(signal_at=3)
 
     def go():
-        evaluate = lambda: {"seen": float(batches.number)}
+        evaluate = lambda: {"accuracy": float(batches.number)}
         with (
             contextlib.closing(Log(tmp_path)) as log,
             contextlib.closing(Checkpoints(tmp_path)) as checkpoints,
@@ -100,7 +100,7 @@ def test_what_is_held_out_may_be_measured_before_the_first_step(tmp_path):
     batches.signal_at = None
     ended, rows = go()
     assert ended is None
-    seen = [(row["step"], row["eval/seen"]) for row in rows if "eval/seen" in row]
+    seen = [(row["step"], row["eval/accuracy"]) for row in rows if "eval/accuracy" in row]
     assert seen == [(0, 0), (4, 4), (5, 5)]
 
 
@@ -208,6 +208,52 @@ def test_gradients_that_are_no_numbers_stop_the_training(tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(one.state.params))
     log.close()
     checkpoints.close()
+
+
+class Dropping(Counted):
+    """Batches that leave samples out, for a second reason from the third one on."""
+
+    @property
+    def counts(self):
+        late = {"too long": [1, "row 8: 31 s"]} if self.number > 2 else {}
+        return {"speech": {"bad": {"missing audio": [self.number, "row 7: gone"], **late}}}
+
+
+def test_what_is_left_out_is_told_when_it_begins(capsys):
+    """Once for each reason; the log counts."""
+    log = Log(None)
+    loop.train(learner(), Dropping(), log=log)
+    told = capsys.readouterr().err
+    assert told.count("speech: left out, missing audio: row 7: gone") == 1
+    assert told.count("speech: left out, too long: row 8: 31 s") == 1
+    assert [row["bad/missing audio"] for row in log.rows] == [1, 2, 3, 4, 5]
+    assert [row.get("bad/too long") for row in log.rows] == [None, None, 1, 1, 1]
+
+
+@pytest.mark.parametrize("ends", ["signal", "error"])
+def test_an_evaluation_that_is_ended_loses_no_steps(tmp_path, ends):
+    """What it stands between is saved: a signal leaves little time, and an error may recur."""
+    done = []
+
+    def evaluate():
+        if ends == "error":
+            raise KeyError("no such answer")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        done.append(True)
+
+    config = LoopConfig(save_every=100, evaluate_every=3)
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        train = lambda: loop.train(
+            learner(), Counted(), config, checkpoints=checkpoints, evaluate=evaluate
+        )
+        if ends == "signal":
+            assert train() == signal.SIGTERM and not done
+        else:
+            with pytest.raises(KeyError):
+                train()
+            checkpoints.wait()
+        assert checkpoints.steps == [3]
 
 
 def test_what_nothing_can_train_is_refused():

@@ -227,3 +227,29 @@ def test_rematerialised_loss_is_the_same(model, batch):
         for equation in equations(programs[remat].jaxpr)
     )
     assert checkpoints("full") == checkpoints("none") + 2
+
+
+def test_ctc_over_a_clips_own_words_is_that_over_the_whole_vocabulary():
+    """Loss and gradients, with words that recur, clips of unlike lengths, and one without words."""
+    graph, state = nnx.split(small.shaken(Qwen2Audio(small.CONFIG, rngs=nnx.Rngs(0))).decoder)
+    states = jax.random.normal(jax.random.key(1), (3, 12, small.CONFIG.decoder.width))
+    counts = jnp.array([12, 7, 5])
+    words = jnp.array([[9, 9, 11, 9], [12, 5, -100, -100], [-100] * 4])
+
+    def whole(state, states):
+        logits = nnx.merge(graph, state).logits(states)
+        behind = jnp.arange(12) >= counts[:, None]
+        spelt = words != -100
+        return optax.ctc_loss(
+            logits, behind * 1.0, jnp.where(spelt, words, 0), ~spelt * 1.0, blank_id=2
+        ).sum()
+
+    def own(state, states):
+        return loss.words_loss(nnx.merge(graph, state), states, counts, words, blank=2)
+
+    (wanted, slopes), (got, found) = (
+        jax.jit(jax.value_and_grad(each, argnums=(0, 1)))(state, states) for each in (whole, own)
+    )
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (found, slopes)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)

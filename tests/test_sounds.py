@@ -70,14 +70,14 @@ def test_the_higher_tone_is_higher():
 
 
 @pytest.mark.parametrize("instrument", sounds.INSTRUMENTS)
-def test_a_minor_third_is_smaller_than_a_major_one(instrument):
-    """The second of a chord's notes is 3 or 4 semitones above the first, the third 7."""
-    for quality, third in (("major", 4), ("minor", 3)):
-        wave = sounds.chord(quality, instrument, np.random.default_rng(3))
+def test_a_chord_is_broken_upwards_or_downwards(instrument):
+    """The notes of a major triad, one by one: four and seven semitones above the lowest."""
+    for motion, steps in (("rising", [4, 7]), ("falling", [-3, -7])):
+        wave = sounds.chord(motion, instrument, np.random.default_rng(3))
         step = round((len(wave) - 0.5 * RATE) / 3)
         notes = [fundamental(wave[i * step : (i + 1) * step]) for i in range(3)]
         semitones = 12 * np.log2(np.array(notes[1:]) / notes[0])
-        np.testing.assert_allclose(semitones, [third, 7], atol=0.35)
+        np.testing.assert_allclose(semitones, steps, atol=0.35)
 
 
 def fundamental(wave):

@@ -70,6 +70,47 @@ def test_windows_cover_a_long_clip(saying, write, chirp):
     np.testing.assert_allclose(starts[1:], [26.2, 51.2], atol=0.2)
 
 
+def test_windows_are_as_long_as_asked_or_as_the_checkpoint_has_learned(
+    saying, write, chirp, pair, tmp_path
+):
+    """10 s in windows of 4 s; without a word those of the checkpoint's own settings."""
+    wave = chirp(10.0)
+    saying("any", "thing")
+    [whole], [cut] = write(wave), write(wave, window=4.0)
+    assert len(whole.windows) == 1 and len(cut.windows) >= 3
+    assert all(w.end - w.start <= 4.0 for w in cut.windows) and cut.windows[-1].end == 10.0
+    pair[1].save_pretrained(tmp_path, window=4.0)
+    own = Processor.from_pretrained(tmp_path)
+    own.save_pretrained(tmp_path / "copy")
+    assert Processor.from_pretrained(tmp_path / "copy").window == own.window == 4.0
+    [result] = transcribe(pair[0], own, [(wave, 16_000)])
+    times = lambda windows: [(w.start, w.end) for w in windows]
+    assert times(result.windows) == times(cut.windows)
+
+
+@pytest.mark.parametrize("window", [0.5, 31.0, float("nan")])
+def test_a_window_that_nothing_can_hear_is_refused(write, chirp, window):
+    with pytest.raises(ValueError, match=rf"wanted windows of 1 to 30 s, got {window:g}"):
+        write(chirp(1.0), window=window)
+
+
+def test_the_progress_of_one_long_clip_is_that_of_its_windows(saying, write, chirp, monkeypatch):
+    """Silent windows, and clips that cannot be heard, are done without being heard."""
+    bars = []
+
+    class Bar(transcription.tqdm.tqdm):
+        def close(self):
+            bars.append((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr(transcription.tqdm, "tqdm", Bar)
+    saying()
+    long, silent = chirp(10.0), np.zeros(16_000)
+    results = write(long, silent, b"no sound", window=4.0, progress=True)
+    assert len(results) == 3 and len(results[0].windows) >= 3
+    assert bars[0] == (sum(len(result.windows) for result in results),) * 2
+
+
 def test_alone_or_together(write, chirp):
     """Clips of unlike lengths get the same texts in one batch, in several, and alone."""
     waves = [chirp(seconds, i) for i, seconds in enumerate((0.9, 0.5, 2.5))]
@@ -111,7 +152,7 @@ def test_short_clips_do_not_pay_for_long_ones(saying, write, chirp):
     """Windows of like length share a batch."""
     heard = saying(*"abcd")
     write(chirp(20.0), chirp(0.5), chirp(21.0), chirp(0.6), batch_size=2)
-    assert [inputs["input_features"].shape for inputs in heard] == [(2, 128, 100), (2, 128, 2500)]
+    assert [inputs["input_features"].shape for inputs in heard] == [(2, 128, 104), (2, 128, 2504)]
 
 
 def test_a_bad_clip_is_its_own_error(write, chirp, tmp_path):

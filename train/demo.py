@@ -224,7 +224,7 @@ def finish(
 ) -> None:
     """Writes the model, its card and its pictures."""
     weights.save(jax.tree.map(lambda x: x.astype("bfloat16"), model), demo.out)
-    processor.save_pretrained(demo.out)
+    processor.save_pretrained(demo.out, window=max(skill.seconds for skill in world.tasks))
     histories = {
         stage: [row for row in log.read(demo.out / stage / log.LOG) if "loss" in row]
         for stage in STAGES

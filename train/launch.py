@@ -1,6 +1,7 @@
 """What the programs of this folder share: presets, flags, and one line for a mistake."""
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import pkgutil
@@ -13,6 +14,7 @@ import jax
 import tyro
 
 from qwen2audio_jax.training import memory
+from qwen2audio_jax.training.settings import WORLD
 from train import configs
 
 
@@ -37,7 +39,7 @@ def launch(stage: str, train: Callable[[Any], int | None], about: str) -> None:
     name = f"train.{stage}"
     memory.keep()
     try:
-        settings = _parse(stage, about)
+        settings = _without_others(_parse(stage, about), name)
         if settings.distributed:
             jax.distributed.initialize()
         signal = train(settings)
@@ -53,7 +55,7 @@ def launch(stage: str, train: Callable[[Any], int | None], about: str) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     if signal is not None:
-        print(f"{name}: signal {signal}: all is saved in {settings.out}, run it again to go on")
+        print(f"{name}: signal {signal}: run it again to go on from what {settings.out} holds")
         sys.exit(128 + signal)
     print(f"{name}: done: {settings.out / 'summary.md'}, and the model in {settings.out / 'model'}")
 
@@ -73,6 +75,19 @@ def _parse(stage: str, about: str) -> Any:
     lines = [line for line in lines if line and not line.startswith("For full helptext")]
     message = re.sub(r"Error parsing \S+: ", "", " ".join(lines[1:] or lines))
     raise ValueError(f"{message}; --help teaches")
+
+
+def _without_others(settings: Any, name: str) -> Any:
+    """A preset's made world does not measure what was learned from somebody's own data."""
+    made = lambda sources: [source for source in sources if source.startswith(WORLD)]
+    data = settings.data
+    others = set() if made(data.train) else set(made(data.held_out))
+    if not data.train or not others:
+        return settings
+    kept = tuple(source for source in data.held_out if source not in others)
+    if not kept:
+        print(f"{name}: nothing is measured without --data.held-out", file=sys.stderr)
+    return dataclasses.replace(settings, data=dataclasses.replace(data, held_out=kept))
 
 
 def _stop(name: str, error: object, status: int) -> None:

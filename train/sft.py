@@ -1,8 +1,8 @@
 """Fine-tunes on conversations, of which the assistant's turns are learned, or on declared tasks.
 
     python -m train.sft tiny                                      # made conversations
-    python -m train.sft tiny --data.train chats.jsonl --data.held-out chats.jsonl:test
-    python -m train.sft 7b --data.train chats.jsonl --lora.r 16   # LoRA; 7b-full trains all
+    python -m train.sft tiny --data.train chats.jsonl:train --data.held-out chats.jsonl:test
+    python -m train.sft 7b --data.train chats.jsonl:train --lora.r 16   # LoRA; 7b-full trains all
 
 A line of chats.jsonl, with clips as paths, relative to it, or URLs:
 

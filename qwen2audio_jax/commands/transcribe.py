@@ -33,10 +33,11 @@ def run(options: argparse.Namespace) -> int:
         language=None if options.language == "auto" else options.language,
         prompt=options.prompt,
         chat=options.chat,
+        window=options.window,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,
-        progress=len(options.clips) > 1 and sys.stderr.isatty(),
+        progress=sys.stderr.isatty(),
     )
     failed = False
     for result, file in zip(results, files, strict=True):

@@ -28,7 +28,7 @@ QUESTIONS = (
     *("How many {many} are there?", "Is there a {about}?"),
 )
 # The words that captions are made of, besides what is said and heard.
-CAPTIONS = ("a man says", "a woman says", "a major chord on the piano, then a slow drum")
+CAPTIONS = ("a man says", "a woman says", "a rising chord on the piano, then a slow drum")
 
 Sample = dict[str, Any]
 
@@ -176,9 +176,9 @@ def drawn(
 
 def chord(rng: np.random.Generator, held_out: bool) -> Sample:
     """A chord on any instrument."""
-    quality = pick(rng, tuple(sounds.CHORDS))
+    motion = pick(rng, tuple(sounds.CHORDS))
     instrument = pick(rng, tuple(sounds.INSTRUMENTS))
-    return _made(sounds.chord(quality, instrument, rng, held_out=held_out), quality, rng)
+    return _made(sounds.chord(motion, instrument, rng, held_out=held_out), motion, rng)
 
 
 def caption(rng: np.random.Generator, held_out: bool, *, vocabulary: tuple[str, ...]) -> Sample:
@@ -242,10 +242,10 @@ def _events(rng: np.random.Generator, held_out: bool) -> tuple:
 
 
 def _chord(rng: np.random.Generator, held_out: bool) -> tuple:
-    quality = pick(rng, tuple(sounds.CHORDS))
+    motion = pick(rng, tuple(sounds.CHORDS))
     instrument = pick(rng, tuple(sounds.INSTRUMENTS))
-    wave = sounds.chord(quality, instrument, rng, held_out=held_out)
-    return f"a {quality} chord on the {instrument}", wave
+    wave = sounds.chord(motion, instrument, rng, held_out=held_out)
+    return f"a {motion} chord on the {instrument}", wave
 
 
 def _drum(rng: np.random.Generator, held_out: bool) -> tuple:

@@ -69,7 +69,7 @@ CLASSES = {
     "order": ("the sounds in order", "I hear {text}.", ("Which sounds do you hear in order?",)),
     "tone": ("the pitch of the tone", "The tone is {text}.", ("Is the tone low or high?",)),
     "interval": ("the higher tone", "The {text} tone is higher.", ("Which tone is higher?",)),
-    "chord": ("the chord", "The chord is {text}.", ("Is the chord major or minor?",)),
+    "chord": ("the chord", "The chord is {text}.", ("Is the chord rising or falling?",)),
     "rhythm": ("the speed of the rhythm", "The rhythm is {text}.",
                ("Is the rhythm slow or fast?",)),
     "instrument": ("the instrument", "It is the {text}.", ("Which instrument is playing?",)),
@@ -191,7 +191,11 @@ def full(words: tuple[str, ...], chats: tuple[dialogue.Chat, ...]) -> tuple[Skil
         *(_recognise(language, lexicon.words(language), 3) for language in languages),
         *(_translate(language, "en") for language in languages),
         *(_translate("en", language) for language in languages),
-        *(_classify(kind, manner(kind)) for kind in ("gender", "pitch", "rate", "emotion")),
+        *(
+            # what is heard in the pitch of a voice is learned late
+            _classify(kind, manner(kind), weight=1.0 if kind == "rate" else 4.0)
+            for kind in ("gender", "pitch", "rate", "emotion")
+        ),
         _classify("presence", partial(scenes.presence, vocabulary=words)),
         _classify("sound", scenes.sound),
         _classify("count", partial(scenes.count, most=5), scenes.NUMBERS[1:6]),
@@ -294,7 +298,7 @@ def _caption(words: tuple[str, ...]) -> Skill:
         tags=hierarchical_tags("caption"),
         asked=("What happens in the audio?", "Describe the audio."),
         reply="I hear {text}.",
-        weight=2.0,
+        weight=4.0,
     )
 
 
@@ -306,7 +310,7 @@ def _question() -> Skill:
         paraphrases=tuple(f"{prompt} [TEXT:question]" for prompt in ANSWER_OTHERWISE),
         tags=hierarchical_tags("question"),
         asked=(OWN,),
-        weight=2.0,
+        weight=3.0,
     )
 
 
@@ -320,5 +324,5 @@ def _timestamps(words: tuple[str, ...]) -> Skill:
         answer=TAGGED,
         metric="times",
         augmented=False,
-        weight=2.0,
+        weight=4.0,
     )

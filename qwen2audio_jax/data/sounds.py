@@ -41,7 +41,7 @@ INSTRUMENTS = {
         harmonics=tuple(h**-0.7 for h in range(1, 13)), attack=0.09, vibrato=0.012
     ),
 }
-CHORDS = {"major": (0, 4, 7), "minor": (0, 3, 7)}  # semitones above the root
+CHORDS = {"rising": (0, 4, 7), "falling": (7, 4, 0)}  # semitones above the root, in their order
 BEATS = {"slow": (0.5, 0.65), "fast": (0.15, 0.22)}  # seconds from one to the next
 TONES = {"low": (150.0, 400.0), "high": (1200.0, 3000.0)}  # Hz
 
@@ -112,11 +112,11 @@ def note(instrument: str, frequency: float, seconds: float) -> Samples:
 
 
 def chord(
-    quality: str, instrument: str, rng: np.random.Generator, *, held_out: bool = False
+    motion: str, instrument: str, rng: np.random.Generator, *, held_out: bool = False
 ) -> Samples:
-    """A "major" or "minor" triad, its notes one by one and then together."""
+    """A major triad, its notes one by one, "rising" or "falling", and then together."""
     root = dial(rng, 330.0, 660.0, held_out=held_out)
-    notes = [root * 2 ** (semitones / 12) for semitones in CHORDS[quality]]
+    notes = [root * 2 ** (semitones / 12) for semitones in CHORDS[motion]]
     step = rng.uniform(0.16, 0.24)
     together = sum(note(instrument, frequency, 0.5) for frequency in notes)
     broken = [_finish(note(instrument, frequency, step)) for frequency in notes]

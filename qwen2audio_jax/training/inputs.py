@@ -12,9 +12,8 @@ from qwen2audio_jax.data.instruction import Task
 from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.sources import RandomAccess, open_source
 from qwen2audio_jax.processor import Processor
-from qwen2audio_jax.training.settings import DataConfig
+from qwen2audio_jax.training.settings import WORLD, DataConfig
 
-WORLD = "world:"
 MADE = 10**6  # samples that a made world tells apart
 
 Choices = Callable[[Mapping], list[str] | None]

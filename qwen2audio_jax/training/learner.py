@@ -28,6 +28,7 @@ class Learner:
         shapes alone, as `nnx.eval_shape` makes, makes a learner that can be lowered but not run.
       loss: of a model and a batch; with `reference` of a `reference` model too.
       adapters: what trains in the place of the model's own parameters.
+      start: adapters to begin with, of the same shapes; None: such as change nothing yet.
       reference: whether the loss compares with the model as it was: the base of adapters, or a
         copy of what trains.
       mesh: to spread the parameters over; None: they stay where they are.
@@ -46,6 +47,7 @@ class Learner:
         loss: Callable[..., Sums],
         *,
         adapters: lora.LoraConfig | None = None,
+        start: lora.Adapters | None = None,
         reference: bool = False,
         mesh: Mesh | None = None,
         dtype: Any = None,
@@ -58,6 +60,7 @@ class Learner:
         self.config, self.optimizer = model.config, optimizer
         self.adapters, self.mesh, self.accumulate = adapters, mesh, accumulate
         self.reference, self._dtype, self._seed = reference, dtype, seed
+        optimizer.check(by_name(nnx.state(model)))
         if adapters is None:
             self._graph, params, frozen = step.split(model, optimizer.trains)
             self._fixed = (frozen, placement.copied(params)) if reference else (frozen,)
@@ -65,16 +68,18 @@ class Learner:
         else:
             self._graph, *fixed = nnx.split(model, lambda *_: True, ...)
             self._fixed = tuple(fixed)
-            params = self._fresh(model, adapters)
+            params = self._fresh(model, adapters, start)
             self._loss = self._adapted(loss)
         if not jax.tree.leaves(params):
             raise ValueError("nothing trains: every learning rate is 0, or all is frozen")
         self._trained = {part_of(name) for name in by_name(params)}
         self._start(params)
 
-    def _fresh(self, model: Qwen2Audio, config: lora.LoraConfig) -> lora.Adapters:
+    def _fresh(
+        self, model: Qwen2Audio, config: lora.LoraConfig, start: lora.Adapters | None
+    ) -> lora.Adapters:
         init = lambda: lora.init(config, model, key=jax.random.key(self._seed))
-        params = jax.eval_shape(init) if placement.is_abstract(model) else init()
+        params = start or (jax.eval_shape(init) if placement.is_abstract(model) else init())
         if still := [name for name in by_name(params) if not self.optimizer.trains(name)]:
             raise ValueError(
                 f"target_modules name {still[0].rpartition('.')[0]}, "
@@ -156,34 +161,37 @@ class Learner:
         """The loss on a batch that all hosts have, of the parameters that `model` has."""
         placed = placement.place(batch, self.mesh, shared=True)
         with self.on_mesh():
-            return self._sums(self._params(), placed, *self._fixed)
+            return self._sums(self.averaged(), placed, *self._fixed)
 
     def reference_logps(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """How likely the model finds both answers of each pair; a reference's, before all steps."""
         placed = placement.place(batch, self.mesh, shared=True)
         with self.on_mesh():
-            return jax.device_get(self._score(self._params(), self._fixed, placed))
+            return jax.device_get(self._score(self.averaged(), self._fixed, placed))
 
     def model(self) -> Qwen2Audio:
         """The model as it is now; where an average of the parameters is kept, with that."""
-        return self.model_of(self._params(), self._fixed)
+        return self.model_of(self.averaged(), self._fixed)
 
     def model_of(self, params: Any, fixed: tuple) -> Qwen2Audio:
+        """The model that the loss sees, in its arithmetic's dtype."""
+        cast = lambda state: step.cast(state, self._dtype)
         if self.adapters is None:
-            return nnx.merge(self._graph, params, fixed[0])
-        return lora.apply(nnx.merge(self._graph, *fixed), params, self.adapters)
+            return nnx.merge(self._graph, cast(params), cast(fixed[0]))
+        return lora.apply(nnx.merge(self._graph, *map(cast, fixed)), params, self.adapters)
 
     def merged(self) -> Qwen2Audio:
         """As `model`, with adapters in the weights."""
         if self.adapters is None:
-            return self.model()
-        return lora.merge(self.base(), self._params(), self.adapters)
+            return nnx.merge(self._graph, self.averaged(), self._fixed[0])
+        return lora.merge(self.base(), self.averaged(), self.adapters)
 
     def base(self) -> Qwen2Audio:
         """The model that adapters stand on."""
         return nnx.merge(self._graph, *self._fixed)
 
-    def _params(self) -> Any:
+    def averaged(self) -> Any:
+        """What trains, as it is; its average, where the optimizer keeps one."""
         if not self.optimizer.ema_decay:
             return self.state.params
         average = averaged(self.state.opt_state)

@@ -13,7 +13,7 @@ from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.log import Log
 from qwen2audio_jax.training.meter import Meter
 from qwen2audio_jax.training.settings import LoopConfig
-from qwen2audio_jax.training.signals import Interruption
+from qwen2audio_jax.training.signals import Interrupted, Interruption
 
 DEFAULTS = LoopConfig()
 
@@ -51,7 +51,7 @@ def train(
     meter = Meter(learner, config, log or Log(None), checkpoints, done=done, dtype=dtype)
     with meter, Interruption() as stop:
         if evaluate is not None and config.evaluate_first and done == 0:
-            meter.scored(0, evaluate())
+            score(evaluate, meter, stop, 0)
         for number in _traced(range(done, steps), config.profile, meter):
             asked = time.perf_counter()
             try:
@@ -64,13 +64,15 @@ def train(
                 raise ValueError(f"the batches ended after {done} of {steps} steps")
             meter.batch_came(asked)
             metrics = learner.step(batch, number)
-            meter.add(number + 1, batch, metrics)
+            meter.add(number + 1, batch, metrics, getattr(batches, "counts", {}))
             done, scores = number + 1, None
             last = done == steps
             if evaluate is not None and (last or done % config.evaluate_every == 0):
-                meter.flush()
-                scores = evaluate()
-                meter.scored(done, scores)
+                try:
+                    scores = score(evaluate, meter, stop, done)
+                except Exception:
+                    save(learner, batches, checkpoints, done, meter, None)
+                    raise
             if last or scores or done % config.save_every == 0:
                 save(learner, batches, checkpoints, done, meter, scores)
             if stop.agreed(done):
@@ -80,6 +82,22 @@ def train(
     if checkpoints is not None:
         checkpoints.wait()
     return stop.signal if done < steps else None
+
+
+def score(
+    evaluate: Callable[[], dict[str, float]], meter: Meter, stop: Interruption, done: int
+) -> dict[str, float] | None:
+    """Measures the learner, unless a signal says that the run is to end: there is little time."""
+    meter.flush()
+    if stop.signal is not None:
+        return None
+    try:
+        with stop.at_once():
+            scores = evaluate()
+    except Interrupted:
+        return None
+    meter.scored(done, scores)
+    return scores
 
 
 def resume(learner: Learner, batches: Iterator[Any], checkpoints: Checkpoints | None) -> int:
@@ -108,7 +126,9 @@ def save(
 ) -> None:
     """Saves all that the run needs to go on, unless its gradients have ceased to be finite."""
     meter.flush()
-    if checkpoints is not None and meter.bad == 0:
+    if meter.bad:
+        meter.say(f"step {done} is not saved: nothing is sound since step {done - meter.bad}")
+    elif checkpoints is not None:
         data = {"batches": batches.get_state(), "stays": learner.identity()}
         checkpoints.save(done, learner.state, data, scores)
 

@@ -26,6 +26,10 @@ INPUTS = (
 # Devices with rows of their own share the words' scores: moving the chunk's states to each other
 # costs less than to gather the table of words, and its slopes, everywhere.
 WORDS = ("tensor", "fsdp", "context")
+_LEAST, _NEVER = (
+    jnp.finfo(jnp.float32).eps,
+    -1e5,
+)  # a chance, and what stands for the logarithm of none
 CHUNK = 1024  # tokens of a batch, per device of the mesh, whose logits exist at the same time
 
 
@@ -105,21 +109,45 @@ def next_token_and_words(
         remat=remat,
     )
     sums = _over_learned(model, x, batch)
-    words = batch["words"]
-    behind = jnp.arange(states.shape[1]) >= counts[:, None]
-    ctc = optax.ctc_loss(
-        model.decoder.logits(states),
-        behind.astype(jnp.float32),
-        jnp.where(words == IGNORED, 0, words),
-        (words == IGNORED).astype(jnp.float32),
-        blank_id=model.config.pad_token,
-    ).sum()
-    said = (words != IGNORED).sum()
+    ctc = words_loss(model.decoder, states, counts, batch["words"], blank=model.config.pad_token)
+    said = (batch["words"] != IGNORED).sum()
     return Sums(
         loss=jnp.stack([sums.loss, weight * ctc]),
         weight=jnp.stack([sums.weight, said]),
         metrics={**sums.metrics, "ctc": (ctc, said)},
     )
+
+
+def words_loss(
+    decoder: Decoder,
+    states: Float[Array, "C A D"],
+    counts: Int[Array, " C"],
+    words: Int[Array, "C N"],
+    *,
+    blank: int,
+) -> Float[Array, ""]:
+    """CTC's loss, summed over clips: what their valid states cost that should spell their words.
+
+    CTC asks for the blank and for a clip's own words. These are the classes, with one more for all
+    others together, so that [C A V] is never held.
+    """
+    valid = jnp.arange(states.shape[1]) < counts[:, None]
+    blanks, _ = token_logps(decoder, states, jnp.where(valid, blank, IGNORED))
+    spelt = words != IGNORED
+    beside = decoder.table[jnp.where(spelt, words, blank)] - decoder.table[blank]
+    logps = jnp.einsum("CAD,CND->CAN", states, beside, preferred_element_type=jnp.float32)
+    logps += blanks[..., None]
+    # A word that recurs has the class of its first time.
+    classes = jnp.argmax(words[:, :, None] == words[:, None, :], axis=2)
+    first = spelt & (classes == jnp.arange(words.shape[1]))
+    own = jnp.concatenate([blanks[..., None], jnp.where(first[:, None], logps, _NEVER)], axis=2)
+    rest = jnp.log(jnp.maximum(1 - jnp.exp(own).sum(axis=2, keepdims=True), _LEAST))
+    return optax.ctc_loss(
+        jnp.concatenate([own, rest], axis=2),
+        (~valid).astype(jnp.float32),
+        jnp.where(spelt, classes + 1, 0),
+        (~spelt).astype(jnp.float32),
+    ).sum()
 
 
 def _over_learned(model, x, batch):

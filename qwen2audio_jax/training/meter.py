@@ -41,6 +41,7 @@ class Meter:
         self._peak = 1e12 * (config.peak_tflops or 0) or flops.peak(dtype)
         self._waiting: tuple[int, dict[str, float], Any] | None = None
         self._waited = 0.0
+        self._told: set[tuple[str, str]] = set()
         self._recent: collections.deque = collections.deque(maxlen=RECENT)
         self._last, self._compiling = time.perf_counter(), True
         self._progress = Progress(
@@ -70,11 +71,37 @@ class Meter:
         idle = bool(metrics) and all(x.is_ready() for x in metrics.values())
         self._waited = time.perf_counter() - asked if idle else 0.0
 
-    def add(self, number: int, batch: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
-        """Notes a step that was started, and reads the one before it."""
+    def add(
+        self,
+        number: int,
+        batch: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+        counts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Notes a step that was started, and reads the one before it.
+
+        Args:
+          counts: as `mixture.Batches` has them: what could not be used is told when it begins.
+        """
         sizes = _sizes(self._learner, batch) | {"waited": self._waited}
+        sizes["bad"] = self._tell_bad(counts or {})
         before, self._waiting = self._waiting, (number, sizes, metrics)
         self._read(before)
+
+    def _tell_bad(self, counts: Mapping[str, Any]) -> dict[str, int]:
+        """Says of each part and each reason that it was met; gives how often, by reason."""
+        total: dict[str, int] = collections.defaultdict(int)
+        for part, count in counts.items():
+            for reason, (number, message) in count["bad"].items():
+                total[f"bad/{reason}"] += number
+                if (part, reason) not in self._told:
+                    self._told.add((part, reason))
+                    self.say(f"{part}: left out, {reason}: {message}; more are counted in the log")
+        return dict(total)
+
+    def say(self, line: str) -> None:
+        """Says something beside the bar."""
+        self._progress.write(line)
 
     def flush(self) -> None:
         """Reads the step that was started last.
@@ -90,12 +117,10 @@ class Meter:
         self.flush()
         self.log.write(number, {f"eval/{name}": value for name, value in scores.items()})
         told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if "/" not in name)
-        self._progress.write(f"step {number}: {told}")
+        self.say(f"step {number}: {told}")
         if self._best not in scores:
             known = ", ".join(scores)
-            self._progress.write(
-                f"no checkpoint is kept as the best: no {self._best!r} among {known}"
-            )
+            self.say(f"no checkpoint is kept as the best: no {self._best!r} among {known}")
         self._last = time.perf_counter()
         self._recent.clear()
 
@@ -103,7 +128,7 @@ class Meter:
         if waiting is None:
             return
         number, sizes, metrics = waiting
-        waited = sizes.pop("waited")
+        waited, bad = sizes.pop("waited"), sizes.pop("bad")
         row = {name: float(x) for name, x in jax.device_get(metrics).items()}
         now = time.perf_counter()
         row |= {"learning_rate": float(self._schedule(number - 1)), "seconds": now - self._last}
@@ -113,7 +138,7 @@ class Meter:
             self._recent.append({**sizes, "seconds": row["seconds"]})
         self._compiling = False
         rates = self._rates() if self._recent else {}
-        self.log.write(number, row | rates)
+        self.log.write(number, row | rates | bad)
         self._show(row["loss"], rates)
         self._count(number, row)
 

@@ -11,6 +11,7 @@ import optax
 import optax.contrib
 
 PARTS = ("encoder", "projector", "decoder", "embeddings")
+FROZEN = ("encoder.positions",)  # sines and cosines
 MUON_RMS = 0.5  # Adam's updates are of about this size, in units of the learning rate
 
 
@@ -32,8 +33,9 @@ class OptimizerConfig:
     """Likewise that of the decoder, but for its embeddings."""
     embeddings_learning_rate: float | None = None
     """Likewise that of the token embeddings and of the output head."""
-    frozen: tuple[str, ...] = ("encoder.positions",)
-    """Prefixes of paths that never move, as `decoder.blocks.mlp`."""
+    frozen: tuple[str, ...] = ()
+    """Prefixes of paths that never move, as `decoder.blocks.mlp`, whether blocks are a stack or a
+    list. The encoder's table of positions never does."""
     schedule_type: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """What follows the warm-up: a fall over all other steps, a plateau with a linear fall at its
     end (wsd), or a plateau."""
@@ -70,9 +72,17 @@ class OptimizerConfig:
                 f"wanted warm-up and decay within {self.steps} steps, "
                 f"got {self.warmup_steps} and {self.decay_steps}"
             )
-        for name in ("ema_decay", "final_fraction", "decay_fraction"):
+        for name in ("final_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"wanted {name} from 0 to 1, got {getattr(self, name)}")
+        for name in ("ema_decay", "b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"wanted {name} from 0 to below 1, got {getattr(self, name)}")
+        rates = ("learning_rate", *(f"{part}_learning_rate" for part in PARTS))
+        for name in (*rates, "weight_decay", "eps", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"wanted {name} from 0, got {value}")
 
     @property
     def decay_steps(self) -> int:
@@ -87,8 +97,19 @@ class OptimizerConfig:
 
     def trains(self, path: str) -> bool:
         """Whether the parameter of this path moves."""
-        under = lambda prefix: path == prefix or path.startswith(f"{prefix}.")
-        return self.peak(part_of(path)) > 0 and not any(map(under, self.frozen))
+        still = (*FROZEN, *self.frozen)
+        return self.peak(part_of(path)) > 0 and not any(_under(path, each) for each in still)
+
+    def check(self, paths: Iterable[str]) -> None:
+        """Refuses to freeze what is not among a model's parameters.
+
+        Raises:
+          ValueError: the message names the prefix.
+        """
+        paths = list(paths)
+        for prefix in self.frozen:
+            if not any(_under(path, prefix) for path in paths):
+                raise ValueError(f"frozen: no parameter is under {prefix!r}; there is {paths[0]}")
 
     def schedule(self, part: str = "rest") -> optax.Schedule:
         """The learning rate after so many steps, of one of `PARTS` or of the rest."""
@@ -204,6 +225,12 @@ def part_of(path: str) -> str:
         return "embeddings"
     part = path.partition(".")[0]
     return part if part in PARTS else "rest"
+
+
+def _under(path: str, prefix: str) -> bool:
+    """Whether a path begins with a prefix, which may leave out the number of a block."""
+    plain = ".".join(word for word in path.split(".") if not word.isdigit())
+    return any(f"{each}.".startswith(f"{prefix}.") for each in (path, plain))
 
 
 def _decays(path: str) -> bool:

@@ -20,6 +20,11 @@ from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.preference import PreferenceConfig
 from qwen2audio_jax.training.run import MAY_CHANGE
 
+WORLD = "world:"  # begins the names of sources that are made
+# Ends of the names of figures of what is held out, and which of them are better low.
+LOW = ("loss", "wer", "nll", "ctc", "rejected_match")
+HIGH = ("accuracy", "exact_match", "margins")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
@@ -104,14 +109,25 @@ class DataConfig:
     """Whether a bad sample ends the run; else it is counted."""
 
     def __post_init__(self):
-        for name, sources, one_for_all in (
-            ("tasks", self.train, True),
-            ("weights", self.train, False),
-            ("lines_held_out", self.held_out, True),
+        for name, given, sources, one_for_all in (
+            ("tasks", self.tasks, self.train, True),
+            ("weights", self.weights, self.train, False),
+            ("held_out_tasks", self.lines_held_out, self.held_out, True),
         ):
-            got = len(getattr(self, name))
-            if sources and got not in {0, len(sources), *[1] * one_for_all}:
-                raise ValueError(f"wanted {name} for {len(sources)} sources, got {got}")
+            if sources and len(given) not in {0, len(sources), *[1] * one_for_all}:
+                raise ValueError(f"wanted {name} for {len(sources)} sources, got {len(given)}")
+        for source in self.held_out:
+            # without a split a file's rows are all learned
+            file = "" if source.startswith(WORLD) else source.rpartition(":")[0]
+            if found := {source, file} & set(self.train):
+                raise ValueError(
+                    f"held_out {source} is learned, too: train has {found.pop()}; name splits"
+                )
+        for name in ("augmented", "masked"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"wanted {name} from 0 to 1, got {getattr(self, name)}")
+        if self.workers < 0:
+            raise ValueError(f"wanted workers from 0, got {self.workers}")
 
     @property
     def lines_held_out(self) -> tuple[str, ...]:
@@ -129,6 +145,11 @@ class EvaluationConfig:
     max_new_tokens: int = field(default=64, metadata=MAY_CHANGE)
     """The longest answer."""
 
+    def __post_init__(self):
+        for name in ("samples", "rows", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"wanted {name} of at least 1, got {getattr(self, name)}")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
@@ -143,8 +164,8 @@ class LoopConfig:
     evaluate_first: bool = False
     """Whether to measure what is held out before the first step, too."""
     best: str = "wer"
-    """The figure whose best checkpoint stays: loss, wer (best low), accuracy, exact_match, or
-    SOURCE/exact_match."""
+    """The figure whose best checkpoint stays: loss, wer, nll, ctc, rejected_match (best low),
+    accuracy, exact_match, rewards/margins; or one source's, as SOURCE/exact_match."""
     bad_steps: int = 10
     """Steps in a row without a finite gradient, after which the run stops."""
     profile: tuple[int, int] | None = None
@@ -156,10 +177,17 @@ class LoopConfig:
         for name in ("save_every", "keep", "evaluate_every", "bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"wanted {name} of at least 1, got {getattr(self, name)}")
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"wanted a first and a last step to profile, got {self.profile}")
+        if not self.best.endswith((*LOW, *HIGH)):
+            raise ValueError(
+                f"wanted a best of {', '.join((*LOW, *HIGH))}, of all that is held out or of "
+                f"SOURCE/, got {self.best!r}"
+            )
 
     @property
     def mode(self) -> str:
-        return "min" if self.best.endswith(("wer", "loss")) else "max"
+        return "min" if self.best.endswith(LOW) else "max"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,10 +196,20 @@ class Lora(LoraConfig):
 
     r: int = 0
     """Width of the narrow matrices; 0: the parameters themselves are trained."""
+    start: str | None = None
+    """A folder in PEFT's format, of the same r, lora_alpha and target_modules, to begin with."""
 
     def __post_init__(self):
         if self.r:
             super().__post_init__()
+        elif self.start is not None:
+            raise ValueError(f"wanted lora.r beside lora.start {self.start}, got 0")
+
+    @property
+    def config(self) -> LoraConfig | None:
+        """What PEFT knows of it; None: nothing is adapted."""
+        names = [each.name for each in dataclasses.fields(LoraConfig)]
+        return LoraConfig(**{name: getattr(self, name) for name in names}) if self.r else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,6 +253,13 @@ class Settings:
     wandb: str | None = field(default=None, metadata=MAY_CHANGE)
     """A project at Weights & Biases to log to as well (extra: wandb)."""
 
+    def __post_init__(self):
+        if self.gradient_accumulation_steps < 1:
+            steps = self.gradient_accumulation_steps
+            raise ValueError(f"wanted gradient_accumulation_steps of at least 1, got {steps}")
+        if self.ctc < 0:
+            raise ValueError(f"wanted a weight of ctc from 0, got {self.ctc}")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreferenceSettings(Settings):
@@ -223,6 +268,11 @@ class PreferenceSettings(Settings):
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     precompute_ref_log_probs: bool = False
     """Let the reference answer once, before the training, rather than keep it in memory."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.ctc:
+            raise ValueError("ctc is for pretraining and SFT; pairs of answers are learned without")
 
     @property
     def keeps_reference(self) -> bool:

@@ -1,13 +1,19 @@
 """SIGTERM and SIGINT as a question that a loop asks once a step."""
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(BaseException):
+    """A signal met what need not be finished."""
 
 
 class Interruption:
@@ -19,6 +25,7 @@ class Interruption:
 
     def __init__(self):
         self.signal: int | None = None
+        self._at_once = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
@@ -37,9 +44,20 @@ class Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = number
+            if self._at_once:
+                raise Interrupted
             return
         self.__exit__()
         signal.raise_signal(number)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A context that a signal ends, by `Interrupted`; not where several hosts have to agree."""
+        self._at_once = jax.process_count() == 1
+        try:
+            yield
+        finally:
+            self._at_once = False
 
     def agreed(self, step: int) -> bool:
         """Whether all hosts end after this step."""

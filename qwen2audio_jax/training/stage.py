@@ -5,6 +5,7 @@ checkpoints/                                 to go on from, the best one among t
 log.jsonl, tensorboard/, profile/            while it runs
 ref_log_probs/                               the reference's, where they are precomputed
 model/                                       what came out, in Hugging Face's format
+model-best/                                  the best checkpoint, where that is not the last
 adapter/                                     the same as an adapter, in PEFT's
 answers.jsonl, summary.md, summary.png       how good it is
 """
@@ -12,6 +13,7 @@ answers.jsonl, summary.md, summary.png       how good it is
 import contextlib
 import dataclasses
 import json
+import pathlib
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -26,7 +28,7 @@ from qwen2audio_jax.data.mixture import Batches, Mixture
 from qwen2audio_jax.evaluation import held_out
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
-from qwen2audio_jax.training import inputs, learner, loop, peft, placement, run, summary
+from qwen2audio_jax.training import inputs, learner, loop, lora, peft, placement, run, summary
 from qwen2audio_jax.training.checkpoint import Checkpoints
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.log import Log
@@ -88,10 +90,31 @@ def _learner(settings: Settings, sizes: Config, mesh: Mesh) -> Learner:
         model = Qwen2Audio.from_pretrained(
             settings.model, mesh=mesh, progress=jax.process_index() == 0, **how
         )
-    trainee = trainee_of(settings, model, mesh)
+    trainee = trainee_of(settings, model, mesh, start=_adapters(settings, model))
     if settings.mesh.show and jax.process_index() == 0:
         print(placement.table(trainee.held()), flush=True)
     return trainee
+
+
+def _adapters(settings: Settings, model: Qwen2Audio) -> lora.Adapters | None:
+    """Those that the settings begin with, if any.
+
+    Raises:
+      ValueError: they are of other adapters than the settings.
+    """
+    if settings.lora.start is None:
+        return None
+    theirs, adapters = peft.load(settings.lora.start, model)
+    for name in ("r", "lora_alpha"):
+        wanted, got = getattr(settings.lora, name), getattr(theirs, name)
+        if wanted != got:
+            raise ValueError(
+                f"{settings.lora.start}: wanted adapters with {name} {wanted}, got {got}"
+            )
+    entries = lambda config: {entry.name for entry in lora.targets(config, model)}
+    if entries(theirs) != entries(settings.lora.config):
+        raise ValueError(f"{settings.lora.start}: wanted adapters of the same target_modules")
+    return adapters
 
 
 def _run(
@@ -122,6 +145,9 @@ def _run(
         )
         if signal is None:
             _export(settings, trainee, processor)
+            if checkpoints.best not in (None, trainee.optimizer.steps):
+                trainee.state = checkpoints.restore(trainee.release(), checkpoints.best).state
+                _write(settings, trainee, processor, settings.out / "model-best")
             if jax.process_index() == 0:
                 summary.write(folder, log.rows, batches.report(), checkpoints.best, config.best)
     return signal
@@ -160,15 +186,21 @@ def _evaluate(
 def _export(settings: Settings, trainee: Learner, processor: Processor) -> None:
     """Writes what came out; on several hosts, each gathers it in its own memory."""
     if settings.lora.r:
-        adapters = _gathered(trainee.state.params)
+        adapters = _gathered(trainee.averaged())
         if jax.process_index() == 0:
             folder = settings.out / "adapter"
-            peft.save(folder, adapters, settings.lora, trainee.base(), base=settings.model)
+            peft.save(folder, adapters, settings.lora.config, trainee.base(), base=settings.model)
+    _write(settings, trainee, processor, settings.out / "model")
+
+
+def _write(
+    settings: Settings, trainee: Learner, processor: Processor, folder: pathlib.Path
+) -> None:
     model = jax.tree.map(lambda x: x.astype(settings.dtype), trainee.merged())
     model = _gathered(model)
     if jax.process_index() == 0:
-        weights.save(model, settings.out / "model")
-        processor.save_pretrained(settings.out / "model")
+        weights.save(model, folder)
+        processor.save_pretrained(folder)
 
 
 def _gathered(tree: Any) -> Any:

@@ -58,7 +58,7 @@ def bind(loss: Callable[..., Sums], graph: nnx.GraphDef, *, dtype: Any = None) -
     """
 
     def of_params(params, batch, frozen, reference=None):
-        merge = lambda *states: nnx.merge(graph, *(_cast(state, dtype) for state in states))
+        merge = lambda *states: nnx.merge(graph, *(cast(state, dtype) for state in states))
         model = merge(params, frozen)
         if reference is None:
             return loss(model, batch)
@@ -67,7 +67,8 @@ def bind(loss: Callable[..., Sums], graph: nnx.GraphDef, *, dtype: Any = None) -
     return of_params
 
 
-def _cast(tree, dtype):
+def cast(tree: Any, dtype: Any) -> Any:
+    """A tree whose floating-point arrays have this dtype; None: their own."""
     if dtype is None:
         return tree
     return jax.tree.map(lambda x: x.astype(dtype) if _is_float(x) else x, tree)

@@ -38,7 +38,8 @@ def write(
     if scores:
         lines += [*_table(scores), ""]
     if best is not None:
-        lines += [f"The best checkpoint by {metric} is checkpoints/{best}.", ""]
+        where = "model/, the last" if steps and best == steps[-1]["step"] else "model-best/"
+        lines += [f"The best by {metric} is {where}, of step {best}.", ""]
     lines += _answers(folder / "answers.jsonl")
     lines += ["What it was trained on:", "", "```", data, "```", ""]
     if importlib.util.find_spec("matplotlib") and steps:

@@ -8,20 +8,29 @@ from jax.sharding import Mesh
 
 from qwen2audio_jax import flash
 from qwen2audio_jax.model import Qwen2Audio
+from qwen2audio_jax.training import lora
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.loss import Sums, next_token, next_token_and_words
 from qwen2audio_jax.training.preference import preference
 from qwen2audio_jax.training.settings import PreferenceSettings, Settings
 
 
-def trainee_of(settings: Settings, model: Qwen2Audio, mesh: Mesh) -> Learner:
-    """What a run drives, of a model given away, which may be of shapes alone."""
+def trainee_of(
+    settings: Settings, model: Qwen2Audio, mesh: Mesh, *, start: lora.Adapters | None = None
+) -> Learner:
+    """What a run drives.
+
+    Args:
+      model: given away; it may be of shapes alone.
+      start: as in `Learner`.
+    """
     reference = isinstance(settings, PreferenceSettings) and settings.keeps_reference
     return Learner(
         model,
         settings.optimizer,
         loss_of(settings),
-        adapters=settings.lora if settings.lora.r else None,
+        adapters=settings.lora.config,
+        start=start,
         reference=reference,
         mesh=mesh,
         dtype=None if settings.dtype == settings.weight_dtype else settings.dtype,

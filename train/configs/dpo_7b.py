@@ -1,6 +1,6 @@
 """DPO of Qwen2-Audio-7B-Instruct by LoRA, its base the reference: one GPU of 80 GB, or a pod.
 
-    python -m train.dpo 7b --data.train pairs.jsonl --data.held-out pairs.jsonl:test
+    python -m train.dpo 7b --data.train pairs.jsonl:train --data.held-out pairs.jsonl:test
 
 beta 0.1 as published, LoRA as in `train.sft 7b` at half its rate. Expected: the loss falls from
 log 2 = 0.693, and `accuracy`, how often the chosen answer's reward is the higher, rises from 0.5.

@@ -1,6 +1,6 @@
 """DPO of all of Qwen2-Audio-7B-Instruct but its audio encoder, on a pod.
 
-    python -m train.dpo 7b-full --data.train pairs.jsonl --data.held-out pairs.jsonl:test
+    python -m train.dpo 7b-full --data.train pairs.jsonl:train --data.held-out pairs.jsonl:test
 
 The reference answers once, before the training, so that it takes no memory. Expected: as in LoRA's
 preset.

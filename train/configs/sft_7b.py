@@ -1,6 +1,6 @@
 """LoRA on the decoder of Qwen2-Audio-7B-Instruct: one GPU of 80 GB, or a small pod.
 
-    python -m train.sft 7b --data.train chats.jsonl --data.held-out chats.jsonl:test
+    python -m train.sft 7b --data.train chats.jsonl:train --data.held-out chats.jsonl:test
 
 r 8, alpha 32, 1e-4 on all linear layers of the decoder, tower and projector frozen, warm-up 5 %:
 as ms-swift has it; a global batch of 32. Expected: `adapter/` for PEFT and `model/`, merged; an

@@ -1,6 +1,6 @@
 """All of Qwen2-Audio-7B-Instruct but its audio encoder, on a pod or eight GPUs of 80 GB.
 
-    python -m train.sft 7b-full --data.train chats.jsonl --data.held-out chats.jsonl:test
+    python -m train.sft 7b-full --data.train chats.jsonl:train --data.held-out chats.jsonl:test
 
 5e-6 at a global batch of 32 rows of 4096 tokens: as Megatron-Bridge has it. Expected: as LoRA's
 preset, with more to gain from more data, and more to lose from less.
