@@ -4,6 +4,7 @@ Source: FlashAttention (arXiv:2205.14135); jax.experimental.pallas.ops.tpu.splas
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -16,6 +17,7 @@ from qwen2audio_jax import spread
 LANES = 128  # what blocks are multiples of
 BLOCK = 512  # the largest
 SHORTEST = 256  # queries from which it pays
+SCORES = 2**27  # of plain attention, that may exist on a device at the same time
 
 Attention = Literal["autoselected", "dot_product", "flash"]
 
@@ -133,3 +135,18 @@ def splash() -> Any:
 
 def _parts(axes, sizes):
     return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
+def by_queries(attend: Callable, q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """`attend(q, k, v, mask)`, plain attention, some queries at a time, forward and backward.
+
+    Where keys are cached, so that no kernel serves.
+    """
+    parts = 2 ** math.ceil(math.log2(q[..., 0].size * k.shape[1] / (SCORES * spread.devices())))
+    size = -(-q.shape[1] // parts)
+    pad = -q.shape[1] % size
+    padded = lambda x: jnp.pad(x, [(0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)])
+    cut = lambda x: jnp.moveaxis(x.reshape(len(x), -1, size, *x.shape[2:]), 1, 0)
+    some = jax.checkpoint(lambda block: attend(block[0], k, v, block[1]))
+    out = jax.lax.map(some, (cut(padded(q)), cut(padded(mask))))
+    return jnp.moveaxis(out, 0, 1).reshape(len(q), -1, *q.shape[2:])[:, : q.shape[1]]

@@ -4,7 +4,6 @@ Nothing here knows which tower it stands in.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +19,6 @@ from qwen2audio_jax import flash, remat, spread
 # once all scores together outgrow the cache.
 CPU_SCORES = 1024**2
 CPU_QUERIES = 512
-
-# Elsewhere memory is what scores cost: so many on each device exist at the same time.
-PLAIN_SCORES = 2**27
 
 _NEVER = jnp.finfo(jnp.float32).min
 
@@ -122,8 +118,8 @@ def attend(
     scores, on_cpu = q[..., 0].size * k.shape[1], spread.platform() == "cpu"
     if on_cpu and spread.devices() == 1 and scores > CPU_SCORES:
         out = _attend_by_head(q, k, v, mask)
-    elif not on_cpu and scores > PLAIN_SCORES * spread.devices():
-        out = _attend_by_queries(q, k, v, mask)
+    elif not on_cpu and scores > flash.SCORES * spread.devices():
+        out = flash.by_queries(_attend, q, k, v, mask)
     else:
         out = _attend(q, k, v, mask)
     return einops.rearrange(out, "B L K G H -> B L (K G) H")
@@ -152,20 +148,6 @@ def _visible(q_segments, k_segments, offset):
 
 def _attend(q, k, v, mask):
     return jnp.einsum("BKGLS,BSKH->BLKGH", _weights(q, k, mask).astype(v.dtype), v)
-
-
-def _attend_by_queries(q, k, v, mask):
-    """As `_attend`, some queries at a time, forward and backward."""
-    parts = 2 ** math.ceil(
-        math.log2(q[..., 0].size * k.shape[1] / (PLAIN_SCORES * spread.devices()))
-    )
-    size = -(-q.shape[1] // parts)
-    pad = -q.shape[1] % size
-    padded = lambda x: jnp.pad(x, [(0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)])
-    cut = lambda x: jnp.moveaxis(x.reshape(len(x), -1, size, *x.shape[2:]), 1, 0)
-    some = jax.checkpoint(lambda block: _attend(block[0], k, v, block[1]))
-    out = jax.lax.map(some, (cut(padded(q)), cut(padded(mask))))
-    return jnp.moveaxis(out, 0, 1).reshape(len(q), -1, *q.shape[2:])[:, : q.shape[1]]
 
 
 def _weights(q, k, mask):

@@ -63,7 +63,7 @@ def test_blocks_of_queries_are_attention(monkeypatch):
     mask = segments[:, :, None] == segments[:, None]
     grouped = q.reshape(2, LENGTH, 2, 2, 16)
     wanted = layers._attend(grouped, k, v, mask)
-    monkeypatch.setattr(layers, "PLAIN_SCORES", q[..., 0].size * LENGTH // 7)
+    monkeypatch.setattr(flash, "SCORES", q[..., 0].size * LENGTH // 7)
     np.testing.assert_allclose(
-        layers._attend_by_queries(grouped, k, v, mask), wanted, rtol=1e-5, atol=1e-6
+        flash.by_queries(layers._attend, grouped, k, v, mask), wanted, rtol=1e-5, atol=1e-6
     )

@@ -10,6 +10,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+import numpy as np
+
+from qwen2audio_jax.training import operations
+
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
@@ -159,8 +163,8 @@ class Program:
             sizes = [shapes[0][i] for i in _dims(contracted[1])]
             return 2.0 * math.prod(_shape(each.type)) * math.prod(sizes)
         if each.op == "convolution":
-            return _convolution(each.rest, *shapes[:2], _shape(each.type))
-        return _kernel(each, shapes)
+            return operations.convolution(each.rest, *shapes[:2], _shape(each.type))
+        return operations.kernel(each.name, each.rest, shapes)
 
     def _bytes(self, each: Instruction, body: dict[str, Instruction]) -> float:
         """Bytes that go from and to memory: of what is sliced or updated, the part alone."""
@@ -288,8 +292,6 @@ def _group(text: str, devices: int) -> tuple[int, ...]:
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return _dims(found[1])
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        import numpy as np
-
         shape, order, turned = (_dims(x or "") for x in found.groups())
         numbers = np.arange(math.prod(order)).reshape(order)
         numbers = numbers.transpose(turned) if turned else numbers
@@ -297,56 +299,3 @@ def _group(text: str, devices: int) -> tuple[int, ...]:
     if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
         return int(found[1]), int(found[2])
     return tuple(range(devices))
-
-
-def _convolution(text: str, left, right, out) -> float:
-    """As XLA counts: products with what padding and dilation put in are none."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", text)
-    window = re.search(r"window=\{([^}]*)\}", text)
-    fields = dict(part.split("=") for part in window[1].split()) if window else {}
-    number = sum(letter.isdigit() for letter in labels[1])
-    every = lambda name, usual: fields.get(name, "x".join([usual] * number)).split("x")
-    total = 2.0 * right[labels[2].index("i")]
-    total *= out[labels[3].index("b")] * out[labels[3].index("f")]
-    if groups := re.search(r"batch_group_count=(\d+)", text):
-        total /= int(groups[1]) / int(groups[1])
-    for i in range(number):
-        total *= _taps(
-            left[labels[1].index(str(i))],
-            right[labels[2].index(str(i))],
-            out[labels[3].index(str(i))],
-            int(every("stride", "1")[i]),
-            int(every("pad", "0_0")[i].split("_")[0]),
-            int(every("lhs_dilate", "1")[i]),
-            int(every("rhs_dilate", "1")[i]),
-        )
-    return total
-
-
-@functools.cache
-def _taps(size, taps, out, stride, pad, spread, apart) -> int:
-    """Pairs of an output and a tap that meet an input."""
-    import numpy as np
-
-    at = np.arange(out)[:, None] * stride + np.arange(taps) * apart - pad
-    return int(((at >= 0) & (at <= (size - 1) * spread) & (at % spread == 0)).sum())
-
-
-def _kernel(each: Instruction, shapes: list[tuple[int, ...]]) -> float:
-    """Splash attention's products over the blocks that its mask leaves; of other kernels none."""
-    name = re.search(r'op_name="([^"]*)"', each.rest)
-    if "tpu_custom_call" not in each.rest or name is None or "splash" not in name[1]:
-        return 0.0
-    heads = [shape for shape in shapes if len(shape) >= 4 and shape[-1] <= 256]
-    rows, number, length, width = heads[0][-4:]
-    backward = "dkv" in name[1] or "dkv" in each.name or "bwd" in name[1]
-    products = 5 if backward else 2
-    blocks = length // _block(length)
-    seen = (blocks + 1) / (2 * blocks) if "causal" in name[1] else 1.0
-    return 2.0 * products * rows * number * length * length * width * seen
-
-
-def _block(length: int) -> int:
-    from qwen2audio_jax import flash
-
-    return flash.largest_block(length)
