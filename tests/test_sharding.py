@@ -1,6 +1,7 @@
 """A model on a mesh is the same model, with nothing large on every device."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
@@ -98,7 +99,7 @@ def test_an_activation_takes_the_axes_that_divide_it():
     assert split("B L V", 4, 8, 6, V=("data",)) == PartitionSpec(
         None, ("context", "tensor"), "data"
     )
-    x = np.ones((4, 8, 6), np.float32)
+    x = jnp.ones((4, 8, 6))
     assert spread.constrain(x, "B L D") is x  # no mesh is set
 
 
