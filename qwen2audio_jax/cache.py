@@ -18,13 +18,14 @@ class Cache:
     Attributes:
       layers: per block its keys and values, each [B slots K H]: a list of pairs for a list of
         blocks, one pair with a leading layer axis for a scanned stack.
-      segments: the segment of what each slot holds; 0 where that is padding or nothing yet.
+      segments: [B slots], the segment of what each slot holds; 0 where that is padding or nothing
+        yet.
       length: slots in use; the next token goes into this one.
     """
 
     layers: Any
-    segments: Int[Array, "B slots"]
-    length: Int[Array, ""]
+    segments: Any  # arrays, or what stands for them: shapes, shardings
+    length: Any
 
     @property
     def slots(self) -> int:

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from qwen2audio_jax import layers
+from qwen2audio_jax import layers, spread
 from qwen2audio_jax.cache import Cache
 from qwen2audio_jax.config import DecoderConfig
+from qwen2audio_jax.remat import name
 
 
 class Attention(nnx.Module):
@@ -36,9 +37,10 @@ class Attention(nnx.Module):
     def __call__(self, x, positions, segments, past, cache):
         """Returns what was seen, and `past` with the tokens' own keys and values written."""
         theta = self.config.rope_theta
-        q = layers.rotate(self.query(x), positions, theta)
-        k = layers.rotate(self.key(x), positions, theta)
-        v = self.value(x)
+        heads = lambda x, letters, kind: name(spread.constrain(x, letters), kind)
+        q = heads(layers.rotate(self.query(x), positions, theta), "B L N H", "query")
+        k = heads(layers.rotate(self.key(x), positions, theta), "B slots K H", "key")
+        v = heads(self.value(x), "B slots K H", "value")
         if cache is None:
             k_segments, offset = segments, 0
         else:
@@ -47,8 +49,9 @@ class Attention(nnx.Module):
             )
             k, v = past = (write(past[0], k), write(past[1], v))
             k_segments, offset = write(cache.segments, segments), cache.length
+            k, v = past = tuple(spread.constrain(x, "B slots K H") for x in past)
         seen = layers.attend(q, k, v, q_segments=segments, k_segments=k_segments, offset=offset)
-        return self.out(seen), past
+        return name(self.out(spread.constrain(seen, "B L N H")), "out"), past
 
 
 class Block(nnx.Module):
@@ -61,8 +64,9 @@ class Block(nnx.Module):
         self.mlp = layers.GatedMLP(c.width, c.hidden, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, positions, segments, past=None, cache=None):
+        x = spread.constrain(x, "B L D")
         seen, past = self.attention(self.attention_norm(x), positions, segments, past, cache)
-        x = x + seen
+        x = spread.constrain(x + seen, "B L D")
         return x + self.mlp(self.mlp_norm(x)), past
 
 
@@ -89,7 +93,9 @@ class Decoder(nnx.Module):
             self.head = table()
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        return self.embedding(tokens)
+        # looked up where the table's columns are, then brought to the rows: else all of it moves
+        x = spread.constrain(self.embedding(tokens), "B L D", D=("fsdp", "context"))
+        return spread.constrain(x, "B L D")
 
     def __call__(
         self,
@@ -98,7 +104,7 @@ class Decoder(nnx.Module):
         segments: Int[Array, "B L"],
         cache: Cache | None = None,
         *,
-        remat: bool = False,
+        remat: str = "none",
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
         """Reads `x`, after what the cache holds.
 
@@ -108,14 +114,14 @@ class Decoder(nnx.Module):
           segments: 0 for padding, 1 and up for the samples of a row; tokens see their own
             segment only.
           cache: the past, with room for L more; None: there is none, and none is kept.
-          remat: recompute each block in the backward pass rather than keep its activations.
+          remat: what blocks keep for the backward pass, as in `remat.POLICIES`.
 
         Returns:
           The last block's output, normed, and the cache with these tokens in it.
         """
         past = None if cache is None else cache.layers
         step = lambda block, x, past: block(x, positions, segments, past, cache)
-        x, past = layers.run(self.blocks, jax.checkpoint(step) if remat else step, x, past)
+        x, past = layers.run(self.blocks, step, x, past, policy=remat)
         if cache is not None:
             cache = Cache(
                 layers=past,
@@ -124,7 +130,7 @@ class Decoder(nnx.Module):
                 ),
                 length=cache.length + x.shape[1],
             )
-        return self.norm(x), cache
+        return self.norm(spread.constrain(x, "B L D")), cache
 
     def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Scores of every word, in float32."""

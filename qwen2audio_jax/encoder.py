@@ -11,8 +11,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from qwen2audio_jax import layers
+from qwen2audio_jax import layers, spread
 from qwen2audio_jax.config import EncoderConfig
+from qwen2audio_jax.remat import name
 
 Frames = Int[Array, " C"] | Int[np.ndarray, " C"]
 
@@ -48,15 +49,16 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "C P E"], valid: Bool[Array, "C P"]
     ) -> Float[Array, "C P E"]:
+        heads = lambda x, kind: name(spread.constrain(x, "C positions N H"), kind)
         heard = layers.attend(
-            self.query(x),
-            self.key(x),
-            self.value(x),
+            heads(self.query(x), "query"),
+            heads(self.key(x), "key"),
+            heads(self.value(x), "value"),
             # what lies after a clip looks at the clip too, as in the reference
             q_segments=jnp.ones(valid.shape, jnp.int32),
             k_segments=valid.astype(jnp.int32),
         )
-        return self.out(heard)
+        return name(self.out(spread.constrain(heard, "C positions N H")), "out")
 
 
 class Block(nnx.Module):
@@ -75,8 +77,10 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "C P E"], valid: Bool[Array, "C P"]
     ) -> Float[Array, "C P E"]:
-        x = x + self.attention(self.attention_norm(x), valid)
-        return x + self.down(gelu(self.up(self.mlp_norm(x))))
+        x = spread.constrain(x, "C P E")
+        x = spread.constrain(x + self.attention(self.attention_norm(x), valid), "C P E")
+        up = name(spread.constrain(self.up(self.mlp_norm(x)), "C positions F"), "up")
+        return x + name(self.down(gelu(up)), "down")
 
 
 @jax.custom_vjp
@@ -150,13 +154,13 @@ class Encoder(nnx.Module):
                 f"got {frames}"
             )
         dtype = self.conv1.kernel.dtype
-        x = jnp.swapaxes(mel, 1, 2).astype(dtype)
+        x = spread.constrain(jnp.swapaxes(mel, 1, 2).astype(dtype), "C T M")
         for conv in (self.conv1, self.conv2):
             x = gelu(conv(x).astype(dtype))
         return x + self.positions[: x.shape[1]]
 
     def __call__(
-        self, mel: Float[Array, "C M T"], frames: Int[Array, " C"], *, remat: bool = False
+        self, mel: Float[Array, "C M T"], frames: Int[Array, " C"], *, remat: str = "none"
     ) -> Float[Array, "C A E"]:
         """Hears clips.
 
@@ -164,7 +168,7 @@ class Encoder(nnx.Module):
           mel: log-mel, T even. Exact for any T of at least 2 * positions_of(frames) + 2, or the
             full 30 s, as long as the frames after a clip hold what padding to 30 s gives them.
           frames: how many of each clip's frames are sound rather than padding.
-          remat: recompute each block in the backward pass rather than keep its activations.
+          remat: what blocks keep for the backward pass, as in `remat.POLICIES`.
 
         Returns:
           One state per 40 ms, of which the first states_of(frames) are valid.
@@ -172,7 +176,7 @@ class Encoder(nnx.Module):
         x = self.stem(mel)
         valid = jnp.arange(x.shape[1]) < positions_of(frames)[:, None]
         step = lambda block, x, _: (block(x, valid), None)
-        x, _ = layers.run(self.blocks, jax.checkpoint(step) if remat else step, x, None)
+        x, _ = layers.run(self.blocks, step, x, None, policy=remat)
         return self.pool(x)
 
     def pool(self, x: Float[Array, "C P E"]) -> Float[Array, "C A E"]:

@@ -42,21 +42,21 @@ class State:
 
     Attributes:
       cache: the prompts and the answers but for their last tokens.
-      last: the last token of every row.
-      lengths: tokens of every answer, that which ended it included.
-      seen: the tokens that repetition counts; None where it is not penalised.
-      nodes: where in the trie of choices the answers are; None where all may be said.
-      ended: rows that are complete.
+      last: [B], the last token of every row.
+      lengths: [B], tokens of every answer, that which ended it included.
+      seen: [B V], the tokens that repetition counts; None where it is not penalised.
+      nodes: [B], where in the trie of choices the answers are; None where all may be said.
+      ended: [B], rows that are complete.
       step: tokens of an answer that has not ended.
     """
 
     cache: Cache
-    last: Int[Array, " B"]
-    lengths: Int[Array, " B"]
-    seen: Bool[Array, "B V"] | None
-    nodes: Int[Array, " B"] | None
-    ended: Bool[Array, " B"]
-    step: Int[Array, ""]
+    last: Any  # arrays, or what stands for them: shapes
+    lengths: Any
+    seen: Any
+    nodes: Any
+    ended: Any
+    step: Any
 
 
 def generate(
@@ -123,10 +123,11 @@ def generate(
     heard = listen(model, inputs)
     if num_beams > 1:
         logits, cache = prefill(model, rows, heard, limit)
-        tokens, scores = beam.search(
-            model, logits, cache, seen(rules, rows, logits), rules, limit,
-            num_beams=num_beams, n=n, length_penalty=length_penalty, early_stopping=early_stopping,
-        )  # fmt: skip
+        with model.on_mesh():
+            tokens, scores = beam.search(
+                model, logits, cache, seen(rules, rows, logits), rules, limit, num_beams=num_beams,
+                n=n, length_penalty=length_penalty, early_stopping=early_stopping,
+            )  # fmt: skip
         return (tokens, scores) if logprobs else tokens
     if n > 1 and sampling.temperature == 0:
         raise ValueError(f"{n} answers at temperature 0 would be the same; wanted a temperature")
@@ -194,7 +195,10 @@ def listen(model: Qwen2Audio, inputs: Mapping[str, Any]) -> tuple | None:
     features = as_array(inputs.get("input_features"), np.float32)
     mask = as_array(inputs.get("feature_attention_mask"), np.int32)
     model.check(as_array(inputs["input_ids"], np.int32), mask)
-    return None if features is None else _listen(model, features, mask)
+    if features is None:
+        return None
+    with model.on_mesh():
+        return _listen(model, features, mask)
 
 
 def seen(rules: Rules, rows: Rows, logits: Float[Array, "B V"]) -> Bool[np.ndarray, "B V"] | None:
@@ -242,7 +246,8 @@ def extend(
       Scores of what follows the last column used, and the cache.
     """
     used = ids.shape[1] if used is None else used
-    return _prefill(model, _embed(model, ids, heard), mask, cache, slots, used)
+    with model.on_mesh():
+        return _prefill(model, _embed(model, ids, heard), mask, cache, slots, used)
 
 
 def decode(
@@ -280,7 +285,9 @@ def decode(
         for i, row in enumerate(rows)
     ]
     draws = np.array(number, np.uint32)
-    state, tokens, scores = _begin(logits, cache, seen(rules, rows, logits), draws, nodes, rules)
+    with model.on_mesh():
+        said = seen(rules, rows, logits)
+        state, tokens, scores = _begin(logits, cache, said, draws, nodes, rules)
     made, count = 0, 1
     while True:
         lengths, ended = np.asarray(state.lengths), np.asarray(state.ended)
@@ -300,7 +307,8 @@ def decode(
             return state.cache
         start = time.perf_counter()
         count = min(count, limit - made)
-        state, tokens, scores = _decode(model, state, draws, rules, count)
+        with model.on_mesh():
+            state, tokens, scores = _decode(model, state, draws, rules, count)
         if paced:
             state.step.block_until_ready()
             count = int(np.clip(count * PACE / (time.perf_counter() - start), 1, CHUNK))

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from qwen2audio_jax import flash, remat, spread
+
 # On CPUs XLA computes attention three times faster head by head, some hundred queries at a time,
 # once all scores together outgrow the cache.
 CPU_SCORES = 1024**2
@@ -23,7 +25,9 @@ _NEVER = jnp.finfo(jnp.float32).min
 
 def one_cpu() -> bool:
     """Whether a program will run on a single CPU, where XLA does best with plain matrices."""
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = jax.device_count() if mesh.empty else mesh.size
+    return spread.platform() == "cpu" and devices == 1
 
 
 class Linear(nnx.LinearGeneral):
@@ -65,8 +69,10 @@ class GatedMLP(nnx.Module):
         self.down = make(hidden, width)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        gate = jax.nn.silu(self.gate(x).astype(jnp.float32)).astype(x.dtype)
-        return self.down(gate * self.up(x))
+        gate = remat.name(spread.constrain(self.gate(x), "B L F"), "gate")
+        up = remat.name(spread.constrain(self.up(x), "B L F"), "up")
+        hidden = jax.nn.silu(gate.astype(jnp.float32)).astype(x.dtype) * up
+        return remat.name(self.down(hidden), "down")
 
 
 def rotate(
@@ -103,10 +109,17 @@ def attend(
     Returns:
       The values seen by each query. A query that sees no key gets a finite, meaningless mean.
     """
+    if flash.serves(q, k, offset):
+        return flash.attend(
+            q, k, v, q_segments=q_segments, k_segments=k_segments, causal=offset is not None
+        )
     mask = _visible(q_segments, k_segments, offset)
     q = einops.rearrange(q, "B L (K G) H -> B L K G H", K=k.shape[2])
-    if jax.default_backend() == "cpu" and q[..., 0].size * k.shape[1] > CPU_SCORES:
+    scores, on_cpu = q[..., 0].size * k.shape[1], spread.platform() == "cpu"
+    if on_cpu and spread.devices() == 1 and scores > CPU_SCORES:
         out = _attend_by_head(q, k, v, mask)
+    elif not on_cpu and scores > flash.SCORES * spread.devices():
+        out = flash.by_queries(_attend, q, k, v, mask)
     else:
         out = _attend(q, k, v, mask)
     return einops.rearrange(out, "B L K G H -> B L (K G) H")
@@ -258,17 +271,22 @@ def run(
     step: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
     x: Any,
     per_block: Any,
+    *,
+    policy: str = "none",
 ) -> tuple[Any, Any]:
     """Threads `x` through the blocks: `x, out = step(block, x, per_block[i])` for each.
 
     Args:
       per_block: what each block gets of its own: a list for a list of blocks, arrays with a
         leading layer axis for a scanned stack; None where there is nothing.
+      policy: what a block keeps for its backward pass, by its name in `remat.POLICIES`.
 
     Returns:
       The last `x`, and every block's `out` in the form of `per_block`.
     """
-    if isinstance(blocks, nnx.List):
+    listed = isinstance(blocks, nnx.List)
+    step = remat.wrap(step, policy, scanned=not listed)
+    if listed:
         outs = []
         for i, block in enumerate(blocks):
             x, out = step(block, x, None if per_block is None else per_block[i])

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from qwen2audio_jax import spread
+
 
 def merge(
     text: Float[Array, "B L D"],
@@ -26,7 +28,10 @@ def merge(
     clip = jnp.searchsorted(ends, rank, side="right")
     clip = jnp.clip(clip, 0, len(counts) - 1)
     state = jnp.clip(rank - (ends - counts)[clip], 0, states.shape[1] - 1)
-    return jnp.where(slots[..., None], states[clip, state].astype(text.dtype), text)
+    # a row's clips may be on any device
+    states = spread.constrain(states.astype(text.dtype), "clips A D")
+    heard = spread.constrain(states[clip, state], "B L D")
+    return jnp.where(slots[..., None], heard, text)
 
 
 def check(slots: Bool[np.ndarray, "B L"], counts: Int[np.ndarray, " C"]) -> None:

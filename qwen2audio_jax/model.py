@@ -1,5 +1,6 @@
 """Qwen2Audio: sound and text in, scores of the next word out."""
 
+import contextlib
 import os
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from qwen2audio_jax import encoder, merge
+from qwen2audio_jax import encoder, merge, spread
 from qwen2audio_jax.cache import Cache
 from qwen2audio_jax.config import Config
 from qwen2audio_jax.decoder import Decoder
@@ -51,7 +52,7 @@ class Qwen2Audio(nnx.Module):
         input_features: Float[Array, "C M T"],
         feature_attention_mask: Int[Array, "C T"],
         *,
-        remat: bool = False,
+        remat: str = "none",
     ) -> tuple[Float[Array, "C A D"], Int[Array, " C"]]:
         """What was heard, in the decoder's terms, and how many states of each clip are valid."""
         frames = feature_attention_mask.sum(axis=1).astype(jnp.int32)
@@ -64,7 +65,7 @@ class Qwen2Audio(nnx.Module):
         input_features: Float[Array, "C M T"] | None = None,
         feature_attention_mask: Int[Array, "C T"] | None = None,
         *,
-        remat: bool = False,
+        remat: str = "none",
     ) -> Float[Array, "B L D"]:
         """Tokens' embeddings, with what was heard in the place of the audio tokens."""
         if input_features is None:
@@ -91,7 +92,7 @@ class Qwen2Audio(nnx.Module):
         *,
         segment_ids: Int[Array, "B L"] | None = None,
         cache: Cache | None = None,
-        remat: bool = False,
+        remat: str = "none",
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
         """The decoder's last states, from which `decoder.logits` makes scores, and the cache."""
         x = self.embed(input_ids, input_features, feature_attention_mask, remat=remat)
@@ -104,7 +105,7 @@ class Qwen2Audio(nnx.Module):
         *,
         segment_ids: Int[Array, "B L"] | None = None,
         cache: Cache | None = None,
-        remat: bool = False,
+        remat: str = "none",
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
         """As `hidden`, from merged embeddings.
 
@@ -144,7 +145,12 @@ class Qwen2Audio(nnx.Module):
         features = as_array(input_features, np.float32)
         feature_mask = as_array(feature_attention_mask, np.int32)
         self.check(ids, feature_mask)
-        return _logits(self, ids, mask, features, feature_mask)
+        with self.on_mesh():
+            return _logits(self, ids, mask, features, feature_mask)
+
+    def on_mesh(self) -> contextlib.AbstractContextManager:
+        """A context in which the compiler knows of the devices that this model is spread over."""
+        return spread.on(self.projector.kernel.get_value())
 
     def check(self, input_ids, feature_attention_mask) -> None:
         """Refuses tokens that do not exist, or more or fewer for audio than states, if it can."""

@@ -5,42 +5,77 @@ conversion table.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from qwen2audio_jax.cache import Cache
 from qwen2audio_jax.config import Config
+from qwen2audio_jax.spread import AXES, ROWS, _plain
+from qwen2audio_jax.spread import spec as spread
 from qwen2audio_jax.weights import table
 
-AXES = ("data", "fsdp", "tensor", "context")
-
-# Which mesh axis splits a letter, the most important letters first: each axis is spent once.
+# Which mesh axes split a letter, the most important letters first: each axis is spent once. Those
+# that share a row's tokens share the parameters too.
 RULES = (
-    ("V", "tensor"),
-    ("F", "tensor"),
-    ("N", "tensor"),
-    ("K", "tensor"),
-    ("D", "fsdp"),
-    ("E", "fsdp"),
+    ("V", ("tensor",)),
+    ("F", ("tensor",)),
+    ("N", ("tensor",)),
+    ("K", ("tensor",)),
+    ("D", ("fsdp", "context")),
+    ("E", ("fsdp", "context")),
 )
 
 
-def mesh(**sizes: int) -> Mesh:
+def mesh(
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    dcn: Mapping[str, int] | None = None,
+    **sizes: int,
+) -> Mesh:
     """A mesh over all devices, `mesh(fsdp=4, tensor=2)`; axes that are not named have size 1.
+
+    Args:
+      devices: in place of all there are, such as those of a topology that is not here.
+      dcn: sizes of axes over several slices, joined by a network; `sizes` are within each.
 
     Raises:
       ValueError: an axis is unknown, or the sizes do not multiply to the number of devices.
     """
-    if unknown := [name for name in sizes if name not in AXES]:
+    devices, dcn = jax.devices() if devices is None else list(devices), dcn or {}
+    if unknown := [name for name in (*sizes, *dcn) if name not in AXES]:
         raise ValueError(f"no mesh axis {', '.join(unknown)}; there are {', '.join(AXES)}")
-    shape = tuple(sizes.get(name, 1) for name in AXES)
-    if math.prod(shape) != jax.device_count():
+    shape, over = (tuple(each.get(name, 1) for name in AXES) for each in (sizes, dcn))
+    if (needed := math.prod(shape) * math.prod(over)) != len(devices):
+        slices = f" on each of {math.prod(over)} slices" if math.prod(over) > 1 else ""
         raise ValueError(
-            f"a mesh of {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices, "
-            f"there are {jax.device_count()}"
+            f"a mesh of {dict(zip(AXES, shape, strict=True))}{slices} needs {needed} devices, "
+            f"there are {len(devices)}"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_laid_out(shape, over, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _laid_out(shape, over, devices) -> np.ndarray:
+    """Devices in the order of the axes, those of a slice next to each other."""
+    if math.prod(over) == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    marks = ("slice_index", "process_index")
+    for mark in marks:
+        known = {getattr(device, mark, None) for device in devices}
+        if len(known) == math.prod(over) and None not in known:
+            return mesh_utils.create_hybrid_device_mesh(
+                shape, over, devices, process_is_granule=mark == marks[1]
+            )
+    if devices[0].platform != "cpu":
+        raise ValueError(f"wanted {math.prod(over)} slices, the devices are of {len(known)}")
+    # to rehearse with the devices of one machine: neighbours are a slice
+    parts = np.array(devices).reshape(*over, *shape)
+    order = [axis for i in range(len(shape)) for axis in (i, i + len(shape))]
+    return parts.transpose(order).reshape([a * b for a, b in zip(over, shape, strict=True)])
 
 
 def check(config: Config, mesh: Mesh) -> None:
@@ -71,27 +106,52 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
       shape: with a leading layer axis where it is stacked.
 
     Raises:
-      ValueError: a dimension does not divide by its mesh axis; the message gives both numbers.
+      ValueError: a dimension does not divide by its mesh axes; the message gives both numbers.
     """
     letters = table.LETTERS[path]
-    sizes = dict(zip(letters, shape[len(shape) - len(letters) :], strict=True))
-    axes: list[str | None] = [None] * len(letters)
-    for letter, axis in RULES:
-        if letter in letters and axis not in axes and mesh.shape.get(axis, 1) > 1:
-            if letter == "K" and sizes["K"] % mesh.shape[axis]:
+    lead = len(shape) - len(letters)  # a layer axis is never split
+    sizes = dict(zip(letters, shape[lead:], strict=True))
+    axes: list[tuple[str, ...]] = [()] * len(letters)
+    for letter, wanted in RULES:
+        spent = {axis for each in axes for axis in each}
+        free = tuple(a for a in wanted if mesh.shape.get(a, 1) > 1 and a not in spent)
+        if letter not in letters or not free:
+            continue
+        parts = math.prod(mesh.shape[axis] for axis in free)
+        if sizes[letter] % parts:
+            if letter == "K":
                 continue
-            axes[letters.index(letter)] = axis
-    axes = [None] * (len(shape) - len(letters)) + axes  # a layer axis is never split
-    for axis, size in zip(axes, shape, strict=True):
-        if axis is not None and size % mesh.shape[axis]:
+            named = " and ".join(map(repr, free))
             raise ValueError(
-                f"{path}: a dimension of {size} does not divide by the {mesh.shape[axis]} "
-                f"devices of mesh axis {axis!r}"
+                f"{path}: a dimension of {sizes[letter]} does not divide by the {parts} "
+                f"devices of mesh {'axes' if len(free) > 1 else 'axis'} {named}"
             )
-    return PartitionSpec(*axes)
+        axes[letters.index(letter)] = free
+    return PartitionSpec(*[None] * lead, *map(_plain, axes))
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """The sharding of every parameter of a model, or of its state, abstract or not."""
     place = lambda path, leaf: NamedSharding(mesh, spec(table.split(path)[0], leaf.shape, mesh))
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def of_batch(shape: tuple[int, ...], mesh: Mesh, *, tokens: bool, lead: int = 0) -> NamedSharding:
+    """Where an array of a batch belongs: rows over the devices, tokens over `context`.
+
+    Args:
+      tokens: whether it is [B L], rather than about clips or pairs.
+      lead: axes in front, as of parts to accumulate.
+    """
+    context = "context" if tokens and len(shape) == lead + 2 else None
+    return NamedSharding(mesh, PartitionSpec(*[None] * lead, ROWS, *[context] * bool(context)))
+
+
+def of_cache(cache: Cache, mesh: Mesh) -> Cache:
+    """Where keys and values belong: rows over data and fsdp, heads over tensor."""
+
+    def place(x):
+        letters = {0: "", 2: "B slots", 4: "B slots K H", 5: "layer B slots K H"}[x.ndim]
+        return NamedSharding(mesh, spread(letters, x.shape, mesh.shape))
+
+    return jax.tree.map(place, cache)

@@ -1,5 +1,7 @@
 """Models smaller than `tiny`, and prompts for them, for tests of what is inside of a model."""
 
+import dataclasses
+
 import numpy as np
 from flax import nnx
 
@@ -10,6 +12,11 @@ DECODER = DecoderConfig(
     layers=2, width=12, heads=4, kv_heads=2, head_width=6, hidden=20, vocabulary=64, positions=256
 )
 CONFIG = Config(encoder=ENCODER, decoder=DECODER, audio_token=3, pad_token=0, end_tokens=(0, 2))
+
+# the same with widths that eight devices divide
+EVEN = dataclasses.replace(
+    CONFIG, decoder=dataclasses.replace(DECODER, width=16, head_width=8, hidden=32)
+)
 
 
 def shaken(module: nnx.Module, seed: int = 0) -> nnx.Module:

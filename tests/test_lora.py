@@ -257,7 +257,7 @@ def test_no_copy_of_the_weights_is_made():
 
     def of_adapters(adapters, frozen, ids):
         model = lora.apply(nnx.merge(graph, frozen), adapters, how)
-        return model.hidden(ids, jnp.ones_like(ids), remat=True)[0].sum()
+        return model.hidden(ids, jnp.ones_like(ids), remat="full")[0].sum()
 
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     step = jax.jit(jax.grad(of_adapters)).lower(adapters, frozen, ids).compile()

@@ -128,7 +128,9 @@ def test_the_compiled_step_holds_no_logits_of_a_batch():
         for name in ("input_ids", "attention_mask", "segment_ids", "labels")
     }
     graph, params = nnx.split(model)
-    mean = lambda params, batch: loss.next_token(nnx.merge(graph, params), batch, remat=True).mean()
+    mean = lambda params, batch: loss.next_token(
+        nnx.merge(graph, params), batch, remat="full"
+    ).mean()
     memory = jax.jit(jax.grad(mean)).lower(params, batch).compile().memory_analysis()
     assert loss.CHUNK * V * 4 < memory.temp_size_in_bytes < B * L * V * 4 / 5
 
@@ -215,16 +217,16 @@ def test_rematerialised_loss_is_the_same(model, batch):
     run = lambda remat: jax.jit(functools.partial(loss.next_token, remat=remat))(
         model, batch
     ).mean()
-    np.testing.assert_allclose(run(True), run(False), rtol=1e-6)
+    np.testing.assert_allclose(run("full"), run("none"), rtol=1e-6)
     programs = {
         remat: jax.make_jaxpr(functools.partial(loss.next_token, remat=remat))(model, batch)
-        for remat in (True, False)
+        for remat in ("full", "none")
     }
     checkpoints = lambda remat: sum(
         equation.primitive.name in ("checkpoint", "remat2")
         for equation in equations(programs[remat].jaxpr)
     )
-    assert checkpoints(True) == checkpoints(False) + 2
+    assert checkpoints("full") == checkpoints("none") + 2
 
 
 def test_ctc_over_a_clips_own_words_is_that_over_the_whole_vocabulary():

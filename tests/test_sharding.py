@@ -1,15 +1,17 @@
 """A model on a mesh is the same model, with nothing large on every device."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from qwen2audio_jax import sharding, weights
+from qwen2audio_jax import sharding, spread, weights
 from qwen2audio_jax.config import PRESETS, Config, DecoderConfig, EncoderConfig, preset
 from qwen2audio_jax.model import Qwen2Audio
+from qwen2audio_jax.training import placement
 from qwen2audio_jax.weights import conversion, table
 
 SHAPE = Config(
@@ -85,3 +87,38 @@ def test_a_mesh_that_is_no_mesh_is_refused():
         sharding.mesh(model=8)
     with pytest.raises(ValueError, match=r"needs 3 devices, there are 8"):
         sharding.mesh(fsdp=3)
+
+
+def test_an_activation_takes_the_axes_that_divide_it():
+    """Rows, heads, tokens: each axis once, the more important letter first; the rest is whole."""
+    sizes = {"data": 2, "fsdp": 1, "tensor": 2, "context": 2}
+    split = lambda letters, *shape, **first: spread.spec(letters, shape, sizes, **first)
+    assert split("B L D", 4, 8, 6) == PartitionSpec("data", ("context", "tensor"), None)
+    assert split("B L N H", 4, 8, 4, 6) == PartitionSpec("data", "context", "tensor", None)
+    assert split("B L D", 3, 2, 6) == PartitionSpec(None, "context", None)
+    assert split("B L V", 4, 8, 6, V=("data",)) == PartitionSpec(
+        None, ("context", "tensor"), "data"
+    )
+    x = jnp.ones((4, 8, 6))
+    assert spread.constrain(x, "B L D") is x  # no mesh is set
+
+
+def test_who_shares_a_row_shares_its_parameters():
+    """`context` splits what `fsdp` splits."""
+    mesh = sharding.mesh(fsdp=2, context=4)
+    spec = sharding.spec("decoder.blocks.mlp.up.kernel", (2, 64, 96), mesh)
+    assert spec == PartitionSpec(None, ("fsdp", "context"), None)
+    with pytest.raises(
+        ValueError, match=r"of 12 .* the 8 devices of mesh axes 'fsdp' and 'context"
+    ):
+        sharding.spec("decoder.blocks.mlp.up.kernel", (12, 96), mesh)
+
+
+def test_a_table_says_what_each_device_holds():
+    """Bytes are those of a shard."""
+    mesh = sharding.mesh(fsdp=4, tensor=2)
+    place = jax.sharding.NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+    x = jax.ShapeDtypeStruct((64, 96), np.float32, sharding=place)
+    told = placement.table({"trained": {"up": x}}).splitlines()
+    assert told[1].split() == ["trained", "up", "64/fsdp", "x", "96/tensor", "float32", "3,072"]
+    assert told[2].split() == ["trained", "all", "24,576", "bytes", "in", "all", "3,072"]

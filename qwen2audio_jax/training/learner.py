@@ -24,7 +24,8 @@ class Learner:
     """What a loop drives.
 
     Args:
-      model: given away: its parameters are the first state's, and are donated to the next.
+      model: given away: its parameters are the first state's, and are donated to the next. One of
+        shapes alone, as `nnx.eval_shape` makes, makes a learner that can be lowered but not run.
       loss: of a model and a batch; with `reference` of a `reference` model too.
       adapters: what trains in the place of the model's own parameters.
       start: adapters to begin with, of the same shapes; None: such as change nothing yet.
@@ -55,14 +56,14 @@ class Learner:
     ):
         if mesh is not None:
             graph, whole = nnx.split(model)
-            model = nnx.merge(graph, jax.device_put(whole, sharding.shardings(whole, mesh)))
+            model = nnx.merge(graph, placement.put(whole, sharding.shardings(whole, mesh)))
         self.config, self.optimizer = model.config, optimizer
         self.adapters, self.mesh, self.accumulate = adapters, mesh, accumulate
         self.reference, self._dtype, self._seed = reference, dtype, seed
         optimizer.check(by_name(nnx.state(model)))
         if adapters is None:
             self._graph, params, frozen = step.split(model, optimizer.trains)
-            self._fixed = (frozen, jax.tree.map(jnp.copy, params)) if reference else (frozen,)
+            self._fixed = (frozen, placement.copied(params)) if reference else (frozen,)
             self._loss = step.bind(loss, self._graph, dtype=dtype)
         else:
             self._graph, *fixed = nnx.split(model, lambda *_: True, ...)
@@ -77,7 +78,8 @@ class Learner:
     def _fresh(
         self, model: Qwen2Audio, config: lora.LoraConfig, start: lora.Adapters | None
     ) -> lora.Adapters:
-        params = start or lora.init(config, model, key=jax.random.key(self._seed))
+        init = lambda: lora.init(config, model, key=jax.random.key(self._seed))
+        params = start or (jax.eval_shape(init) if placement.is_abstract(model) else init())
         if still := [name for name in by_name(params) if not self.optimizer.trains(name)]:
             raise ValueError(
                 f"target_modules name {still[0].rpartition('.')[0]}, "
@@ -86,7 +88,7 @@ class Learner:
         return (
             params
             if self.mesh is None
-            else jax.device_put(params, lora.shardings(params, self.mesh))
+            else placement.put(params, lora.shardings(params, self.mesh))
         )
 
     def _adapted(self, loss: Callable[..., Sums]) -> Callable[..., Sums]:
@@ -120,7 +122,10 @@ class Learner:
             places = placement.state(jax.eval_shape(begin, params), params, self.mesh)
             # Else the compiler chooses, and a resumed run would run another program.
             how = {"out_shardings": (places, None)}
-        self.state = jax.jit(begin, out_shardings=places, donate_argnums=0)(params)
+        if placement.is_abstract(params):
+            self.state = placement.put(jax.eval_shape(begin, params), places)
+        else:
+            self.state = jax.jit(begin, out_shardings=places, donate_argnums=0)(params)
         self._update = jax.jit(move, donate_argnums=0, **how)
         self._sums = jax.jit(self._loss)
         self._score = jax.jit(partial(_score, self.model_of))
@@ -131,13 +136,26 @@ class Learner:
         Args:
           number: of the step, from 0; dropout depends on it.
         """
-        placed = self._place(batch)
+        with self.on_mesh():
+            self.state, metrics = self._update(self.state, self._given(batch, number), self._fixed)
+        return metrics
+
+    def lower(self, batch: Mapping[str, Any]) -> jax.stages.Lowered:
+        """The program of `step`, to be compiled; of a batch's shapes, which need no arrays."""
+        with self.on_mesh():
+            return self._update.lower(self.state, self._given(batch, 0), self._fixed)
+
+    def held(self) -> dict[str, Any]:
+        """All that devices hold between two steps, by what it is."""
+        fixed = dict(zip(("frozen", "reference"), self._fixed, strict=False))
+        return {"trained": self.state.params, "optimizer": self.state.opt_state, **fixed}
+
+    def _given(self, batch: Mapping[str, Any], number: int) -> dict[str, Any]:
+        placed = dict(placement.place(batch, self.mesh, parts=self.accumulate))
         if self.adapters is not None and self.adapters.lora_dropout:
             draws = number * self.accumulate + np.arange(self.accumulate, dtype=np.int32)
             placed |= {"draw": draws if self.accumulate > 1 else draws[0]}
-        with self.on_mesh():
-            self.state, metrics = self._update(self.state, placed, self._fixed)
-        return metrics
+        return placed
 
     def measure(self, batch: Mapping[str, Any]) -> Sums:
         """The loss on a batch that all hosts have, of the parameters that `model` has."""
@@ -178,9 +196,6 @@ class Learner:
             return self.state.params
         average = averaged(self.state.opt_state)
         return jax.tree.map(lambda x, p: x.astype(p.dtype), average, self.state.params)
-
-    def _place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(placement.place(batch, self.mesh, parts=self.accumulate))
 
     def on_mesh(self) -> Any:
         """A context in which the compiler knows of the mesh."""

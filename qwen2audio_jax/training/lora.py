@@ -154,8 +154,8 @@ def _merge(kernel, a, b, scale, stacked):
     return (kernel + scale * added).astype(kernel.dtype)
 
 
-def shardings(adapters: Adapters, mesh: Mesh) -> dict[str, dict[str, NamedSharding]]:
-    """Where adapters belong: split as their layer's kernel is, never over r."""
+def shardings(adapters: Mapping[str, Any], mesh: Mesh) -> dict[str, dict[str, NamedSharding]]:
+    """Where adapters, or their shapes, belong: split as their layer's kernel is, never over r."""
 
     def places(path: str, adapter: dict[str, Array]) -> dict[str, NamedSharding]:
         a, b = adapter[A], adapter[B]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from qwen2audio_jax import spread
 from qwen2audio_jax.decoder import Decoder
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import IGNORED
@@ -22,6 +23,9 @@ INPUTS = (
     *("input_ids", "attention_mask", "segment_ids"),
     *("input_features", "feature_attention_mask"),
 )
+# Devices with rows of their own share the words' scores: moving the chunk's states to each other
+# costs less than to gather the table of words, and its slopes, everywhere.
+WORDS = ("tensor", "fsdp", "context")
 _LEAST, _NEVER = (
     jnp.finfo(jnp.float32).eps,
     -1e5,
@@ -61,13 +65,13 @@ def mean(total: Array, weight: Array) -> Array:
     return total / jnp.maximum(weight, 1)
 
 
-def next_token(model: Qwen2Audio, batch: Mapping[str, Any], *, remat: bool = False) -> Sums:
+def next_token(model: Qwen2Audio, batch: Mapping[str, Any], *, remat: str = "none") -> Sums:
     """Cross entropy of every learned token given what comes before it, in float32.
 
     Args:
       batch: what a `Processor` makes with `labels=True`; with `segment_ids` [B L] if its rows are
         packed.
-      remat: recompute each block in the backward pass rather than keep its activations.
+      remat: what blocks keep for the backward pass, as in `remat.POLICIES`.
 
     Returns:
       The sum over learned tokens; to log: `tokens` learned, `accuracy` of the likeliest.
@@ -78,7 +82,7 @@ def next_token(model: Qwen2Audio, batch: Mapping[str, Any], *, remat: bool = Fal
 
 
 def next_token_and_words(
-    model: Qwen2Audio, batch: Mapping[str, Any], *, weight: float = 0.3, remat: bool = False
+    model: Qwen2Audio, batch: Mapping[str, Any], *, weight: float = 0.3, remat: str = "none"
 ) -> Sums:
     """`next_token`, helped by CTC: the audio states alone should spell each clip's words.
 
@@ -174,9 +178,10 @@ def token_logps(
     backward: [B L V] is never held.
     """
     rows, length = labels.shape
-    tokens = CHUNK * max(1, jax.sharding.get_abstract_mesh().size)
+    tokens = CHUNK * spread.devices()
     # An eighth of a row at most: where few tokens are learned, few logits are made.
     size = max(1, min(tokens // rows, -(-length // 8)))
+    x = spread.constrain(x, "B tokens D")
     return _token_logps(size, x, decoder.table, labels)
 
 
@@ -187,11 +192,12 @@ def _token_logps(size, x, table, labels):
 
 def _forward(size, x, table, labels):
     order, chunks = _learned_first(labels, size)
+    table = _shared(table, "V D")
 
     def one(i, out):
         at = jax.lax.dynamic_slice_in_dim(order, i * size, size, axis=1)
         wanted = _take(labels, at, IGNORED)
-        logits = _logits(_take(x, at, 0), table)
+        logits = _logits(_shared(_take(x, at, 0), "B tokens D", table), table)
         said = jnp.where(_is(wanted, table), logits, 0).sum(axis=-1)
         norm = jax.nn.logsumexp(logits, axis=-1)
         found = said - norm, said >= logits.max(axis=-1), norm
@@ -210,20 +216,22 @@ def _backward(size, saved, cotangents):
     """Makes the logits again, a chunk at a time: d logp / d logits = one_hot - softmax."""
     x, table, labels, norms = saved
     order, chunks = _learned_first(labels, size)
+    table = _shared(table, "V D")
 
     def one(i, out):
         dx, dtable = out
         at = jax.lax.dynamic_slice_in_dim(order, i * size, size, axis=1)
-        some, wanted = _take(x, at, 0), _take(labels, at, IGNORED)
+        some, wanted = _shared(_take(x, at, 0), "B tokens D", table), _take(labels, at, IGNORED)
         chances = jnp.exp(_logits(some, table) - _take(norms, at, 0)[..., None])
         slopes = jnp.where(wanted != IGNORED, _take(cotangents[0], at, 0), 0)
         dlogits = ((_is(wanted, table) - chances) * slopes[..., None]).astype(table.dtype)
         product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-        dx = _put(dx, at, product("BLV,VD->BLD", dlogits, table).astype(x.dtype))
+        slope = product("BLV,VD->BLD", dlogits, table).astype(x.dtype)
+        dx = _put(dx, at, spread.constrain(slope, "B tokens D"))
         # [D V], so that of the two factors the small one is transposed
-        return dx, dtable + product("BLD,BLV->DV", some, dlogits)
+        return dx, dtable + _shared(product("BLD,BLV->DV", some, dlogits), "D V")
 
-    start = jnp.zeros_like(x), jnp.zeros(table.shape[::-1], jnp.float32)
+    start = jnp.zeros_like(x), _shared(jnp.zeros(table.shape[::-1], jnp.float32), "D V")
     dx, dtable = jax.lax.fori_loop(0, chunks, one, start)
     return dx, dtable.T.astype(table.dtype), None
 
@@ -244,7 +252,20 @@ def _learned_first(labels, size):
 
 
 def _logits(x, table):
-    return jnp.einsum("BLD,VD->BLV", x, table, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("BLD,VD->BLV", x, table, preferred_element_type=jnp.float32)
+    return _shared(logits, "B tokens V")
+
+
+def _shared(x, letters, table=None):
+    """Split over words, or, where `table` is given, wanted by all that share its words."""
+    if table is None:
+        return spread.constrain(x, letters, V=WORDS)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    taken = spread.spec("V D", table.shape, mesh.shape, V=WORDS)[0] or ()
+    rows = tuple(axis for axis in spread.ROWS if axis not in taken)
+    return spread.constrain(x, letters, B=rows)
 
 
 def _is(labels, table):

@@ -1,23 +1,32 @@
-"""Which device has what: a batch's rows, and moments beside their parameters."""
+"""Which device has what: a batch's rows, moments beside their parameters, and how much that is."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qwen2audio_jax import sharding
+from qwen2audio_jax.spread import ROWS
 from qwen2audio_jax.training.optimizer import name_of
 from qwen2audio_jax.training.settings import DataConfig
 
-ROWS = ("data", "fsdp")  # the mesh axes that split a batch
+TOKENS = {  # of each row, where other arrays are of its clips or of pairs
+    side + name
+    for side in ("", "chosen_", "rejected_")
+    for name in ("input_ids", "attention_mask", "segment_ids", "labels")
+}
 
 
 def place(
     batch: Mapping[str, Any], mesh: Mesh | None, *, parts: int = 1, shared: bool = False
 ) -> Mapping[str, Any]:
-    """A batch on its devices, split over rows; each host brings rows of its own.
+    """A batch on its devices, split over rows and `context`; each host brings rows of its own.
 
     Args:
+      batch: arrays, or their shapes where nothing is to be allocated.
       parts: if more than 1, arrays lead with an axis of so many batches.
       shared: every host has the same batch, and keeps it whole.
     """
@@ -25,8 +34,14 @@ def place(
         return batch
     if shared and jax.process_count() > 1:
         return jax.device_put(dict(batch), NamedSharding(mesh, PartitionSpec()))
-    where = NamedSharding(mesh, PartitionSpec(*[None] * (parts > 1), ROWS))
-    return {k: jax.make_array_from_process_local_data(where, x) for k, x in batch.items()}
+
+    def put(name, x):
+        where = sharding.of_batch(x.shape, mesh, tokens=name in TOKENS, lead=int(parts > 1))
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+        return jax.make_array_from_process_local_data(where, x)
+
+    return {name: put(name, x) for name, x in batch.items()}
 
 
 def check(data: DataConfig, mesh: Mesh) -> None:
@@ -44,6 +59,11 @@ def check(data: DataConfig, mesh: Mesh) -> None:
                     f"{size} {name} of a batch do not split over the {shards} devices of the mesh "
                     f"axes {' and '.join(ROWS)}"
                 )
+        if bucket.tokens % mesh.shape["context"]:
+            raise ValueError(
+                f"{bucket.tokens} tokens of a row do not split over the {mesh.shape['context']} "
+                "devices of the mesh axis context"
+            )
 
 
 def state(tree: Any, params: Any, mesh: Mesh) -> Any:
@@ -65,3 +85,53 @@ def state(tree: Any, params: Any, mesh: Mesh) -> Any:
 def by_name(tree: Any) -> dict[str, Any]:
     """A tree's leaves by their paths, as `encoder.conv1.kernel`."""
     return {name_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def is_abstract(tree: Any) -> bool:
+    """Whether these are shapes alone."""
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
+
+
+def put(tree: Any, places: Any) -> Any:
+    """Arrays on their devices; shapes with the places that they would have."""
+    if not is_abstract(tree):
+        return jax.device_put(tree, places)
+    if places is None:
+        return tree
+    at = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    return jax.tree.map(at, tree, places)
+
+
+def copied(tree: Any) -> Any:
+    return tree if is_abstract(tree) else jax.tree.map(jnp.copy, tree)
+
+
+def table(held: Mapping[str, Any]) -> str:
+    """What is split how, and the bytes of it on each device: a line a parameter, and totals.
+
+    Args:
+      held: trees of arrays, or of shapes with their places, by what they are.
+    """
+    lines, totals = [], []
+    for what, tree in held.items():
+        whole = each = 0
+        for name, x in by_name(tree).items():
+            part = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            whole, each = whole + x.size * x.dtype.itemsize, each + part
+            spec = getattr(x.sharding, "spec", PartitionSpec())
+            axes = [*spec, *[None] * (x.ndim - len(spec))]
+            split = [
+                f"{size}/{'+'.join((axis,) if isinstance(axis, str) else axis)}"
+                if axis
+                else f"{size}"
+                for size, axis in zip(x.shape, axes, strict=True)
+            ]
+            lines.append((what, name, " x ".join(split), str(x.dtype), f"{part:,}"))
+        totals.append((what, "all", f"{whole:,} bytes in all", "", f"{each:,}"))
+    rows = [("", "", "split over", "dtype", "bytes a device"), *lines, *totals]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    show = lambda row: "  ".join(
+        cell.rjust(width) if i == 4 else cell.ljust(width)
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    )
+    return "\n".join(show(row).rstrip() for row in rows)

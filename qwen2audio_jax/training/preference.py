@@ -84,7 +84,7 @@ def preference(
     *,
     config: PreferenceConfig,
     reference: Qwen2Audio | None = None,
-    remat: bool = False,
+    remat: str = "none",
 ) -> Sums:
     """The loss over pairs of answers.
 
@@ -186,7 +186,7 @@ def reference_logps(model: Qwen2Audio, batch: Mapping[str, Any]) -> dict[str, Fl
     return dict(zip(REFERENCE, score(model, batch).logps.T, strict=True))
 
 
-def score(model: Qwen2Audio, batch: Mapping[str, Any], *, remat: bool = False) -> Pairs:
+def score(model: Qwen2Audio, batch: Mapping[str, Any], *, remat: str = "none") -> Pairs:
     """How likely a model finds both answers; clips are heard once, all tokens read in one pass."""
     both = {
         name: _interleaved(*(batch[f"{side}_{name}"] for side in SIDES))

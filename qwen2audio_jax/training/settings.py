@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Literal
 
@@ -12,6 +13,8 @@ from jax.sharding import Mesh
 from qwen2audio_jax import sharding
 from qwen2audio_jax.data.instruction import STYLES
 from qwen2audio_jax.data.pack import Bucket
+from qwen2audio_jax.flash import Attention
+from qwen2audio_jax.remat import Policy
 from qwen2audio_jax.training.lora import LoraConfig
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.preference import PreferenceConfig
@@ -32,26 +35,44 @@ class MeshConfig:
     ici_fsdp_parallelism: int = -1
     """Devices over which each copy is spread, which have rows of their own too."""
     ici_tensor_parallelism: int = 1
-    """Devices that share each row."""
+    """Devices that share each row by heads and hidden units."""
+    ici_context_parallelism: int = 1
+    """Devices that share each row by its tokens, for long ones."""
+    dcn_data_parallelism: int = 1
+    """Slices, joined by a network rather than by their chips' own links, with rows of their own;
+    -1: as many as there are."""
+    dcn_fsdp_parallelism: int = 1
+    """Slices over which each copy is spread too."""
+    dcn_tensor_parallelism: int = 1
+    """Slices that share heads and hidden units: slow."""
+    dcn_context_parallelism: int = 1
+    """Slices that share each row by its tokens: slow."""
+    show: bool = False
+    """Print what each device holds, before the first step."""
 
-    def make(self) -> Mesh:
-        """The mesh over all devices there are.
+    def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh over all devices there are, or over these.
 
         Raises:
           ValueError: the sizes do not multiply to their number.
         """
-        sizes = {
-            "data": self.ici_data_parallelism,
-            "fsdp": self.ici_fsdp_parallelism,
-            "tensor": self.ici_tensor_parallelism,
-        }
+        devices = jax.devices() if devices is None else devices
+        marks = {getattr(device, "slice_index", 0) for device in devices}
+        dcn = self._filled("dcn", len(marks))
+        slices = math.prod(dcn.values())
+        return sharding.mesh(
+            devices=devices, dcn=dcn, **self._filled("ici", len(devices) // slices)
+        )
+
+    def _filled(self, kind: str, devices: int) -> dict[str, int]:
+        """Sizes by axis; the -1 among them is what the others leave of so many devices."""
+        sizes = {axis: getattr(self, f"{kind}_{axis}_parallelism") for axis in sharding.AXES}
         free = [name for name, size in sizes.items() if size == -1]
         if len(free) > 1 or any(size < 1 for size in sizes.values() if size != -1):
-            raise ValueError(f"wanted mesh sizes from 1, or a single -1, got {sizes}")
+            raise ValueError(f"wanted {kind} mesh sizes from 1, or a single -1, got {sizes}")
         if free:
-            left = jax.device_count() // -math.prod(sizes.values())
-            sizes[free[0]] = max(left, 1)
-        return sharding.mesh(**sizes)
+            sizes[free[0]] = max(devices // -math.prod(sizes.values()), 1)
+        return sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -250,8 +271,11 @@ class Settings:
     """Of the arithmetic, and of the model that comes out."""
     weight_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the parameters while they are trained."""
-    remat_policy: Literal["none", "full"] = "none"
-    """full: each block is computed again in the backward pass rather than kept."""
+    remat_policy: Policy = "none"
+    """What blocks keep for the backward pass: all (none), nothing but their input (full), what
+    matrices make (minimal) or some of it; offloaded ones keep it in the host's memory."""
+    attention: Attention = "autoselected"
+    """flash never holds its scores, and is what autoselected takes on TPUs from 256 tokens on."""
     scan_layers: bool = True
     """Blocks as one stack, which compiles soon; as a list they run faster on a CPU."""
     distributed: bool = field(default=False, metadata=MAY_CHANGE)

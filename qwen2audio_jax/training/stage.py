@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from qwen2audio_jax import weights
+from qwen2audio_jax import sharding, weights
 from qwen2audio_jax.config import Config
 from qwen2audio_jax.data.feeds import Feeds
 from qwen2audio_jax.data.mixture import Mixture
@@ -33,10 +33,9 @@ from qwen2audio_jax.training import inputs, learner, loop, lora, peft, placement
 from qwen2audio_jax.training.checkpoint import Checkpoints
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.log import Log
-from qwen2audio_jax.training.loss import Sums, next_token, next_token_and_words
-from qwen2audio_jax.training.preference import preference
 from qwen2audio_jax.training.reference import precompute
 from qwen2audio_jax.training.settings import PreferenceSettings, Settings
+from qwen2audio_jax.training.trainee import trainee_of
 from qwen2audio_jax.weights import huggingface
 from qwen2audio_jax.weights import settings as model_settings
 from qwen2audio_jax.weights.source import locate
@@ -83,37 +82,19 @@ def train(settings: Settings) -> int | None:
     return _run(settings, trainee, mixture, processor, kept)
 
 
-def loss_of(settings: Settings) -> Callable[..., Sums]:
-    """What a run minimises: of a model and a batch, and of a `reference` model if it has one."""
-    remat = settings.remat_policy == "full"
-    if isinstance(settings, PreferenceSettings):
-        return partial(preference, config=settings.preference, remat=remat)
-    if settings.ctc:
-        return partial(next_token_and_words, weight=settings.ctc, remat=remat)
-    return partial(next_token, remat=remat)
-
-
 def _learner(settings: Settings, sizes: Config, mesh: Mesh) -> Learner:
     how = {"dtype": settings.weight_dtype, "scan_layers": settings.scan_layers}
+    sharding.check(sizes, mesh)
     if settings.from_scratch:
         model = learner.fresh(sizes, mesh, seed=settings.seed, **how)
     else:
         model = Qwen2Audio.from_pretrained(
             settings.model, mesh=mesh, progress=jax.process_index() == 0, **how
         )
-    reference = isinstance(settings, PreferenceSettings) and settings.keeps_reference
-    return Learner(
-        model,
-        settings.optimizer,
-        loss_of(settings),
-        adapters=settings.lora.config,
-        start=_adapters(settings, model),
-        reference=reference,
-        mesh=mesh,
-        dtype=None if settings.dtype == settings.weight_dtype else settings.dtype,
-        accumulate=settings.gradient_accumulation_steps,
-        seed=settings.seed,
-    )
+    trainee = trainee_of(settings, model, mesh, start=_adapters(settings, model))
+    if settings.mesh.show and jax.process_index() == 0:
+        print(placement.table(trainee.held()), flush=True)
+    return trainee
 
 
 def _adapters(settings: Settings, model: Qwen2Audio) -> lora.Adapters | None:

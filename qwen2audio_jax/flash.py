@@ -1,0 +1,152 @@
+"""Attention that never holds its scores: splash attention on TPUs, a block at a time.
+
+Source: FlashAttention (arXiv:2205.14135); jax.experimental.pallas.ops.tpu.splash_attention.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from qwen2audio_jax import spread
+
+LANES = 128  # what blocks are multiples of
+BLOCK = 512  # the largest
+SHORTEST = 256  # queries from which it pays
+SCORES = 2**27  # of plain attention, that may exist on a device at the same time
+
+Attention = Literal["autoselected", "dot_product", "flash"]
+
+# How programs that are traced within `using` attend.
+_CHOICE = jax.make_user_context("autoselected")
+
+
+def using(attention: Attention) -> Any:
+    """A context: `dot_product`, `flash`, or `autoselected`, which is flash on TPUs where it pays.
+
+    Where `flash` cannot serve, because keys are cached, it is `dot_product` too.
+    """
+    return _CHOICE(attention)
+
+
+def serves(q: Float[Array, "B L N H"], k: Float[Array, "B slots K H"], offset: Any) -> bool:
+    """Whether `attend` is to be taken for these shapes, on what is compiled for.
+
+    Raises:
+      ValueError: `flash` is asked for on a device that has none.
+    """
+    choice, on = _CHOICE.value, spread.platform()
+    if choice == "flash" and on not in ("tpu", "cpu"):
+        raise ValueError(f"attention=flash is for TPUs, got {on}; wanted dot_product there")
+    ordered = offset is None or (isinstance(offset, int) and offset == 0)
+    fits = ordered and q.shape[1] == k.shape[1]
+    if choice == "autoselected":
+        # without a mesh nobody could tell the kernel how arrays are split over several devices
+        alone = jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
+        return fits and alone and on == "tpu" and q.shape[1] >= SHORTEST
+    return fits and choice == "flash"
+
+
+def attend(
+    q: Float[Array, "B L N H"],
+    k: Float[Array, "B L K H"],
+    v: Float[Array, "B L K H"],
+    *,
+    q_segments: Int[Array, "B L"],
+    k_segments: Int[Array, "B L"],
+    causal: bool,
+) -> Float[Array, "B L N H"]:
+    """As `layers.attend`; on a CPU by Pallas's interpreter, which is slow and there for tests.
+
+    Every device attends for its own rows, heads and queries.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {} if mesh.empty else mesh.shape
+    if k.shape[2] % sizes.get("tensor", 1):  # too few to split: one for each query head
+        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    length = q.shape[1]
+    more = -length % (LANES * (sizes.get("context", 1) if causal else 1))
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)])
+    # scaled in float32 and rounded once; heads in front
+    q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+    qs, ks, vs = (jnp.swapaxes(pad(x), 1, 2) for x in (q, k, v))
+    rows, queries = ("B", "L") if causal else ("C", "positions")  # as the towers split them
+    q_spec = spread.spec(f"{rows} N {queries} H", qs.shape, sizes)
+    k_spec = spread.spec(f"{rows} K keys H", ks.shape, sizes)
+    kernel = _kernel(qs, causal, *(_parts(axes, sizes) for axes in q_spec[1:3]))
+    inputs = (qs, ks, vs, pad(q_segments), pad(k_segments))
+    run = _all_rows
+    if spread.devices() > 1:
+        heads_and_queries = NamedSharding(mesh, PartitionSpec(*q_spec[1:3]))
+        kernel_spec = kernel.manual_sharding_spec(heads_and_queries)
+        segments = PartitionSpec(q_spec[0], q_spec[2]), PartitionSpec(k_spec[0])
+        run = jax.shard_map(
+            _all_rows,
+            in_specs=(kernel_spec, q_spec, k_spec, k_spec, *segments),
+            out_specs=q_spec,
+            check_vma=False,
+        )
+    with jax.named_scope("causal" if causal else "whole"):
+        out = run(kernel, *inputs)
+    return jnp.swapaxes(out, 1, 2)[:, :length].astype(v.dtype)
+
+
+def _all_rows(kernel, q, k, v, q_segments, k_segments):
+    def row(q, k, v, q_segments, k_segments):
+        return kernel(q, k, v, segment_ids=splash().SegmentIds(q_segments, k_segments))
+
+    return jax.vmap(row)(q, k, v, q_segments, k_segments)
+
+
+def _kernel(q, causal, head_shards, q_seq_shards):
+    heads, length = q.shape[1:3]
+    mask = (splash().CausalMask if causal else splash().FullMask)((length, length))
+    block = largest_block(length // q_seq_shards)
+    return splash().make_splash_mha(
+        splash().MultiHeadMask([mask] * heads),
+        head_shards=head_shards,
+        q_seq_shards=q_seq_shards,
+        block_sizes=splash().BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            use_fused_bwd_kernel=True,  # five products rather than seven
+        ),
+        interpret=spread.platform() == "cpu",
+    )
+
+
+def largest_block(length: int) -> int:
+    """The largest multiple of `LANES` up to `BLOCK` that divides a padded length."""
+    return next(n for n in range(BLOCK, 0, -LANES) if length % n == 0)
+
+
+def splash() -> Any:
+    """The library, which takes a while to import and which only flash attention needs."""
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    return splash_attention
+
+
+def _parts(axes, sizes):
+    return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
+def by_queries(attend: Callable, q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """`attend(q, k, v, mask)`, plain attention, some queries at a time, forward and backward.
+
+    Where keys are cached, so that no kernel serves.
+    """
+    parts = 2 ** math.ceil(math.log2(q[..., 0].size * k.shape[1] / (SCORES * spread.devices())))
+    size = -(-q.shape[1] // parts)
+    pad = -q.shape[1] % size
+    padded = lambda x: jnp.pad(x, [(0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)])
+    cut = lambda x: jnp.moveaxis(x.reshape(len(x), -1, size, *x.shape[2:]), 1, 0)
+    some = jax.checkpoint(lambda block: attend(block[0], k, v, block[1]))
+    out = jax.lax.map(some, (cut(padded(q)), cut(padded(mask))))
+    return jnp.moveaxis(out, 0, 1).reshape(len(q), -1, *q.shape[2:])[:, : q.shape[1]]

@@ -1,0 +1,150 @@
+"""A compiled program -> what it needs of each device, and how fast it could be there."""
+
+import dataclasses
+import re
+import resource
+import time
+from typing import Any
+
+import jax
+
+from qwen2audio_jax.training import hlo
+from qwen2audio_jax.training.chips import GIB, links
+from qwen2audio_jax.training.topology import Lowered, Topology
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a program needs; of one device, if nothing else is said.
+
+    Attributes:
+      fits: whether the compiler found room for it.
+      hbm_peak_bytes: the most memory that is used at the same time; where it does not fit, what
+        would be.
+      hbm_chip_bytes: what there is of it, to the compiler.
+      argument_bytes: of it, what is held between two steps, and the batch.
+      hbm_bytes: read from and written to memory.
+      flops: that are executed, things that are computed again included.
+      model_flops: that the model needs, of all devices' shares one.
+      flops_ratio: of the one to the other.
+      collectives: by kind, how many and how many bytes each device takes in.
+      seconds: that computing, memory and links would take each, at the chip's peak rates.
+      step_s: the longest of them: each may hide behind another.
+      mfu_bound: the model's operations in that time, to what the chip could do.
+      limit: what takes longest.
+      compile_s, compile_cpu_s: wall-clock and processor time.
+      largest: where it does not fit, what takes most memory; else empty.
+    """
+
+    fits: bool
+    devices: int
+    hbm_peak_bytes: int
+    hbm_chip_bytes: int
+    argument_bytes: int | None = None
+    hbm_bytes: float | None = None
+    flops: float | None = None
+    model_flops: float
+    flops_ratio: float | None = None
+    collectives: dict[str, dict[str, float]] | None = None
+    seconds: dict[str, float] | None = None
+    step_s: float | None = None
+    mfu_bound: float | None = None
+    limit: str | None = None
+    compile_s: float
+    compile_cpu_s: float
+    process_peak_bytes: int
+    largest: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def compile(lowered: Lowered, topology: Topology) -> tuple[Report, jax.stages.Compiled | None]:
+    """Compiles; a program for which there is no room is an answer, too."""
+    start, cpu = time.perf_counter(), time.process_time()
+    try:
+        program, refused = lowered.program.compile(), ""
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        program, refused = None, str(error)
+    number = len(topology.devices)
+    known = {
+        "devices": number,
+        "model_flops": lowered.flops / number,
+        "hbm_chip_bytes": topology.chip.hbm // topology.cores,
+        "compile_s": round(time.perf_counter() - start, 1),
+        "compile_cpu_s": round(time.process_time() - cpu, 1),
+        "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    if program is None:
+        used, there, largest = _refusal(refused)
+        known["hbm_chip_bytes"] = there or known["hbm_chip_bytes"]
+        return Report(fits=False, hbm_peak_bytes=used, largest=largest, **known), None
+    return _report(program, lowered, topology, known), program
+
+
+def _report(program: jax.stages.Compiled, lowered: Lowered, topology: Topology, known) -> Report:
+    costs = hlo.Program(
+        program.as_text(), devices=len(topology.devices), unknown=lowered.loops
+    ).costs()
+    memory, chip = program.memory_analysis(), topology.chip
+    seconds = {
+        "compute": costs.flops * topology.cores / chip.flops,
+        "memory": costs.bytes * topology.cores / chip.bandwidth,
+        "links": _exchange(costs, topology),
+    }
+    limit = max(seconds, key=lambda name: seconds[name])
+    ideal = known["model_flops"] * topology.cores / chip.flops
+    return Report(
+        fits=True,
+        hbm_peak_bytes=_peak(memory),
+        argument_bytes=memory.argument_size_in_bytes,
+        hbm_bytes=costs.bytes,
+        flops=costs.flops,
+        flops_ratio=costs.flops / known["model_flops"],
+        collectives=costs.by_kind(),
+        seconds=seconds,
+        step_s=seconds[limit],
+        mfu_bound=ideal / seconds[limit],
+        limit=limit,
+        **known,
+    )
+
+
+def _peak(memory: Any) -> int:
+    """What is held, less what results take over from arguments, and what is needed in between."""
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+
+
+def _exchange(costs: hlo.Costs, topology: Topology) -> float:
+    place = lambda i: tuple(topology.devices[i].coords)
+    shape = (*topology.shape, 1, 1)[:3]
+    total = 0.0
+    for each in costs.collectives:
+        if len(each.group) > 1:
+            rate = links(topology.chip, [place(i) for i in each.group], shape) / topology.cores
+            total += each.times * each.bytes / rate
+    return total
+
+
+def _refusal(message: str) -> tuple[int, int, tuple[str, ...]]:
+    """What the compiler says of memory: needed, there, and the largest arrays."""
+    size = lambda number, unit: int(float(number) * GIB / {"G": 1, "M": 1024, "K": 1024**2}[unit])
+    found = re.search(r"[Uu]sed ([\d.]+)([GMK])i?B? of ([\d.]+)([GMK])", message)
+    used, there = (size(*found.group(1, 2)), size(*found.group(3, 4))) if found else (0, 0)
+    largest, seen = [], set()
+    for part in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
+        amount = part.split("\n")[0].strip()
+        shape = re.search(r"Shape: (\S+)", part)
+        what = re.search(r'op_name="([^"]*)"', part)
+        line = f"{amount}: {shape[1] if shape else '?'} {what[1] if what else ''}".strip()
+        if line not in seen:
+            largest.append(line)
+            seen.add(line)
+    return used, there, tuple(largest[:8])

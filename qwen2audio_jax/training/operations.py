@@ -1,0 +1,53 @@
+"""Multiplications and additions of a compiled program's instructions, from their text."""
+
+import functools
+import re
+
+import numpy as np
+
+from qwen2audio_jax import flash
+
+Shape = tuple[int, ...]
+
+
+def convolution(text: str, left: Shape, right: Shape, out: Shape) -> float:
+    """As XLA counts: products with what padding and dilation put in are none."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", text)
+    window = re.search(r"window=\{([^}]*)\}", text)
+    fields = dict(part.split("=") for part in window[1].split()) if window else {}
+    number = sum(letter.isdigit() for letter in labels[1])
+    every = lambda name, usual: fields.get(name, "x".join([usual] * number)).split("x")
+    total = 2.0 * right[labels[2].index("i")]
+    total *= out[labels[3].index("b")] * out[labels[3].index("f")]
+    for i in range(number):
+        total *= _taps(
+            left[labels[1].index(str(i))],
+            right[labels[2].index(str(i))],
+            out[labels[3].index(str(i))],
+            int(every("stride", "1")[i]),
+            int(every("pad", "0_0")[i].split("_")[0]),
+            int(every("lhs_dilate", "1")[i]),
+            int(every("rhs_dilate", "1")[i]),
+        )
+    return total
+
+
+@functools.cache
+def _taps(size, taps, out, stride, pad, spread, apart) -> int:
+    """Pairs of an output and a tap that meet an input."""
+    at = np.arange(out)[:, None] * stride + np.arange(taps) * apart - pad
+    return int(((at >= 0) & (at <= (size - 1) * spread) & (at % spread == 0)).sum())
+
+
+def kernel(name: str, text: str, shapes: list[Shape]) -> float:
+    """Splash attention's products over the blocks that its mask leaves; of other kernels none."""
+    found = re.search(r'op_name="([^"]*)"', text)
+    if "tpu_custom_call" not in text or found is None or "splash" not in found[1]:
+        return 0.0
+    heads = [shape for shape in shapes if len(shape) >= 4 and shape[-1] <= 256]
+    rows, number, length, width = heads[0][-4:]
+    backward = "dkv" in name
+    products = 5 if backward else 2
+    blocks = length // flash.largest_block(length)
+    seen = (blocks + 1) / (2 * blocks) if "causal" in found[1] else 1.0
+    return 2.0 * products * rows * number * length * length * width * seen

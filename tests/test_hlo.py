@@ -1,0 +1,86 @@
+"""What a compiled program costs is counted from its text, loops in full."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qwen2audio_jax import sharding, spread
+from qwen2audio_jax.training import hlo
+from qwen2audio_jax.training.chips import CHIPS, links
+
+
+def costs(f, *shapes, devices=1, unknown=1):
+    text = jax.jit(f).lower(*shapes).compile().as_text()
+    return hlo.Program(text, devices=devices, unknown=unknown).costs()
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def test_the_body_of_a_loop_counts_as_often_as_it_runs():
+    """Seven products of [64 64]; with a number of rounds that depends on data, as many as said."""
+    once = 2 * 64**3
+    scanned = lambda x, ws: jax.lax.scan(lambda x, w: (x @ w, None), x, ws)[0]
+    assert costs(scanned, shape(64, 64), shape(7, 64, 64)).flops == 7 * once
+    open_ended = lambda x, n: jax.lax.fori_loop(0, n, lambda _, x: x @ x, x)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    assert costs(open_ended, shape(64, 64), number, unknown=5).flops == 5 * once
+
+
+def test_a_slice_of_a_stack_costs_its_own_bytes():
+    """A scan reads each of its layers once, not the stack as often as there are layers."""
+    scanned = lambda x, ws: jax.lax.scan(lambda x, w: (jnp.sin(x * w), None), x, ws)[0]
+    one = 512 * 512 * 4
+    assert 16 * 3 * one <= costs(scanned, shape(512, 512), shape(16, 512, 512)).bytes < 16 * 8 * one
+
+
+def test_convolutions_count_what_meets_an_input():
+    """As XLA's own count has it: padding is no work."""
+    conv = lambda x, w: jax.lax.conv_general_dilated(
+        x, w, (2,), ((1, 1),), dimension_numbers=("NWC", "WIO", "NWC")
+    )
+    line = (
+        "ENTRY %main (x: f32[2,10,3], w: f32[3,3,5]) -> f32[2,5,5] {\n"
+        "  %x = f32[2,10,3]{2,1,0} parameter(0)\n  %w = f32[3,3,5]{2,1,0} parameter(1)\n"
+        "  ROOT %c = f32[2,5,5]{2,1,0} convolution(%x, %w), window={size=3 stride=2 pad=1_1}, "
+        "dim_labels=b0f_0io->b0f\n}\n"
+    )
+    wanted = jax.jit(conv).lower(shape(2, 10, 3), shape(3, 3, 5)).cost_analysis()["flops"]
+    assert hlo.Program(line, devices=1).costs().flops == wanted == 2 * 2 * 5 * 3 * (3 * 5 - 1)
+
+
+def test_what_devices_exchange_is_counted_in_bytes_they_take_in():
+    """A matrix split over eight devices is gathered; a sum over them goes around twice."""
+    mesh = sharding.mesh(fsdp=8)
+    split = jax.NamedSharding(mesh, jax.P("fsdp"))
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=split)
+    with jax.set_mesh(mesh):
+        whole = costs(lambda x: spread.constrain(x * 2, "rows columns"), x, devices=8)
+        summed = costs(lambda x: x.sum(axis=0), x, devices=8)
+    (gather,) = whole.collectives
+    assert gather.kind == "all-gather" and gather.group == tuple(range(8))
+    assert gather.bytes == 64 * 64 * 4 * 7 / 8
+    assert summed.by_kind() == {"all-reduce": {"count": 1, "bytes": 2 * 64 * 4 * 7 / 8}}
+
+
+@pytest.mark.parametrize(
+    ("text", "group"),
+    [
+        ("replica_groups={{0,2},{1,3}}", (0, 2)),
+        ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("source_target_pairs={{3,4},{4,3}}", (3, 4)),
+    ],
+)
+def test_groups_are_read_in_every_form(text, group):
+    assert hlo._group(text, 8) == group
+
+
+def test_links_depend_on_how_a_group_lies():
+    """A row of a 4 x 4 has no ring, one of a 16 x 16 has; a whole pod uses both axes."""
+    chip, row = CHIPS["v5e"], lambda n: [(i, 0, 0) for i in range(n)]
+    assert links(chip, row(4), (4, 4, 1)) == chip.link
+    assert links(chip, row(16), (16, 16, 1)) == 2 * chip.link
+    pod = [(i, j, 0) for i in range(16) for j in range(16)]
+    assert links(chip, pod, (16, 16, 1)) == 4 * chip.link

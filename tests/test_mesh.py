@@ -1,0 +1,112 @@
+"""Eight devices, however they share the work, do what one does."""
+
+import jax
+import numpy as np
+import pytest
+import small
+from flax import nnx
+
+from qwen2audio_jax import Qwen2Audio, generate, sharding
+from qwen2audio_jax.training import loss, preference
+from qwen2audio_jax.training.learner import Learner
+from qwen2audio_jax.training.optimizer import OptimizerConfig
+from qwen2audio_jax.training.preference import PreferenceConfig
+from qwen2audio_jax.training.settings import Lora, MeshConfig
+
+CONFIG = small.EVEN
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "fsdp x tensor": {"fsdp": 4, "tensor": 2},
+    "fsdp x context": {"fsdp": 2, "context": 4},
+    "all": {"data": 2, "fsdp": 1, "tensor": 2, "context": 2},
+}
+FRAMES = [30, 13, 21, 9, 26, 17, 24, 12]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hurry():
+    """Programs that run once take longer to be compiled well than to be run badly."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def rows(length=16):
+    batch = small.inputs(FRAMES, length=length)
+    learned = (batch["attention_mask"] == 1) & (batch["input_ids"] != CONFIG.audio_token)
+    return batch | {"labels": np.where(learned, batch["input_ids"], loss.IGNORED)}
+
+
+def pairs():
+    batch = rows()
+    both = {}
+    for side, shift in (("chosen", 0), ("rejected", 1)):
+        changed = np.where(batch["labels"] > 6, batch["input_ids"] - shift, batch["input_ids"])
+        both[f"{side}_input_ids"] = changed
+        both[f"{side}_attention_mask"] = batch["attention_mask"]
+        both[f"{side}_labels"] = np.where(batch["labels"] >= 0, changed, loss.IGNORED)
+    return both | {k: batch[k] for k in ("input_features", "feature_attention_mask")}
+
+
+def dpo(model, batch, **how):
+    return preference.preference(model, batch, config=PreferenceConfig(), **how)
+
+
+WAYS = {
+    "sft": (rows, loss.next_token, {}),
+    "dpo": (pairs, dpo, {"reference": True}),
+    "lora": (rows, loss.next_token, {"adapters": Lora(r=2, target_modules="all-linear")}),
+}
+
+
+@pytest.fixture(scope="module")
+def after():
+    """A step's logs, moments (of which the first, b1 being 0, are the gradients), parameters."""
+
+    def run(way, sizes):
+        batch, of, how = WAYS[way]
+        model = small.shaken(Qwen2Audio(CONFIG, rngs=nnx.Rngs(0)))
+        optimizer = OptimizerConfig(
+            learning_rate=1e-3, warmup_steps=0, clip_norm=0.0, b1=0.0, eps=1e-3
+        )
+        mesh = sharding.mesh(**sizes) if sizes else None
+        learner = Learner(model, optimizer, of, mesh=mesh, **how)
+        logs = learner.step(batch(), 0)
+        return jax.device_get((logs, learner.state.opt_state, learner.state.params))
+
+    one = {way: run(way, {}) for way in WAYS}
+    return run, one
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", MESHES)
+def test_a_step_on_a_mesh_is_the_step_of_one_device(after, way, name):
+    """Loss, gradients and parameters within 1e-5: all of them, a preference, and adapters."""
+    run, one = after
+    for a, b in zip(*map(jax.tree.leaves, (run(way, MESHES[name]), one[way])), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_answers_on_a_mesh_are_those_of_one_device(name):
+    """Token for token, the cache split over rows and heads."""
+    model = small.shaken(Qwen2Audio(CONFIG, scan_layers=False, rngs=nnx.Rngs(0)))
+    inputs = small.inputs(FRAMES, length=16)
+    wanted = generate(model, inputs, max_new_tokens=12, end_tokens=())
+    graph, state = nnx.split(model)
+    mesh = sharding.mesh(**MESHES[name])
+    many = nnx.merge(graph, jax.device_put(state, sharding.shardings(state, mesh)))
+    np.testing.assert_array_equal(generate(many, inputs, max_new_tokens=12, end_tokens=()), wanted)
+
+
+def test_slices_are_the_outermost_devices():
+    """Two slices of four: an axis over both has a slice's devices next to each other."""
+    mesh = MeshConfig(dcn_data_parallelism=2, ici_tensor_parallelism=2).make()
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+    first = {device.id for device in mesh.devices[0].ravel()}
+    assert first == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match=r"on each of 3 slices needs 6 devices, there are 8"):
+        MeshConfig(dcn_data_parallelism=3).make()
+    with pytest.raises(ValueError, match=r"ici mesh sizes from 1, or a single -1, got .*'data': 0"):
+        MeshConfig(ici_data_parallelism=0).make()

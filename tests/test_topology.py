@@ -1,0 +1,112 @@
+"""A step is compiled from shapes alone, the same that training runs, and wastes nothing."""
+
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+import small
+from flax import nnx
+
+from qwen2audio_jax import Qwen2Audio, sharding
+from qwen2audio_jax.training import compiled, hlo, placement, topology
+from qwen2audio_jax.training.topology import Work
+from qwen2audio_jax.training.trainee import trainee_of
+
+WORK = Work(batch=8, tokens=32, frames=40)
+LONG = Work(batch=8, tokens=160, frames=40)  # whose scores would be the largest array
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hurry():
+    """Programs that never run need not be compiled well."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.mesh(fsdp=4, tensor=2)
+
+
+def settings(stage="sft", **how):
+    return topology.settings_of(stage, dtype="bfloat16", remat_policy="full", **how)
+
+
+def test_the_program_of_shapes_is_the_one_that_trains(mesh):
+    """A learner of arrays and one of shapes lower to the same text."""
+    abstract = topology.lower("sft", small.EVEN, WORK, settings(), mesh)
+    model = Qwen2Audio(small.EVEN, rngs=nnx.Rngs(0))
+    batch = {k: np.ascontiguousarray(x) for k, x in WORK.arrays(small.EVEN, "sft").items()}
+    real = trainee_of(settings(), model, mesh).lower(batch)
+    assert abstract.program.as_text() == real.as_text()
+
+
+@pytest.mark.parametrize("stage", topology.STAGES)
+def test_every_stage_has_a_program(mesh, stage):
+    """Made without an array, and with operations that the model needs."""
+    lowered = topology.lower(stage, small.EVEN, WORK, settings(stage), mesh)
+    assert lowered.flops > 0
+    assert placement.is_abstract(lowered.held)
+    assert "bytes a device" in placement.table(lowered.held)
+
+
+def test_a_step_gathers_no_stack_and_holds_no_scores(mesh):
+    """Parameters come a layer at a time; nowhere is there an array of [B L V]."""
+    lowered = topology.lower("sft", small.EVEN, LONG, settings(), mesh)
+    program = hlo.Program(lowered.program.compile().as_text(), devices=8)
+    d = small.EVEN.decoder
+    scores = LONG.batch * LONG.tokens * d.vocabulary // 8
+    assert max(np.prod(shape) for shape in program.arrays()) < scores
+    gathers = [each for each in program.costs().collectives if each.kind == "all-gather"]
+    stacks = [
+        x.shape
+        for name, x in placement.by_name(lowered.held["trained"]).items()
+        if ".blocks." in name and x.ndim > 2
+    ]
+    assert gathers and stacks
+    for each in gathers:
+        assert hlo._shape(each.shape) not in stacks, each
+
+
+def test_mistakes_are_lines(mesh, monkeypatch):
+    """Numbers that do not divide, chips that are none, a compiler that is not there."""
+    lower = lambda **how: topology.lower(
+        "sft", small.EVEN, Work(**{**vars(WORK), **how}), settings(), mesh
+    )
+    with pytest.raises(ValueError, match=r"6 rows do not split over the 4 devices of .* fsdp"):
+        lower(batch=6)
+    with pytest.raises(ValueError, match="more than the 10 tokens of their clips, got 8"):
+        lower(tokens=8)
+    with pytest.raises(ValueError, match=r"wanted a topology as v5e:4x4, of v4, .* 'v9:2'"):
+        topology.describe("v9:2")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'qwen2audio_jax\[tpu\]'"):
+        topology.describe("v5e:4x4")
+
+
+def test_a_refusal_says_what_is_needed_and_by_what():
+    """As the compiler for TPUs words it."""
+    said = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. "
+        "Exceeded hbm capacity by 1.75G.\n\nLargest program allocations in hbm:\n\n"
+        '  1. Size: 2.00G\n     Operator: op_name="jit(step)/dot"\n'
+        "     Shape: f32[4,8]{1,0:T(8,128)}\n     Unpadded size: 2.00G\n"
+    )
+    used, there, largest = compiled._refusal(said)
+    assert (used, there) == (int(17.5 * 2**30), int(15.75 * 2**30))
+    assert largest == ("2.00G: f32[4,8]{1,0:T(8,128)} jit(step)/dot",)
+
+
+@pytest.mark.slow
+def test_the_real_compiler_takes_a_step():
+    """For chips that are not here; skipped where the extra is not installed."""
+    pytest.importorskip("libtpu")
+    there = topology.describe("v5e:2x2")
+    lowered = topology.lower(
+        "sft", small.EVEN, WORK, settings(), sharding.mesh(devices=there.devices, fsdp=4)
+    )
+    report, _ = compiled.compile(lowered, there)
+    assert report.fits and 0 < report.hbm_peak_bytes < report.hbm_chip_bytes
+    assert report.flops > 0 and 0 < report.mfu_bound <= 1

@@ -1,0 +1,122 @@
+"""Compiles a step for TPUs that are not here, and says what it needs of each.
+
+    python -m train.compile --stage sft --model qwen2-audio-7b --topology v5e:4x4 --batch 32
+    python -m train.compile --stage lora-sft --topology v5e:2x4 --batch 16 --json
+    python -m train.compile --stage decode --topology v5p:1x1x1 --batch 8 --tokens 2048
+
+It is the very step of training, or of generation, for the real compiler, of shapes alone: memory
+against the chip's, operations against the model's own, bytes moved, and the time that the chip's
+peak rates leave. A step that does not fit is told with its largest arrays. The compiler is an
+extra: pip install 'qwen2audio_jax[tpu]'.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from dataclasses import field
+
+import tyro
+
+from qwen2audio_jax import config, flash, remat
+from qwen2audio_jax.training import compiled, topology
+from qwen2audio_jax.training.chips import GIB
+from qwen2audio_jax.training.optimizer import OptimizerConfig
+from qwen2audio_jax.training.placement import table
+from qwen2audio_jax.training.settings import Lora, MeshConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compile(topology.Work):
+    """What is compiled, and for what."""
+
+    stage: topology.Stage = "sft"
+    """Of training or of generation; dpo-precomputed has the reference's answers in its data."""
+    model: str = "qwen2-audio-7b"
+    """A preset's name."""
+    topology: str = "v5e:4x4"
+    """Chips: v4, v5e, v5p, v6e or 7x, and how many along each axis."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    remat_policy: remat.Policy = "full"
+    """As in training."""
+    attention: flash.Attention = "autoselected"
+    """As in training."""
+    gradient_accumulation_steps: int = 1
+    """As in training."""
+    scan_layers: bool = True
+    """As in training; generation has a list of blocks."""
+    weight_dtype: str | None = None
+    """As in training; without, bfloat16 for LoRA, else float32."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: Lora | None = None
+    json: bool = False
+    """Print one JSON object."""
+    hlo: pathlib.Path | None = None
+    """Write the compiled program's text there, to be read by hand."""
+
+
+def main(given: Compile) -> None:
+    where = topology.describe(given.topology)
+    mesh = given.mesh.make(where.devices)
+    how = {"weight_dtype": given.weight_dtype, "lora": given.lora}
+    settings = topology.settings_of(
+        given.stage,
+        dtype="bfloat16",
+        remat_policy=given.remat_policy,
+        attention=given.attention,
+        optimizer=given.optimizer,
+        gradient_accumulation_steps=given.gradient_accumulation_steps,
+        scan_layers=given.scan_layers,
+        **{name: value for name, value in how.items() if value is not None},
+    )
+    lowered = topology.lower(given.stage, config.preset(given.model), given, settings, mesh)
+    if given.mesh.show:
+        print(table(lowered.held), file=sys.stderr)
+    report, program = compiled.compile(lowered, where)
+    if given.hlo and program is not None:
+        given.hlo.write_text(program.as_text())
+    if given.json:
+        print(json.dumps(report.as_json()))
+    else:
+        print("\n".join(told(given, report)))
+
+
+def told(given: Compile, report: compiled.Report) -> list[str]:
+    """A report in words."""
+    gib = lambda x: f"{x / GIB:.2f} GiB"
+    lines = [
+        f"{given.stage} of {given.model} on {given.topology}, {given.batch} rows of "
+        f"{given.tokens} tokens; of each of {report.devices} devices:",
+        f"  memory       {gib(report.hbm_peak_bytes)} of {gib(report.hbm_chip_bytes)}",
+    ]
+    if not report.fits:
+        advice = "fewer rows, more devices, more gradient_accumulation_steps"
+        advice += "" if given.remat_policy == "full" else ", remat_policy full"
+        return [
+            *(line.replace("memory ", "needs  ") for line in lines),
+            *(f"  largest      {each}" for each in report.largest),
+            f"  does not fit: wanted {advice}, or attention flash",
+        ]
+    lines += [
+        f"  held         {gib(report.argument_bytes)} between steps",
+        f"  operations   {report.flops:.4g}, {report.flops_ratio:.3f} times the model's own",
+        f"  moved        {gib(report.hbm_bytes)} from and to memory",
+        *(
+            f"  {kind:<12} {each['count']:.0f} times, {gib(each['bytes'])}"
+            for kind, each in report.collectives.items()
+        ),
+        *(f"  {name:<12} {s * 1e3:.1f} ms at the peak" for name, s in report.seconds.items()),
+        f"  bound        {report.step_s * 1e3:.1f} ms by {report.limit}: MFU "
+        f"{report.mfu_bound:.1%} at most",
+        f"  compiled     in {report.compile_s} s ({report.compile_cpu_s} s of processors), with "
+        f"{gib(report.process_peak_bytes)}",
+    ]
+    return lines
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Compile, prog="python -m train.compile", description=__doc__))
+    except ValueError as error:
+        print(f"train.compile: error: {error}", file=sys.stderr)
+        sys.exit(2)
