@@ -244,7 +244,11 @@ def test_dpo_has_the_same_reference_in_memory_and_beforehand(run, tmp_path):
         ("sft", ["--data.train", "absent.jsonl"], "no manifest at absent.jsonl"),
         ("sft", ["--data.train", "--data.held-out"], "wanted --data.train SOURCE"),
         ("sft", ["--model", "absent"], "wanted 'tiny', a folder or a hub id"),
-        ("sft", ["--data.buckets.0.rows", "3"], "3 rows of a batch do not split over the 8"),
+        (
+            "sft",
+            ["--data.buckets.0.tokens", "161", "--mesh.ici-context-parallelism", "2"],
+            "161 tokens of a row do not split over the 2 devices",
+        ),
         ("sft", ["--mesh.ici-tensor-parallelism", "3"], "a mesh of .* needs 6 devices"),
         ("sft", ["--data.weights", "1", "2"], "wanted weights for 1 sources, got 2"),
         ("sft", ["--optimizer.steps", "1"], "wanted fewer warm-up steps than the 1 steps"),

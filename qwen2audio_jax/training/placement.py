@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen2audio_jax import sharding
+from qwen2audio_jax.processor import IGNORED
 from qwen2audio_jax.spread import ROWS
 from qwen2audio_jax.training.optimizer import name_of
 from qwen2audio_jax.training.settings import DataConfig
@@ -25,6 +27,8 @@ def place(
 ) -> Mapping[str, Any]:
     """A batch on its devices, split over rows and `context`; each host brings rows of its own.
 
+    Where rows or clips do not divide by the devices, empty ones that teach nothing are added.
+
     Args:
       batch: arrays, or their shapes where nothing is to be allocated.
       parts: if more than 1, arrays lead with an axis of so many batches.
@@ -35,7 +39,10 @@ def place(
     if shared and jax.process_count() > 1:
         return jax.device_put(dict(batch), NamedSharding(mesh, PartitionSpec()))
 
+    devices = max(math.prod(mesh.shape[axis] for axis in ROWS) // jax.process_count(), 1)
+
     def put(name, x):
+        x = _filled(name, x, devices, axis=int(parts > 1))
         where = sharding.of_batch(x.shape, mesh, tokens=name in TOKENS, lead=int(parts > 1))
         if isinstance(x, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
@@ -44,21 +51,25 @@ def place(
     return {name: put(name, x) for name, x in batch.items()}
 
 
+def _filled(name: str, x: Any, devices: int, *, axis: int) -> Any:
+    """An array with as many rows more as make them divide by so many devices."""
+    missing = -x.shape[axis] % devices
+    if not missing:
+        return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+        shape = [size + missing * (i == axis) for i, size in enumerate(x.shape)]
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+    empty = IGNORED if name.endswith(("labels", "words")) else -1 if name == "rows" else 0
+    return np.pad(x, [(0, missing * (i == axis)) for i in range(x.ndim)], constant_values=empty)
+
+
 def check(data: DataConfig, mesh: Mesh) -> None:
-    """Refuses batches that do not split over a mesh.
+    """Refuses rows whose tokens do not split over a mesh.
 
     Raises:
       ValueError: the message gives both numbers.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     for bucket in data.buckets:
-        for name in ("rows", "clips"):
-            size = getattr(bucket, name) * (data.feeds or jax.process_count())
-            if size % shards:
-                raise ValueError(
-                    f"{size} {name} of a batch do not split over the {shards} devices of the mesh "
-                    f"axes {' and '.join(ROWS)}"
-                )
         if bucket.tokens % mesh.shape["context"]:
             raise ValueError(
                 f"{bucket.tokens} tokens of a row do not split over the {mesh.shape['context']} "

@@ -88,7 +88,9 @@ def _compute(learner: Learner, mixture: Mixture, part: Part) -> Float[np.ndarray
             known = learner.reference_logps(batch)
             rows = batch["rows"]
             used = rows >= 0
-            logps[rows[used]] = np.stack([known[name][used] for name in REFERENCE], axis=1)
+            logps[rows[used]] = np.stack(
+                [known[name][: len(rows)][used] for name in REFERENCE], axis=1
+            )
             progress.update(int(used.sum()))
     return logps
 
