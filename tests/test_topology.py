@@ -1,5 +1,6 @@
 """A step is compiled from shapes alone, the same that training runs, and wastes nothing."""
 
+import dataclasses
 import importlib.util
 
 import jax
@@ -54,10 +55,11 @@ def test_every_stage_has_a_program(mesh, stage):
 
 def test_a_step_gathers_no_stack_and_holds_no_scores(mesh):
     """Parameters come a layer at a time; nowhere is there an array of [B L V]."""
-    lowered = topology.lower("sft", small.EVEN, LONG, settings(), mesh)
+    many = dataclasses.replace(small.EVEN.decoder, vocabulary=4096)
+    words = dataclasses.replace(small.EVEN, decoder=many)
+    lowered = topology.lower("sft", words, LONG, settings(), mesh)
     program = hlo.Program(lowered.program.compile().as_text(), devices=8)
-    d = small.EVEN.decoder
-    scores = LONG.batch * LONG.tokens * d.vocabulary // 8
+    scores = LONG.batch * LONG.tokens * many.vocabulary // 8
     assert max(np.prod(shape) for shape in program.arrays()) < scores
     gathers = [each for each in program.costs().collectives if each.kind == "all-gather"]
     stacks = [

@@ -142,17 +142,19 @@ class Program:
         inside = self.computations[re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]]
         root = next(each for each in inside.values() if each.root)
         if root.op != "compare" or "direction=LT" not in root.rest:
-            return self.unknown
+            return float(self.unknown)
         bound = inside[root.operands[1]]
         if bound.op == "get-tuple-element":
             given = body.get(loop.operands[0])
             if given is None or given.op != "tuple":
-                return self.unknown
+                return float(self.unknown)
             number = int(re.search(r"index=(\d+)", bound.rest)[1])
             bound = body.get(given.operands[number], bound)
             while bound.op in ("copy", "copy-done", "copy-start") and bound.operands[0] in body:
                 bound = body[bound.operands[0]]
-        return float(bound.rest.partition(")")[0]) if bound.op == "constant" else self.unknown
+        return (
+            float(bound.rest.partition(")")[0]) if bound.op == "constant" else float(self.unknown)
+        )
 
     def _flops(self, each: Instruction, body: dict[str, Instruction]) -> float:
         if each.op not in ("dot", "convolution", "custom-call"):

@@ -77,7 +77,7 @@ class Learner:
 
     def _fresh(
         self, model: Qwen2Audio, config: lora.LoraConfig, start: lora.Adapters | None
-    ) -> lora.Adapters:
+    ) -> dict[str, Any]:
         init = lambda: lora.init(config, model, key=jax.random.key(self._seed))
         params = start or (jax.eval_shape(init) if placement.is_abstract(model) else init())
         if still := [name for name in by_name(params) if not self.optimizer.trains(name)]:

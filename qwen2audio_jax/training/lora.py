@@ -157,7 +157,7 @@ def _merge(kernel, a, b, scale, stacked):
 def shardings(adapters: Mapping[str, Any], mesh: Mesh) -> dict[str, dict[str, NamedSharding]]:
     """Where adapters, or their shapes, belong: split as their layer's kernel is, never over r."""
 
-    def places(path: str, adapter: dict[str, Array]) -> dict[str, NamedSharding]:
+    def places(path: str, adapter: dict[str, Any]) -> dict[str, NamedSharding]:
         a, b = adapter[A], adapter[B]
         words = [word for word in path.split(".") if not word.isdigit()]
         letters = table.LETTERS[path := ".".join([*words, "kernel"])]
