@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from qwen2audio_jax import weights
 from qwen2audio_jax.config import Config
 from qwen2audio_jax.data.mixture import Batches, Mixture
+from qwen2audio_jax.data.sources import on_disk
 from qwen2audio_jax.evaluation import held_out
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
@@ -50,6 +51,7 @@ def train(settings: Settings) -> int | None:
         disk; what was saved is still there.
       FloatingPointError: as in `loop.train`.
     """
+    on_disk(settings.out)
     pairs = isinstance(settings, PreferenceSettings)
     mesh = settings.mesh.make()
     placement.check(settings.data, mesh)
