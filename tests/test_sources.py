@@ -123,7 +123,7 @@ def test_what_is_not_there_is_refused(spec, error, message):
 
 
 def test_a_manifest_without_rows_of_the_split(manifest):
-    with pytest.raises(ValueError, match=r"rows.jsonl: no rows with split 'dev'"):
+    with pytest.raises(ValueError, match=r"'dev'; splits in it: test, train$"):
         open_source(f"{manifest}:dev")
 
 
@@ -159,6 +159,40 @@ def test_shards_give_what_was_written(tmp_path):
     source = pickle.loads(pickle.dumps(open_source(tmp_path)))
     assert [source[i] for i in range(len(source))] == rows
     assert len(open_source(f"{tmp_path}/x-1*.array_record")) == 3
+
+
+def test_a_folder_of_shards_is_whole(tmp_path):
+    """What is still written is no shard; some of them may be named on purpose."""
+    pytest.importorskip("grain")
+    for i in (0, 2, 3):
+        write(tmp_path / f"x-{i:05}-of-00004.array_record", [{"n": i}])
+    write(tmp_path / "other.array_record", [{"n": 9}])
+    (tmp_path / "x-00001-of-00004.array_record.unfinished").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"wanted all 4 shards .*x-\*-of-00004.array_.*, got 3"):
+        open_source(tmp_path)
+    assert len(open_source(f"{tmp_path}/x-*.array_record*")) == 3
+    write(tmp_path / "x-00001-of-00004.array_record", [{"n": 1}])
+    assert len(open_source(tmp_path)) == 5
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"rows": 0}, "wanted --rows of at least 1, got 0"),
+        ({"workers": -1}, "wanted --workers of at least 0, got -1"),
+        ({"out": pathlib.Path("gs://bucket/set")}, "on a disk to write to, got gs://bucket/set$"),
+        ({"manifest": "absent.jsonl"}, "no manifest at absent.jsonl"),
+    ],
+)
+def test_shards_that_cannot_be_written_leave_nothing(manifest, monkeypatch, how, message):
+    pytest.importorskip("grain")
+    from train import shard
+
+    monkeypatch.chdir(manifest.parent)
+    settings = shard.Settings(manifest=str(manifest), out=pathlib.Path("out"), workers=0)
+    with pytest.raises((ValueError, OSError), match=message):
+        shard.main(dataclasses.replace(settings, **how))
+    assert {path.name for path in manifest.parent.iterdir()} == {"a.wav", "rows.jsonl"}
 
 
 @pytest.fixture
@@ -213,6 +247,8 @@ def test_killed_while_writing_shards(many, tmp_path, monkeypatch, capsys):
     assert [row["text"] for row in (source[i] for i in range(9))] == [str(i) for i in range(9)]
     np.testing.assert_array_equal(hear(source[4]["audio"]), audio.load(tmp_path / "4.wav"))
 
+    with pytest.raises(ValueError, match=r"out holds other shards: audio \['audio'\], not \['clip"):
+        shard.main(dataclasses.replace(settings, audio=("clip",)))
     many.write_text(many.read_text().replace('"8"', '"9"'))
     with pytest.raises(ValueError, match="out holds other shards: crc"):
         shard.main(settings)

@@ -243,6 +243,11 @@ def test_dpo_has_the_same_reference_in_memory_and_beforehand(run, tmp_path):
     [
         ("sft", ["--data.train", "absent.jsonl"], "no manifest at absent.jsonl"),
         ("sft", ["--data.train", "--data.held-out"], "wanted --data.train SOURCE"),
+        (
+            "sft",
+            ["--out", "gs://bucket/run"],
+            "a folder on a disk to write to, got gs://bucket/run",
+        ),
         ("sft", ["--model", "absent"], "wanted 'tiny', a folder or a hub id"),
         (
             "sft",

@@ -1,5 +1,6 @@
 """Sources and lines of a run's settings -> samples, as they are learned and as they are asked."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,8 +11,12 @@ import words
 pytest.importorskip("grain")
 
 from qwen2audio_jax import Processor
+from qwen2audio_jax.data.example import from_preference
 from qwen2audio_jax.data.instruction import Task
-from qwen2audio_jax.training import inputs
+from qwen2audio_jax.data.mixture import Mixture, Part
+from qwen2audio_jax.data.sources import Made
+from qwen2audio_jax.training import inputs, reference
+from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.settings import DataConfig
 
 ASR = "[AUDIO:speech] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"
@@ -40,8 +45,9 @@ def rows(tmp_path, chirp):
 
 def test_clips_lie_beside_their_manifest_whatever_their_field(rows, processor):
     """A task's own fields name them, also for what is held out."""
-    path = rows({"speech": "0.wav", "text": "yes"})
-    data = DataConfig(train=(path,), held_out=(path,), tasks=(ASR,))
+    row = {"speech": "0.wav", "text": "yes"}
+    path = rows({**row, "split": "train"}, {**row, "split": "test"})
+    data = DataConfig(train=(f"{path}:train",), held_out=(f"{path}:test",), tasks=(ASR,))
     (part,), (kept,) = inputs.training(data), inputs.held_out(data, 5)
     for each in (part, kept.part):
         example = each.compile(each.source[0], processor)
@@ -91,6 +97,19 @@ def test_choices_follow_what_is_given(processor, line, sample, prompt, answers):
         rest = ids_of(example.prompt[len(given.prompt) :])
         assert rest in [[*processor.tokenizer.encode(text), end] for text in answers]
         assert wanted in [text.strip() for text in answers]
+
+
+def test_a_reference_answers_pairs_in_a_file_however_many(tmp_path, monkeypatch):
+    """Only what is made has no end; its first samples have one."""
+    known = lambda path, part, learner: np.zeros((len(part.source), 2))
+    monkeypatch.setattr(reference, "_read", known)
+    nobody, made = (object.__new__(Learner), object.__new__(Mixture)), Made(lambda i: {}, 5)
+    for source in (range(10**6), inputs.Head(made, 2)):
+        part = Part(name="pairs", source=source, compile=from_preference)
+        (answered,) = reference.precompute(*nobody, [part], tmp_path)
+        assert len(answered.source) == len(source)
+    with pytest.raises(ValueError, match="wants pairs in a file, got pairs"):
+        reference.precompute(*nobody, [dataclasses.replace(part, source=made)], tmp_path)
 
 
 def test_a_rate_of_nothing_is_refused():

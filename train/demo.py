@@ -26,7 +26,7 @@ import tyro
 from flax import nnx
 
 from qwen2audio_jax import Processor, Qwen2Audio, audio, draw, preset, weights
-from qwen2audio_jax.data import dialogue, manifest, synth
+from qwen2audio_jax.data import dialogue, manifest, sources, synth
 from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.data.world import MODES, World
 from qwen2audio_jax.evaluation import recognition
@@ -95,6 +95,7 @@ def main(demo: Demo) -> None:
 
 def begin(demo: Demo, world: World) -> None:
     """Writes what pretraining begins with: sizes and words."""
+    sources.on_disk(demo.out)
     for path in demo.manifest:
         manifest.read(path)  # a mistake is told before anything is written
     folder = demo.out / "start"

@@ -57,9 +57,13 @@ class Written:
 
 
 def main(settings: Settings) -> None:
-    settings.out.mkdir(parents=True, exist_ok=True)
+    for name, least in (("rows", 1), ("workers", 0)):
+        if (got := getattr(settings, name)) < least:
+            raise ValueError(f"wanted --{name} of at least {least}, got {got}")
+    sources.on_disk(settings.out)
     path, split = _split(settings.manifest)
     source = sources.Manifest(path, split=split, audio=settings.audio)
+    settings.out.mkdir(parents=True, exist_ok=True)
     shards = -(-len(source) // settings.rows)
     done = _resume(settings, source)
     todo = [shard for shard in range(shards) if shard not in done]
@@ -87,6 +91,7 @@ def _resume(settings: Settings, source: sources.Manifest) -> dict[int, Written]:
     path = settings.out / "progress.jsonl"
     crc = zlib.crc32(epath.Path(source.path).read_bytes())
     plan = {"manifest": settings.manifest, "crc": crc, "rows": settings.rows}
+    plan["audio"] = list(settings.audio)
     lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last may be cut
     if not lines:
         path.write_text(json.dumps(plan) + "\n")

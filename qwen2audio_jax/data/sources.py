@@ -4,6 +4,8 @@ A source is anything with `len(source)` and `source[i] -> dict`; worker processe
 copy. Audio stays what a row says (a path, a URL, bytes, samples) until a sample is compiled.
 """
 
+import collections
+import dataclasses
 import functools
 import json
 import mmap
@@ -22,10 +24,26 @@ MESSAGES = ("messages", "prompt", "chosen", "rejected")  # fields whose parts na
 NAMED = ("audio", "audio_url", "path", "url")  # how a part names its clip
 ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:|~|/")  # what no folder goes in front of
 SUFFIX = ".array_record"
+UNFINISHED = ".unfinished"  # ends the name of a shard that is being written
+NUMBERED = re.compile(r"(?P<before>.*?)\d+-of-(?P<count>\d+)(?P<after>.*)")
 FEW = 10  # rows of a manifest that are tried at once: it may be no manifest at all
 # As tensorflow-datasets names the types of what it stores.
 TFDS_AUDIO = "tensorflow_datasets.core.features.audio_feature.Audio"
 TFDS_TENSOR = "tensorflow_datasets.core.features.tensor_feature.Tensor"
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """Samples by number, of which there is no end."""
+
+    make: Callable[[int], dict[str, Any]]
+    count: int  # that are told apart
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.make(index)
 
 
 @runtime_checkable
@@ -35,6 +53,16 @@ class RandomAccess(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+def on_disk(folder: os.PathLike) -> None:
+    """Refuses storage elsewhere for what is written with the disk's own calls.
+
+    Raises:
+      ValueError: the folder was given as gs://..., say.
+    """
+    if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", os.fspath(folder)):
+        raise ValueError(f"wanted a folder on a disk to write to, got {found[1]}://{found[2]}")
 
 
 def open_source(
@@ -118,11 +146,20 @@ class Manifest:
 
     def _of(self, split: str) -> list[bool]:
         """Which rows are of a split: also those of which nobody can tell, to be counted as bad."""
-        bad = [self._bad(i) is not None for i in range(len(self))]
-        same = [not bad[i] and self[i].get("split") == split for i in range(len(self))]
-        if not any(same):
-            raise ValueError(f"{self.path}: no rows with split {split!r}")
-        return [a or b for a, b in zip(bad, same, strict=True)]
+        nobody_knows = object()
+
+        def of(index: int) -> Any:
+            try:
+                return self[index].get("split")
+            except BadSample:
+                return nobody_knows
+
+        splits = [of(i) for i in range(len(self))]
+        if split not in splits:
+            known = {str(each) for each in splits if each not in (None, nobody_knows)}
+            there = ", ".join(sorted(known)) or "none"
+            raise ValueError(f"{self.path}: no rows with split {split!r}; splits in it: {there}")
+        return [each in (split, nobody_knows) for each in splits]
 
     @functools.cached_property
     def _data(self) -> mmap.mmap | bytes:
@@ -208,9 +245,12 @@ class Shards:
         folder, pattern = epath.Path(spec), f"*{SUFFIX}*"
         if not folder.is_dir():
             folder, pattern = folder.parent, folder.name
-        self.paths = sorted(os.fspath(path) for path in folder.glob(pattern))
+        paths = sorted(os.fspath(path) for path in folder.glob(pattern))
+        self.paths = [path for path in paths if not path.endswith(UNFINISHED)]
         if not self.paths:
             raise FileNotFoundError(f"no {SUFFIX} shards at {spec}")
+        if folder == epath.Path(spec):  # who names shards may want some
+            _complete(self.paths)
         self._records = grain.sources.ArrayRecordDataSource(self.paths)
 
     def __len__(self) -> int:
@@ -225,11 +265,23 @@ class Shards:
             raise BadSample("bad row", message) from None
 
 
+def _complete(paths: Sequence[str]) -> None:
+    """Refuses a folder in which a shard is missing, of those that say of how many they are."""
+    numbered = (NUMBERED.fullmatch(path) for path in paths)
+    sets = collections.Counter(
+        found.group("before", "count", "after") for found in numbered if found
+    )
+    for (before, count, after), got in sets.items():
+        if got != int(count):
+            these = f"{before}*-of-{count}{after}"
+            raise ValueError(f"wanted all {int(count)} shards {these}, got {got}: some are missing")
+
+
 def write(path: epath.PathLike, rows: Iterable[Mapping[str, Any]]) -> int:
     """Writes rows as one ArrayRecord shard, whole or not at all; gives how many there were."""
     from array_record.python import array_record_module  # an extra
 
-    unfinished = f"{os.fspath(path)}.unfinished"
+    unfinished = f"{os.fspath(path)}{UNFINISHED}"
     # Groups of one: a row is read without the rows around it.
     writer = array_record_module.ArrayRecordWriter(unfinished, "group_size:1")
     count = 0

@@ -14,7 +14,6 @@ frequencies, that no training sample has. Speech needs espeak-ng (extra: `demo`)
 import dataclasses
 import pathlib
 import re
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,6 +25,7 @@ from qwen2audio_jax import prompt
 from qwen2audio_jax.audio import SAMPLE_RATE
 from qwen2audio_jax.data import dialogue, lexicon, scenes, skills, sounds
 from qwen2audio_jax.data.skills import Skill, generator
+from qwen2audio_jax.data.sources import Made
 
 NAMES, MODES = ("small", "full"), ("analysis", "chat")
 # Their places are those of the presets' token ids.
@@ -34,20 +34,6 @@ SPECIAL = (
     *(prompt.AUDIO, prompt.AUDIO_BOS, prompt.AUDIO_EOS),
 )
 TAG = re.compile(r"<\|[^|]+\|>")
-
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """Samples by number, as a mixture reads them."""
-
-    make: Callable[[int], dict[str, Any]]
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.make(index)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from qwen2audio_jax.data.example import BadSample, Pair, from_preference
 from qwen2audio_jax.data.mixture import Mixture, Part
-from qwen2audio_jax.data.sources import RandomAccess
+from qwen2audio_jax.data.sources import Made, RandomAccess
 from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.progress import Progress
 from qwen2audio_jax.training import inputs
@@ -67,7 +67,7 @@ def precompute(
             raise ValueError(
                 "precompute_ref_log_probs wants clips as they are: data.augmented and data.masked 0"
             )
-        if len(part.source) >= inputs.MADE:
+        if isinstance(part.source, Made):
             raise ValueError(f"precompute_ref_log_probs wants pairs in a file, got {part.name}")
         path = folder / FOLDER / f"{zlib.crc32(part.name.encode()):08x}.npz"
         logps = _read(path, part, learner)

@@ -26,6 +26,7 @@ from qwen2audio_jax import sharding, weights
 from qwen2audio_jax.config import Config
 from qwen2audio_jax.data.feeds import Feeds
 from qwen2audio_jax.data.mixture import Mixture
+from qwen2audio_jax.data.sources import on_disk
 from qwen2audio_jax.evaluation import held_out
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
@@ -52,6 +53,7 @@ def train(settings: Settings) -> int | None:
         disk; what was saved is still there.
       FloatingPointError: as in `loop.train`.
     """
+    on_disk(settings.out)
     pairs = isinstance(settings, PreferenceSettings)
     mesh = settings.mesh.make()
     settings = run.fed(settings)
