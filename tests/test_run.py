@@ -88,6 +88,17 @@ def test_another_setting_is_refused_with_both_values(folder, change, message):
     assert (folder / run.SETTINGS).read_text() == before
 
 
+def test_a_setting_that_was_not_there_yet_was_as_it_is_by_default(folder):
+    """A run of before goes on, unless it is now told otherwise."""
+    path = folder / run.SETTINGS
+    before = json.loads(path.read_text())
+    del before["seed"], before["optimizer"]["learning_rate"]
+    path.write_text(json.dumps(before))
+    with pytest.raises(ValueError, match="settings: seed was 0, now 3$"):
+        begin(folder, Settings(seed=3))
+    assert begin(folder, Settings()) is True
+
+
 def test_a_run_that_saved_nothing_begins_anew(tmp_path):
     """A mistyped setting that was noticed at once is no run yet."""
     assert begin(tmp_path, Settings(seed=1)) is False

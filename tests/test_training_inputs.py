@@ -115,3 +115,18 @@ def test_a_reference_answers_pairs_in_a_file_however_many(tmp_path, monkeypatch)
 def test_a_rate_of_nothing_is_refused():
     with pytest.raises(ValueError, match="wanted a sampling rate of at least 1, got 0"):
         DataConfig(rate=0)
+
+
+def test_each_source_has_tags_of_its_own(rows, processor):
+    """Or all have one; a line without any is refused where tags are the style."""
+    path = f"{rows({'speech': '0.wav', 'text': 'yes', 'split': 'train'})}:train"
+    tags = ("<|transcribe|>", "<|caption|>")
+    tagged = {"tasks": (ASR,), "style": "tags", "train": (path, path)}
+    one, two = inputs.training(DataConfig(**tagged, tags=tags))
+    for part, tag in ((one, tags[0]), (two, tags[1])):
+        given = part.compile(part.source[0], processor).prompt
+        assert tag in processor.decode([ids_of(given)], False)[0]
+    with pytest.raises(ValueError, match="wanted tags for 2 sources, got 3"):
+        DataConfig(**tagged, tags=(*tags, ""))
+    with pytest.raises(ValueError, match="style 'tags' wants tags="):
+        inputs.training(DataConfig(**tagged))

@@ -46,7 +46,8 @@ from train.configs import laptop
 
 STAGES = ("pretrain", "sft", "dpo")
 VOCABULARY = {"small": 576, "full": 1280}
-STEPS = {"small": (800, 440, 60), "full": (16_000, 6000, 250)}
+STEPS = {"small": (800, 440, 60), "full": (16_000, 5000, 100)}
+PREFERENCE_PEAK = {"small": 1e-4, "full": 6e-5}  # DPO's learning rate
 RECORDED = (
     "[AUDIO:audio,words=text] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"
 )
@@ -125,6 +126,8 @@ def plan(demo: Demo) -> list[Settings]:
         for stage, model in zip(STAGES, begins, strict=False)
     ]
     recorded = tuple(f"{path}:train" for path in demo.manifest)
+    lines = [RECORDED] * len(recorded)
+    each = lambda weight: [weight / max(len(recorded), 1)] * len(recorded)
     sizes = (100, 190, 340) if demo.world == "small" else (100, 160, 220, 340, 600)
     return [
         Settings(
@@ -133,8 +136,8 @@ def plan(demo: Demo) -> list[Settings]:
             ctc=0.3,
             data=DataConfig(
                 train=(f"{made}/tasks", f"{made}/recognise en", *recorded),
-                tasks=("", "", *[RECORDED] * len(recorded)),
-                weights=(0.7, 0.3, *[0.15 / max(len(recorded), 1)] * len(recorded)),
+                tasks=("", "", *lines),
+                weights=(0.7, 0.3, *each(0.15)),
                 buckets=laptop(*sizes),
                 augmented=0.4,
                 masked=0.4,
@@ -145,8 +148,9 @@ def plan(demo: Demo) -> list[Settings]:
             **shared[1],
             ctc=0.3,
             data=DataConfig(
-                train=(*(f"{made}/{mode}" for mode in MODES), f"{made}/tasks"),
-                weights=(0.4, 0.4, 0.2),  # some of what is known, or it is forgotten
+                train=(*(f"{made}/{mode}" for mode in MODES), f"{made}/tasks", *recorded),
+                tasks=("", "", "", *lines),
+                weights=(0.4, 0.4, 0.2, *each(0.1)),  # some of what is known, or it is forgotten
                 buckets=laptop(*sizes[1:]),
                 augmented=0.3,
                 masked=0.3,
@@ -161,7 +165,7 @@ def plan(demo: Demo) -> list[Settings]:
                 # one shape: a second one takes as long to compile as it would save
                 buckets=(Bucket(rows=12, tokens=50 + sizes[-1] // 4, clips=12, frames=sizes[-1]),),
             ),
-            optimizer=_muon(steps[2], 1e-4),
+            optimizer=_muon(steps[2], PREFERENCE_PEAK[demo.world]),
         ),
     ]
 

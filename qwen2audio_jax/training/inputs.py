@@ -54,8 +54,9 @@ def training(data: DataConfig, *, pairs: bool = False) -> tuple[Part, ...]:
         raise ValueError("nothing to train on: wanted --data.train SOURCE")
     weights = data.weights or [1.0] * len(data.train)
     found = []
-    for spec, line, weight in zip(data.train, _lines(data.tasks, data.train), weights, strict=True):
-        parts = [each.part for each in _open(spec, line, data, pairs)]
+    given = (_for_each(words, data.train) for words in (data.tasks, data.tags))
+    for spec, line, tags, weight in zip(data.train, *given, weights, strict=True):
+        parts = [each.part for each in _open(spec, line, tags, data, pairs)]
         share = weight / sum(part.weight for part in parts)
         found += [
             dataclasses.replace(
@@ -72,8 +73,9 @@ def training(data: DataConfig, *, pairs: bool = False) -> tuple[Part, ...]:
 def held_out(data: DataConfig, samples: int, *, pairs: bool = False) -> list[HeldOut]:
     """What is measured: the first samples of each source, as they are."""
     found = []
-    for spec, line in zip(data.held_out, _lines(data.lines_held_out, data.held_out), strict=True):
-        for each in _open(spec, line, data, pairs):
+    given = (_for_each(words, data.held_out) for words in (data.lines_held_out, data.tags_held_out))
+    for spec, line, tags in zip(data.held_out, *given, strict=True):
+        for each in _open(spec, line, tags, data, pairs):
             source = Head(each.part.source, samples)
             part = dataclasses.replace(each.part, source=source, weight=1.0, augmented=0.0)
             found.append(dataclasses.replace(each, part=part))
@@ -81,11 +83,12 @@ def held_out(data: DataConfig, samples: int, *, pairs: bool = False) -> list[Hel
     return [dataclasses.replace(e, part=part) for e, part in zip(found, parts, strict=True)]
 
 
-def _lines(lines: Sequence[str], sources: Sequence[str]) -> Sequence[str]:
-    return [""] * len(sources) if not lines else [*lines] * (len(sources) // len(lines))
+def _for_each(words: Sequence[str], sources: Sequence[str]) -> Sequence[str]:
+    """Lines or tags of sources: each has its own, all have one, or there are none."""
+    return [""] * len(sources) if not words else [*words] * (len(sources) // len(words))
 
 
-def _open(spec: str, line: str, data: DataConfig, pairs: bool) -> list[HeldOut]:
+def _open(spec: str, line: str, tags: str, data: DataConfig, pairs: bool) -> list[HeldOut]:
     if spec.startswith(WORLD):
         return _made(spec, data.style)
     if not line:
@@ -93,7 +96,7 @@ def _open(spec: str, line: str, data: DataConfig, pairs: bool) -> list[HeldOut]:
         source = open_source(spec, rate=data.rate)
         part = Part(name=spec, source=source, compile=compile, augmented=1.0)
         return [HeldOut(part=part, choices=_anything)]
-    task = Task.parse(line, tags=data.tags, style=data.style)
+    task = Task.parse(line, tags=tags or None, style=data.style)
     source = open_source(spec, audio=task.clips, rate=data.rate)
     part = Part(name=spec, source=source, compile=task.compile, augmented=1.0)
     return [HeldOut(part=part, choices=task.choices)]

@@ -91,6 +91,9 @@ def _compare(folder: epath.Path, config: Any) -> None:
             f"{folder} holds checkpoints, but no {SETTINGS} to read: {error}"
         ) from error
     then, now, free = _fields(then), _fields(as_json(config)), _free(config)
+    # What a run's settings do not have could not be set yet: it was as it is by default.
+    default = _fields(as_json(type(config)()))
+    then = {name: default[name] for name in now if name in default} | then
     nothing = object()
     show = lambda value: "nothing" if value is nothing else json.dumps(value)
     changed = [

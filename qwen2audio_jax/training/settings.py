@@ -110,8 +110,8 @@ class DataConfig:
     an empty one, or without any, rows are conversations, or pairs of answers to one."""
     style: Literal[STYLES] = "prompt"
     """How tasks are hinted at: in words, in tags (--data.tags), or not at all."""
-    tags: str | None = None
-    """What says the task in --data.style tags."""
+    tags: tuple[str, ...] = ()
+    """What says each line's task in --data.style tags, or one for all."""
     rate: int | None = None
     """Sampling rate of tfds: sources that state none; whatever states one keeps its own."""
     weights: tuple[float, ...] = ()
@@ -120,6 +120,8 @@ class DataConfig:
     """Sources that are measured and never learned."""
     held_out_tasks: tuple[str, ...] = ()
     """Their lines; without, those of --data.tasks."""
+    held_out_tags: tuple[str, ...] = ()
+    """Their tags; without, those of --data.tags."""
     buckets: tuple[Bucket, ...] = (Bucket(rows=8, tokens=160, clips=8, frames=1000),)
     """The shapes of each feed's batches; a sample goes to the first that it fits."""
     feeds: int = 0
@@ -143,8 +145,10 @@ class DataConfig:
             raise ValueError(f"wanted a sampling rate of at least 1, got {self.rate}")
         for name, given, sources, one_for_all in (
             ("tasks", self.tasks, self.train, True),
+            ("tags", self.tags, self.train, True),
             ("weights", self.weights, self.train, False),
             ("held_out_tasks", self.lines_held_out, self.held_out, True),
+            ("held_out_tags", self.tags_held_out, self.held_out, True),
         ):
             if sources and len(given) not in {0, len(sources), *[1] * one_for_all}:
                 raise ValueError(f"wanted {name} for {len(sources)} sources, got {len(given)}")
@@ -160,6 +164,10 @@ class DataConfig:
                 raise ValueError(f"wanted {name} from 0 to 1, got {getattr(self, name)}")
         if self.workers < 0:
             raise ValueError(f"wanted workers from 0, got {self.workers}")
+
+    @property
+    def tags_held_out(self) -> tuple[str, ...]:
+        return self.held_out_tags or self.tags
 
     @property
     def lines_held_out(self) -> tuple[str, ...]:
