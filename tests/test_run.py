@@ -94,7 +94,7 @@ def test_a_setting_that_was_not_there_yet_was_as_it_is_by_default(folder):
     before = json.loads(path.read_text())
     del before["seed"], before["optimizer"]["learning_rate"]
     path.write_text(json.dumps(before))
-    with pytest.raises(ValueError, match="settings: seed was 0, now 3$"):
+    with pytest.raises(ValueError, match=r"settings: seed was 0, now 3$"):
         begin(folder, Settings(seed=3))
     assert begin(folder, Settings()) is True
 
