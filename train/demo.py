@@ -46,8 +46,8 @@ from train.configs import laptop
 
 STAGES = ("pretrain", "sft", "dpo")
 VOCABULARY = {"small": 576, "full": 1280}
-STEPS = {"small": (800, 440, 60), "full": (16_000, 5000, 100)}
-PREFERENCE_PEAK = {"small": 1e-4, "full": 6e-5}  # DPO's learning rate
+STEPS = {"small": (800, 440, 60), "full": (16_000, 5000, 160)}
+PREFERENCE_PEAK = {"small": 1e-4, "full": 7e-5}  # DPO's learning rate
 RECORDED = (
     "[AUDIO:audio,words=text] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"
 )
