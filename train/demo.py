@@ -52,6 +52,7 @@ RECORDED = (
     "[AUDIO:audio,words=text] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"
 )
 SCORES = "scores.json"
+WINDOW = 2.0  # seconds of speech that are heard best: phrases are hardly longer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,7 +230,7 @@ def finish(
 ) -> None:
     """Writes the model, its card and its pictures."""
     weights.save(jax.tree.map(lambda x: x.astype("bfloat16"), model), demo.out)
-    processor.save_pretrained(demo.out, window=max(skill.seconds for skill in world.tasks))
+    processor.save_pretrained(demo.out, window=WINDOW)
     histories = {
         stage: [row for row in log.read(demo.out / stage / log.LOG) if "loss" in row]
         for stage in STAGES
