@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int
 
 from qwen2audio_jax import beam, constraint
@@ -290,8 +291,8 @@ def decode(
         state, tokens, scores = _begin(logits, cache, said, draws, nodes, rules)
     made, count = 0, 1
     while True:
-        lengths, ended = np.asarray(state.lengths), np.asarray(state.ended)
-        tokens, scores = np.asarray(tokens), np.asarray(scores)
+        lengths, ended = _whole(state.lengths), _whole(state.ended)
+        tokens, scores = _whole(tokens), _whole(scores)
         if stops is not None:
             lengths = stops(tokens, lengths)
             ended = ended | stops.stopped
@@ -314,6 +315,13 @@ def decode(
             count = int(np.clip(count * PACE / (time.perf_counter() - start), 1, CHUNK))
         else:
             count = STOP_CHUNK if stops else CHUNK
+
+
+def _whole(x: Array) -> np.ndarray:
+    """All of an array, also where a part of it is on other hosts, which all ask for it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 # Three programs rather than one for what precedes the first token: the two large ones then
