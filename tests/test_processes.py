@@ -118,6 +118,7 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on(given, undisturbed, tm
         time.sleep(0.05)
     started[1].send_signal(signal.SIGKILL)
     died = time.monotonic()
+    started[1].wait()
     assert started[0].wait(120) != 0
     assert time.monotonic() - died < 60
     assert "process 0 of 2" in pathlib.Path(f"{out}.0.txt").read_text()

@@ -23,7 +23,7 @@ pytest.importorskip("grain")
 from qwen2audio_jax import Qwen2Audio
 from qwen2audio_jax.data import sources
 from qwen2audio_jax.data.pack import Bucket
-from qwen2audio_jax.training import log, lora, loss, peft, reference, stage
+from qwen2audio_jax.training import log, lora, loss, peft, reference, trainee
 from qwen2audio_jax.training.checkpoint import CHECKPOINTS
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.optimizer import OptimizerConfig
@@ -349,7 +349,7 @@ def test_whatever_ends_a_run_it_goes_on_to_the_same_bits(ends, tmp_path, monkeyp
         return sums.replace(loss=sums.loss * jnp.nan)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "next_token", broken)
+        patch.setattr(trainee, "next_token", broken)
         status, line = ends(out)
     assert (status, steps_of(out)) == (1, [2, 3])
     assert line.startswith(
