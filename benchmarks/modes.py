@@ -70,18 +70,22 @@ def together(options: Options) -> Settings:
 
 def alone(joint: Settings, mode: str) -> Settings:
     """The same with one mode: in fewer steps, for as much of it and of the tasks."""
-    names = [source.rpartition("/")[2] for source in joint.data.train]
-    kept = {
-        source: weight
-        for name, source, weight in zip(names, joint.data.train, joint.data.weights, strict=True)
-        if name == mode or name not in MODES
-    }
-    part = sum(kept.values()) / sum(joint.data.weights)
+    data = joint.data
+    kind = lambda source: source.rpartition("/")[2]
+    others = set(MODES) - {mode}
+    kept = [i for i, source in enumerate(data.train) if kind(source) not in others]
+    of_kept = lambda values: tuple(values[i] for i in kept)
+    part = sum(of_kept(data.weights)) / sum(data.weights)
     steps = round(part * joint.optimizer.steps)
     return dataclasses.replace(
         joint,
         out=joint.out.with_name(f"{joint.out.name}-{mode}"),
-        data=dataclasses.replace(joint.data, train=tuple(kept), weights=tuple(kept.values())),
+        data=dataclasses.replace(
+            data,
+            train=of_kept(data.train),
+            tasks=of_kept(data.tasks),
+            weights=of_kept(data.weights),
+        ),
         optimizer=dataclasses.replace(
             joint.optimizer, steps=steps, warmup_steps=round(part * joint.optimizer.warmup_steps)
         ),
