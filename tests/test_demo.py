@@ -104,5 +104,7 @@ def test_the_demonstration_leaves_a_model(tmp_path, chirp):
     right = json.loads(results.read_text("utf-8"))["right"]
     assert right["alone"].keys() == right["together"].keys() == {"analysis", "chat"}
     ran = json.loads((out / "sft-chat" / "run.json").read_text("utf-8"))
-    assert ran["data"]["train"] == ["world:small/chat", "world:small/tasks"]
+    assert ran["data"]["train"] == [
+        f"world:small/{each}" for each in ("chat", "tasks", "recognise en")
+    ]
     assert ran["optimizer"]["steps"] == 1  # 2 steps were for both, and for the tasks

@@ -43,28 +43,35 @@ def test_who_knows_all_gets_all(model, world, processor, monkeypatch):
 
     def hear(model, inputs, *, choices, processor, **options):
         sizes.append(len(inputs["input_ids"]))
-        clips = iter(inputs["feature_attention_mask"].sum(axis=1).tolist())
-        rows = []
-        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-            ids = tuple(ids[mask > 0].tolist())
-            right = asked[ids, *(next(clips) for _ in range(ids.count(begin)))]
-            rows.append(processor.tokenizer.encode(f" <|en|>{right}<|im_end|> and more"))
+        rights = map(asked.__getitem__, recognised(inputs))
+        rows = [processor.tokenizer.encode(f" <|en|>{r}<|im_end|> and more") for r in rights]
         longest = max(map(len, rows))
         return np.array([row + [processor.tokenizer.pad_id] * (longest - len(row)) for row in rows])
 
+    def recognised(inputs):
+        """What tells a sample from all others, in whatever batch: its tokens and its clips."""
+        lengths = inputs["feature_attention_mask"].sum(axis=1)
+        features = zip(inputs["input_features"], lengths, strict=True)
+        clips = iter([clip[:, :length].tobytes() for clip, length in features])
+        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+            ids = tuple(ids[mask > 0].tolist())
+            yield ids, *(next(clips) for _ in range(ids.count(processor.tokenizer.audio_bos_id)))
+
     monkeypatch.setattr(answering, "generate", hear)
-    begin = processor.tokenizer.audio_bos_id
     kinds = ["recognise en", "count", "analysis", "chat", "preference"]
     for kind in kinds:
-        for each in scores.ask(processor, world, kind, 8):
-            ids = tuple(token for segment in each.example.prompt for token in segment.ids)
-            asked[ids, *(-(-len(wave) // 160) for wave in each.example.waves)] = each.right
-    found = scores.score(model, processor, world, 8, kinds=kinds, batch=3)
+        for each in scores.ask(processor, world, kind, 11):
+            inputs = processor.batch([each.example.prompt], list(each.example.waves))
+            asked[next(recognised(inputs))] = each.right
+    assert len(asked) == 55
+    found = scores.score(model, processor, world, 11, kinds=kinds, batch=3)
     assert [row.task for row in found if not row.task.startswith("preference")] == kinds[:-1]
-    assert {row.task for row in found[4:]} == {"preference: speech", "preference: no speech"}
+    assert {row.task for row in found[4:]} == {
+        f"preference: {each}" for each in ("speech", "no speech", "classes")
+    }
     assert [row.value for row in found] == [0.0] + [1.0] * (len(found) - 1)
-    assert sum(row.n for row in found) == 40 and max(sizes) == 3
-    assert "recognise en             wer         0.0%     8" in scores.table(found)
+    assert sum(row.n for row in found) == 55 and max(sizes) == 3
+    assert "recognise en             wer         0.0%    11" in scores.table(found)
 
 
 def test_a_model_that_knows_nothing_is_scored(model, world, processor):

@@ -46,8 +46,9 @@ from train.configs import laptop
 
 STAGES = ("pretrain", "sft", "dpo")
 VOCABULARY = {"small": 576, "full": 1280}
-STEPS = {"small": (800, 440, 60), "full": (16_000, 5000, 160)}
-PREFERENCE_PEAK = {"small": 1e-4, "full": 7e-5}  # DPO's learning rate
+STEPS = {"small": (800, 440, 60), "full": (16_000, 4000, 160)}
+# Learning rates: a high one forgets what a longer pretraining has learned.
+PEAKS = {"small": (1e-3, 7e-4, 1e-4), "full": (1e-3, 4e-4, 7e-5)}
 RECORDED = (
     "[AUDIO:audio,words=text] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"
 )
@@ -112,7 +113,7 @@ def begin(demo: Demo, world: World) -> None:
 
 def plan(demo: Demo) -> list[Settings]:
     """The three stages, each of which begins where the one before it ended."""
-    steps = demo.steps or STEPS[demo.world]
+    steps, peaks = demo.steps or STEPS[demo.world], PEAKS[demo.world]
     made = f"world:{demo.world}"
     begins = [demo.out / "start", *(demo.out / stage / "model" for stage in STAGES)]
     shared = [
@@ -143,20 +144,24 @@ def plan(demo: Demo) -> list[Settings]:
                 augmented=0.4,
                 masked=0.4,
             ),
-            optimizer=_muon(steps[0], 1e-3),
+            optimizer=_muon(steps[0], peaks[0]),
         ),
         Settings(
             **shared[1],
             ctc=0.3,
             data=DataConfig(
-                train=(*(f"{made}/{mode}" for mode in MODES), f"{made}/tasks", *recorded),
-                tasks=("", "", "", *lines),
-                weights=(0.4, 0.4, 0.2, *each(0.1)),  # some of what is known, or it is forgotten
+                train=(
+                    *(f"{made}/{mode}" for mode in MODES),
+                    # some of what is known, or it is forgotten
+                    *(f"{made}/tasks", f"{made}/recognise en", *recorded),
+                ),
+                tasks=("", "", "", "", *lines),
+                weights=(0.35, 0.35, 0.2, 0.1, *each(0.1)),
                 buckets=laptop(*sizes[1:]),
                 augmented=0.3,
                 masked=0.3,
             ),
-            optimizer=_muon(steps[1], 7e-4),
+            optimizer=_muon(steps[1], peaks[1]),
         ),
         PreferenceSettings(
             **shared[2],
@@ -166,7 +171,7 @@ def plan(demo: Demo) -> list[Settings]:
                 # one shape: a second one takes as long to compile as it would save
                 buckets=(Bucket(rows=12, tokens=50 + sizes[-1] // 4, clips=12, frames=sizes[-1]),),
             ),
-            optimizer=_muon(steps[2], PREFERENCE_PEAK[demo.world]),
+            optimizer=_muon(steps[2], peaks[2]),
         ),
     ]
 

@@ -81,7 +81,7 @@ class Said:
 
 
 def pooled(
-    rng: np.random.Generator, name: str, *, held_out: bool, size: int = 500
+    rng: np.random.Generator, name: str, *, held_out: bool, size: int = 3000
 ) -> np.random.Generator:
     """A generator to draw words and voices from; in training mostly one of `size`, which recur."""
     fresh = held_out or rng.random() < FRESH
@@ -157,8 +157,8 @@ def _voice(rng: np.random.Generator, manner: Manner, held_out: bool) -> str:
     return f"{synth.ACCENTS[rng.integers(len(synth.ACCENTS))]}+{variant}"
 
 
-@functools.lru_cache(maxsize=12_000)
+@functools.lru_cache(maxsize=30_000)
 def _speak(text: str, voice: str, *settings: tuple[str, int]) -> np.ndarray:
-    """Kept as 16 bits: thousands of them stay in memory."""
+    """Kept as 16 bits: tens of thousands of them stay in memory, a gigabyte at most."""
     wave = synth.trim(synth.speak(text, voice=voice, **dict(settings)))
     return np.round(wave * (32767 / 2 / np.abs(wave).max())).astype(np.int16)

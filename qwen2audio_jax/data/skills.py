@@ -198,7 +198,7 @@ def full(words: tuple[str, ...], chats: tuple[dialogue.Chat, ...]) -> tuple[Skil
         ),
         _classify("presence", partial(scenes.presence, vocabulary=words)),
         _classify("sound", scenes.sound),
-        _classify("count", partial(scenes.count, most=5), scenes.NUMBERS[1:6]),
+        _classify("count", partial(scenes.count, most=5), scenes.NUMBERS[1:6], weight=2.0),
         _classify("order", scenes.order),
         _classify("tone", drawn("tone", sounds.tone)),
         _classify("interval", drawn("interval", sounds.two_tones)),

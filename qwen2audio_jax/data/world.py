@@ -83,7 +83,9 @@ class World:
         """The `seed`th pair of answers for DPO, {"messages", "chosen", "rejected", "task"}."""
         rng, held_out = generator("preference", seed, split)
         silent = lambda rng: (scenes.unspoken(rng, held_out), SAMPLE_RATE)
-        return dialogue.preference(self["recognise en"], silent, rng, held_out=held_out)
+        classes = [skill for skill in self.tasks if skill.closed_set]
+        recognition = self["recognise en"]
+        return dialogue.preference(recognition, classes, silent, rng, held_out=held_out)
 
     def source(self, kind: str, split: str, count: int) -> Made:
         """`count` samples of a task, of a mode's conversations, or of "preference"."""

@@ -61,7 +61,8 @@ def score(
 
     Returns:
       A row for each task; for conversations one for each mode; for preferences one for clips
-      without speech (it is said that there is none), and one for clips with it (the words are).
+      without speech (it is said that there is none), one for clips with it (the words are), and one
+      for classes.
     """
     kinds = [*(s.name for s in world.tasks), *MODES, "preference"] if kinds is None else kinds
     asked = [
