@@ -7,27 +7,22 @@ Shapes are rounded up to buckets, so that few programs serve all lengths; the nu
 import time
 import zlib
 from collections.abc import Generator, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
-import flax.struct
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int
 
-from qwen2audio_jax import beam, constraint
+from qwen2audio_jax import beam, constraint, programs, spread
 from qwen2audio_jax import cache as caches
 from qwen2audio_jax.cache import Cache
 from qwen2audio_jax.model import Qwen2Audio, as_array
 from qwen2audio_jax.processor import Processor
-from qwen2audio_jax.sampling import Rules, Sampling, choose, rules_for
+from qwen2audio_jax.sampling import Rules, Sampling, rules_for
 from qwen2audio_jax.stop import StopStrings
 
 GREEDY = Sampling(temperature=0.0)
 NEW_TOKENS = 256  # the longest answer where none is asked for
-CHUNK = 256  # tokens a row that one call of the decode loop makes at most
 STOP_CHUNK = 16  # the same where stop strings are looked for in between
 PACE = 0.05  # seconds between the pieces of a stream, where tokens come faster
 SHORTEST_PROMPT, SHORTEST_CACHE = 32, 256  # the smallest buckets, in tokens
@@ -35,29 +30,6 @@ SHORTEST_PROMPT, SHORTEST_CACHE = 32, 256  # the smallest buckets, in tokens
 Rows = list[Int[np.ndarray, " _"]]
 Tokens = Int[np.ndarray, "rows new"]
 Scores = Float[np.ndarray, "rows new"]
-
-
-@flax.struct.dataclass
-class State:
-    """Answers in the making.
-
-    Attributes:
-      cache: the prompts and the answers but for their last tokens.
-      last: [B], the last token of every row.
-      lengths: [B], tokens of every answer, that which ended it included.
-      seen: [B V], the tokens that repetition counts; None where it is not penalised.
-      nodes: [B], where in the trie of choices the answers are; None where all may be said.
-      ended: [B], rows that are complete.
-      step: tokens of an answer that has not ended.
-    """
-
-    cache: Cache
-    last: Any  # arrays, or what stands for them: shapes
-    lengths: Any
-    seen: Any
-    nodes: Any
-    ended: Any
-    step: Any
 
 
 def generate(
@@ -199,7 +171,7 @@ def listen(model: Qwen2Audio, inputs: Mapping[str, Any]) -> tuple | None:
     if features is None:
         return None
     with model.on_mesh():
-        return _listen(model, features, mask)
+        return programs.listen(model, features, mask)
 
 
 def seen(rules: Rules, rows: Rows, logits: Float[Array, "B V"]) -> Bool[np.ndarray, "B V"] | None:
@@ -248,7 +220,7 @@ def extend(
     """
     used = ids.shape[1] if used is None else used
     with model.on_mesh():
-        return _prefill(model, _embed(model, ids, heard), mask, cache, slots, used)
+        return programs.prefill(model, programs.embed(model, ids, heard), mask, cache, slots, used)
 
 
 def decode(
@@ -288,11 +260,11 @@ def decode(
     draws = np.array(number, np.uint32)
     with model.on_mesh():
         said = seen(rules, rows, logits)
-        state, tokens, scores = _begin(logits, cache, said, draws, nodes, rules)
+        state, tokens, scores = programs.begin(logits, cache, said, draws, nodes, rules)
     made, count = 0, 1
     while True:
-        lengths, ended = _whole(state.lengths), _whole(state.ended)
-        tokens, scores = _whole(tokens), _whole(scores)
+        lengths, ended = spread.whole(state.lengths), spread.whole(state.ended)
+        tokens, scores = spread.whole(tokens), spread.whole(scores)
         if stops is not None:
             lengths = stops(tokens, lengths)
             ended = ended | stops.stopped
@@ -309,99 +281,9 @@ def decode(
         start = time.perf_counter()
         count = min(count, limit - made)
         with model.on_mesh():
-            state, tokens, scores = _decode(model, state, draws, rules, count)
+            state, tokens, scores = programs.decode(model, state, draws, rules, count)
         if paced:
             state.step.block_until_ready()
-            count = int(np.clip(count * PACE / (time.perf_counter() - start), 1, CHUNK))
+            count = int(np.clip(count * PACE / (time.perf_counter() - start), 1, programs.CHUNK))
         else:
-            count = STOP_CHUNK if stops else CHUNK
-
-
-def _whole(x: Array) -> np.ndarray:
-    """All of an array, also where a part of it is on other hosts, which all ask for it."""
-    if x.is_fully_addressable or x.is_fully_replicated:
-        return np.asarray(x)
-    return multihost_utils.process_allgather(x, tiled=True)
-
-
-# Three programs rather than one for what precedes the first token: the two large ones then
-# depend on the clips' shapes alone, or on the prompt's alone.
-@jax.jit
-def _listen(model, features, mask):
-    return model.listen(features, mask)
-
-
-@jax.jit
-def _embed(model, ids, heard):
-    return model.decoder.embed(ids) if heard is None else model.place(ids, *heard)
-
-
-@partial(jax.jit, static_argnames="slots", donate_argnames="cache")
-def _prefill(model, x, mask, cache, slots, used):
-    if cache is None:
-        cache = caches.empty(
-            model.config.decoder, len(x), slots, scan=model.scan_layers, dtype=model.dtype
-        )
-    start = cache.length
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    positions += cache.segments.sum(axis=1, keepdims=True)
-    x, cache = model.decoder(x, positions, mask, cache)
-    last = jax.lax.dynamic_index_in_dim(x, used - 1, axis=1, keepdims=False)
-    return model.decoder.logits(last), caches.rewind(cache, start + used)
-
-
-@partial(jax.jit, donate_argnames="cache")
-def _begin(logits, cache, seen, draws, nodes, rules):
-    """Chooses the answers' first tokens."""
-    state = State(
-        cache=cache,
-        last=jnp.zeros(len(logits), jnp.int32),
-        lengths=jnp.zeros(len(logits), jnp.int32),
-        seen=seen,
-        nodes=nodes,
-        ended=jnp.zeros(len(logits), bool),
-        step=jnp.zeros((), jnp.int32),
-    )
-    state, tokens, scores = _choose(state, logits, draws, rules)
-    return state, tokens[:, None], scores[:, None]
-
-
-@partial(jax.jit, donate_argnames="state")
-def _decode(model, state, draws, rules, count):
-    """Extends answers by up to `count` tokens, fewer if every row ends before."""
-    rows, first = len(state.last), state.step
-
-    def going(carry):
-        state = carry[0]
-        return (state.step - first < count) & ~state.ended.all()
-
-    def step(carry):
-        state, tokens, scores = carry
-        at = state.step - first
-        one = jnp.ones((rows, 1), jnp.int32)
-        x, cache = model.hidden(state.last[:, None], one, cache=state.cache)
-        logits = model.decoder.logits(x[:, 0])
-        state, token, score = _choose(state.replace(cache=cache), logits, draws, rules)
-        return state, tokens.at[:, at].set(token), scores.at[:, at].set(score)
-
-    made = jnp.zeros((rows, CHUNK), jnp.int32), jnp.zeros((rows, CHUNK), jnp.float32)
-    return jax.lax.while_loop(going, step, (state, *made))
-
-
-def _choose(state, logits, draws, rules):
-    """Chooses the next token of every row; rows that have ended get one that counts for nothing."""
-    tokens, scores = choose(logits, state.seen, state.step, draws, rules, state.nodes)
-    seen, nodes = state.seen, state.nodes
-    if nodes is not None:
-        nodes = rules.trie.advance(nodes, tokens)
-    if seen is not None:
-        seen = seen.at[jnp.arange(len(tokens)), tokens].set(True)
-    state = state.replace(
-        last=tokens,
-        lengths=state.lengths + ~state.ended,
-        seen=seen,
-        nodes=nodes,
-        ended=state.ended | jnp.isin(tokens, rules.end_tokens),
-        step=state.step + 1,
-    )
-    return state, tokens, scores
+            count = STOP_CHUNK if stops else programs.CHUNK

@@ -13,10 +13,10 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from qwen2audio_jax import spread
 from qwen2audio_jax.cache import Cache
 from qwen2audio_jax.config import Config
-from qwen2audio_jax.spread import AXES, ROWS, _plain
-from qwen2audio_jax.spread import spec as spread
+from qwen2audio_jax.spread import AXES, ROWS
 from qwen2audio_jax.weights import table
 
 # Which mesh axes split a letter, the most important letters first: each axis is spent once. Those
@@ -127,7 +127,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
                 f"devices of mesh {'axes' if len(free) > 1 else 'axis'} {named}"
             )
         axes[letters.index(letter)] = free
-    return PartitionSpec(*[None] * lead, *map(_plain, axes))
+    return PartitionSpec(*[None] * lead, *map(spread.plain, axes))
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -152,6 +152,6 @@ def of_cache(cache: Cache, mesh: Mesh) -> Cache:
 
     def place(x):
         letters = {0: "", 2: "B slots", 4: "B slots K H", 5: "layer B slots K H"}[x.ndim]
-        return NamedSharding(mesh, spread(letters, x.shape, mesh.shape))
+        return NamedSharding(mesh, spread.spec(letters, x.shape, mesh.shape))
 
     return jax.tree.map(place, cache)

@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -54,7 +56,7 @@ def spec(
             axes.append(axis)
         spent.update(axes)
         taken[letter] = tuple(axes)
-    return PartitionSpec(*(_plain(taken.get(word, ())) for word in words))
+    return PartitionSpec(*(plain(taken.get(word, ())) for word in words))
 
 
 def constrain(x: jax.Array, letters: str, **first: tuple[str, ...]) -> jax.Array:
@@ -84,5 +86,13 @@ def on(parameter: jax.Array) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _plain(axes: tuple[str, ...]) -> tuple[str, ...] | str | None:
+def whole(x: jax.Array) -> np.ndarray:
+    """All of an array, also where a part of it is on other hosts, which all have to ask for it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def plain(axes: tuple[str, ...]) -> tuple[str, ...] | str | None:
+    """As a PartitionSpec has it: one axis by its name, none as None."""
     return axes if len(axes) > 1 else axes[0] if axes else None

@@ -11,6 +11,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 SHARED = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
 
+@pytest.fixture(scope="module")
+def hurry():
+    """Programs that run but a few times take longer to be compiled well than to be run badly."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
     """The folder of real audio, vocabulary and configurations; skips where it is absent."""

@@ -7,8 +7,7 @@ import pytest
 import words
 from test_stream import make_model
 
-from qwen2audio_jax import Processor, Sampling, constraint, generate, stream
-from qwen2audio_jax.generate import _begin, _decode
+from qwen2audio_jax import Processor, Sampling, constraint, generate, programs, stream
 
 # One answer begins another; one is the other's first token; Chinese in bytes; a space before.
 SOUNDS = ["a dog", "a dog barks", "a", " a dog", "那是狗", "那是猫", "somebody laughs"]
@@ -116,9 +115,9 @@ def test_chance_and_penalties_stay_within_the_set(model, processor, inputs):
         generate(model, inputs, choices=choices, processor=processor, sampling=hot, n=20)
     )
     assert set(answer(SOUNDS)) == set(SOUNDS)
-    programs = _begin._cache_size(), _decode._cache_size()
+    known = programs.begin._cache_size(), programs.decode._cache_size()
     assert set(answer(CODES)) == set(CODES)
-    assert (_begin._cache_size(), _decode._cache_size()) == programs
+    assert (programs.begin._cache_size(), programs.decode._cache_size()) == known
 
 
 def test_a_stream_keeps_to_the_set(model, processor, chirp):

@@ -7,8 +7,8 @@ import reference
 import torch
 from flax import nnx
 
-from qwen2audio_jax import Qwen2Audio, Sampling, encoder, generate, weights
-from qwen2audio_jax.generate import GREEDY, _decode, _listen, _prefill, bucket
+from qwen2audio_jax import Qwen2Audio, Sampling, encoder, generate, programs, weights
+from qwen2audio_jax.generate import GREEDY, bucket
 
 NEW = 64
 PENALISED = Sampling(temperature=0.0, repetition_penalty=1.1)
@@ -213,13 +213,16 @@ def test_a_new_length_rarely_compiles(tiny):
     sampled = lambda t, seed: Sampling(temperature=t, top_p=0.9, seed=seed)
     answer(20, max_new_tokens=100)
     answer(20, max_new_tokens=9, sampling=sampled(0.5, 1))
-    programs = _prefill._cache_size(), _decode._cache_size()
+    known = programs.prefill._cache_size(), programs.decode._cache_size()
     for length in (5, 21, 32):
         answer(length, max_new_tokens=10 * length // 3)
         answer(length, max_new_tokens=7, sampling=sampled(0.1 * length, length))
-    assert (_prefill._cache_size(), _decode._cache_size()) == programs
+    assert (programs.prefill._cache_size(), programs.decode._cache_size()) == known
     answer(33, max_new_tokens=100)  # the next bucket of prompts in the same cache
-    assert (_prefill._cache_size(), _decode._cache_size()) == (programs[0] + 1, programs[1])
+    assert (programs.prefill._cache_size(), programs.decode._cache_size()) == (
+        known[0] + 1,
+        known[1],
+    )
 
 
 def test_buckets_are_few_and_close():
@@ -275,6 +278,6 @@ def test_what_does_not_fit_is_refused(tiny):
 def test_clips_compile_apart_from_prompts(tiny):
     """The encoder's program depends on the clips' shape alone."""
     generate(tiny, make_inputs(tiny.config, [(0.5,)]), max_new_tokens=2)
-    programs = _listen._cache_size()
+    known = programs.listen._cache_size()
     generate(tiny, make_inputs(tiny.config, [(0.5,)], pad=60, seed=5), max_new_tokens=2)
-    assert _listen._cache_size() == programs
+    assert programs.listen._cache_size() == known

@@ -6,7 +6,7 @@ import pytest
 
 from qwen2audio_jax import sharding, spread
 from qwen2audio_jax.training import hlo
-from qwen2audio_jax.training.chips import CHIPS, links
+from qwen2audio_jax.training.chips import CHIPS, links, route
 
 
 def costs(f, *shapes, devices=1, unknown=1):
@@ -26,6 +26,38 @@ def test_the_body_of_a_loop_counts_as_often_as_it_runs():
     open_ended = lambda x, n: jax.lax.fori_loop(0, n, lambda _, x: x @ x, x)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     assert costs(open_ended, shape(64, 64), number, unknown=5).flops == 5 * once
+
+
+LOOP = """
+%cond (p: (u32[], f32[4,4])) -> pred[] {
+  %p = (u32[], f32[4,4]) parameter(0)
+  %i = u32[] get-tuple-element(%p), index=0
+  %n = u32[] constant(8)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+%body (q: (u32[], f32[4,4])) -> (u32[], f32[4,4]) {
+  %q = (u32[], f32[4,4]) parameter(0)
+  %j = u32[] get-tuple-element(%q), index=0
+  %x = f32[4,4] get-tuple-element(%q), index=1
+  %step = u32[] constant(STEP)
+  %next = u32[] add(%j, %step)
+  %y = f32[4,4] dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (u32[], f32[4,4]) tuple(%next, %y)
+}
+ENTRY %main (x0: f32[4,4]) -> (u32[], f32[4,4]) {
+  %x0 = f32[4,4] parameter(0)
+  %start = u32[] constant(START)
+  %first = (u32[], f32[4,4]) tuple(%start, %x0)
+  ROOT %w = (u32[], f32[4,4]) while(%first), condition=%cond, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize(("start", "step", "rounds"), [(0, 1, 8), (0, 2, 4), (3, 2, 3), (8, 1, 0)])
+def test_unrolled_loops_count_by_their_steps(start, step, rounds):
+    """As the compiler for TPUs leaves products that wait for their parts: by twos."""
+    text = LOOP.replace("START", str(start)).replace("STEP", str(step))
+    assert hlo.Program(text, devices=1, unknown=99).costs().flops == rounds * 2 * 4**3
 
 
 def test_a_slice_of_a_stack_costs_its_own_bytes():
@@ -84,3 +116,11 @@ def test_links_depend_on_how_a_group_lies():
     assert links(chip, row(16), (16, 16, 1)) == 2 * chip.link
     pod = [(i, j, 0) for i in range(16) for j in range(16)]
     assert links(chip, pod, (16, 16, 1)) == 4 * chip.link
+
+
+def test_what_is_sent_takes_the_shorter_way():
+    """Over the ends of an axis where they are linked, else back along it."""
+    chip = CHIPS["v5e"]  # rings from 16 on
+    assert len(list(route(chip, (0, 0), (3, 2), (4, 4)))) == 5
+    assert list(route(chip, (0, 0), (15, 0), (16, 4))) == [((0, 0), 0, -1)]
+    assert [link[2] for link in route(chip, (14, 0), (1, 0), (16, 4))] == [1, 1, 1]

@@ -13,6 +13,8 @@ from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.preference import PreferenceConfig
 from qwen2audio_jax.training.settings import Lora, MeshConfig
 
+pytestmark = pytest.mark.usefixtures("hurry")
+
 CONFIG = small.EVEN
 MESHES = {
     "data": {"data": 8},
@@ -22,14 +24,6 @@ MESHES = {
     "all": {"data": 2, "fsdp": 1, "tensor": 2, "context": 2},
 }
 FRAMES = [30, 13, 21, 9, 26, 17, 24, 12]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def hurry():
-    """Programs that run once take longer to be compiled well than to be run badly."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def rows(frames=FRAMES):

@@ -23,6 +23,8 @@ from qwen2audio_jax.training.preference import (
 )
 from qwen2audio_jax.weights import table
 
+pytestmark = pytest.mark.usefixtures("hurry")
+
 CONFIGS = [
     *(
         PreferenceConfig(loss_type=t, beta=b)
@@ -34,14 +36,6 @@ CONFIGS = [
     PreferenceConfig(loss_type="robust"),
     PreferenceConfig(loss_type="orpo", beta=0.2),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def hurry():
-    """Programs that run once take longer to be compiled well than to be run badly."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def trl(c, chosen, rejected, ref_chosen, ref_rejected):

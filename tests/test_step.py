@@ -14,15 +14,9 @@ from qwen2audio_jax.training import loss, optimizer, step
 from qwen2audio_jax.training.loss import Sums
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 
+pytestmark = pytest.mark.usefixtures("hurry")
+
 FRAMES = [30, 13, 21, 9, 26, 17, 24, 12]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def hurry():
-    """Programs that run once take longer to be compiled well than to be run badly."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def parabola(params, batch):

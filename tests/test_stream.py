@@ -1,7 +1,5 @@
 """Text comes as it is made, whole characters only, and stops where it should."""
 
-import importlib
-
 import numpy as np
 import pytest
 import words
@@ -15,9 +13,9 @@ from qwen2audio_jax import (
     Qwen2Audio,
     Sampling,
     generate,
+    programs,
     stream,
 )
-from qwen2audio_jax.generate import _decode
 from qwen2audio_jax.stop import split
 
 HOT = Sampling(temperature=2.0, seed=3)
@@ -79,8 +77,7 @@ def test_an_answer_says_whether_it_was_cut(model, processor, inputs):
 def test_the_first_piece_needs_no_decoding(model, processor, inputs, monkeypatch):
     """The first token is shown before the second is made."""
     pieces = stream(model, processor, inputs, sampling=HOT)
-    module = importlib.import_module("qwen2audio_jax.generate")  # the package has a function there
-    monkeypatch.setattr(module, "_decode", None)
+    monkeypatch.setattr(programs, "decode", None)
     assert next(pieces)
 
 
@@ -124,9 +121,9 @@ def test_a_stop_strings_beginning_is_held_back():
 def test_streaming_shares_the_programs_of_generate(model, processor, inputs):
     """A piece of any size is made by one and the same program."""
     generate(model, inputs, max_new_tokens=40, sampling=HOT)
-    programs = _decode._cache_size()
+    known = programs.decode._cache_size()
     list(stream(model, processor, inputs, max_new_tokens=40, sampling=HOT))
-    assert _decode._cache_size() == programs
+    assert programs.decode._cache_size() == known
 
 
 def test_what_cannot_be_streamed_is_refused_at_once(model, processor):

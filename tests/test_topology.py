@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 
-import jax
 import numpy as np
 import pytest
 import small
@@ -14,16 +13,10 @@ from qwen2audio_jax.training import compiled, hlo, placement, topology
 from qwen2audio_jax.training.topology import Work
 from qwen2audio_jax.training.trainee import trainee_of
 
+pytestmark = pytest.mark.usefixtures("hurry")
+
 WORK = Work(batch=8, tokens=32, frames=40)
 LONG = Work(batch=8, tokens=160, frames=40)  # whose scores would be the largest array
-
-
-@pytest.fixture(autouse=True, scope="module")
-def hurry():
-    """Programs that never run need not be compiled well."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -46,13 +46,11 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def hurry(tmp_path_factory):
-    """Programs that run a few steps take longer to be compiled well than to be run badly."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def cached(hurry, tmp_path_factory):
+    """Programs are the same from run to run."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
     yield
     jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +171,14 @@ def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, capsys, caplog):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("train.sft: error: ")
     assert "holds a run with other settings: optimizer.learning_rate was 0.0005, now 1.0" in error
+    more = ("--optimizer.steps", 4, "--optimizer.learning-rate", 1e-4)
+    assert run("sft", "chats", out, *args, *more, "--changing", "optimizer.steps") == 2
+    assert "optimizer.learning_rate was" in capsys.readouterr().err
+    changing = ("--changing", "optimizer.steps", "optimizer.learning_rate")
+    assert run("sft", "chats", out, *args, *more, *changing) == 0
+    assert [row["step"] for row in rows_of(out)] == [1, 2, 3, 4]
+    assert run("sft", "chats", out, *args, "--changing", "seed") == 2
+    assert "wanted changing of optimizer.learning_rate, " in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -355,7 +361,7 @@ def test_whatever_ends_a_run_it_goes_on_to_the_same_bits(ends, tmp_path, monkeyp
     assert line.startswith(
         "train.sft: error: the loss is nan and the gradient's norm nan at step 5"
     )
-    assert line.endswith(f"the last good checkpoint is {out / CHECKPOINTS / '3'}")
+    assert f"the last good checkpoint is {out / CHECKPOINTS / '3'}, and --changing " in line
 
     with small_files():
         status, line = ends(out)

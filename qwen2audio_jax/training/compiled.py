@@ -4,12 +4,13 @@ import dataclasses
 import re
 import resource
 import time
+from collections import Counter
 from typing import Any
 
 import jax
 
 from qwen2audio_jax.training import hlo
-from qwen2audio_jax.training.chips import GIB, links
+from qwen2audio_jax.training.chips import GIB, links, route
 from qwen2audio_jax.training.topology import Lowered, Topology
 
 
@@ -72,7 +73,7 @@ def compile(lowered: Lowered, topology: Topology) -> tuple[Report, jax.stages.Co
     known = {
         "devices": number,
         "model_flops": lowered.flops / number,
-        "hbm_chip_bytes": topology.chip.hbm // topology.cores,
+        "hbm_chip_bytes": topology.chip.hbm // topology.chip.cores,
         "compile_s": round(time.perf_counter() - start, 1),
         "compile_cpu_s": round(time.process_time() - cpu, 1),
         "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -90,12 +91,12 @@ def _report(program: jax.stages.Compiled, lowered: Lowered, topology: Topology, 
     ).costs()
     memory, chip = program.memory_analysis(), topology.chip
     seconds = {
-        "compute": costs.flops * topology.cores / chip.flops,
-        "memory": costs.bytes * topology.cores / chip.bandwidth,
-        "links": _exchange(costs, topology),
+        "compute": costs.flops * chip.cores / chip.flops,
+        "memory": costs.bytes * chip.cores / chip.bandwidth,
+        "links": _exchange(costs, lowered, topology),
     }
     limit = max(seconds, key=lambda name: seconds[name])
-    ideal = known["model_flops"] * topology.cores / chip.flops
+    ideal = known["model_flops"] * chip.cores / chip.flops
     return Report(
         fits=True,
         hbm_peak_bytes=_peak(memory),
@@ -122,15 +123,24 @@ def _peak(memory: Any) -> int:
     )
 
 
-def _exchange(costs: hlo.Costs, topology: Topology) -> float:
-    place = lambda i: tuple(topology.devices[i].coords)
+def _exchange(costs: hlo.Costs, lowered: Lowered, topology: Topology) -> float:
+    """Seconds that the links need at least.
+
+    Groups exchange one after the other; what one device sends to another goes on beside what takes
+    other links.
+    """
+    chip = topology.chip
+    places = [tuple(device.coords) for device in lowered.devices]
     shape = (*topology.shape, 1, 1)[:3]
-    total = 0.0
+    groups, loads = 0.0, Counter()
     for each in costs.collectives:
-        if len(each.group) > 1:
-            rate = links(topology.chip, [place(i) for i in each.group], shape) / topology.cores
-            total += each.times * each.bytes / rate
-    return total
+        moved = each.times * each.bytes * chip.cores
+        for start, end in each.pairs:
+            for link in route(chip, places[start], places[end], shape):
+                loads[link] += moved / chip.link
+        if not each.pairs and len(each.group) > 1:
+            groups += moved / links(chip, [places[i] for i in each.group], shape)
+    return groups + max(loads.values(), default=0.0)
 
 
 def _refusal(message: str) -> tuple[int, int, tuple[str, ...]]:

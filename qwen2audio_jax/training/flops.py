@@ -13,8 +13,9 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from qwen2audio_jax.config import Config
+from qwen2audio_jax.config import Config, DecoderConfig
 from qwen2audio_jax.processor import IGNORED
+from qwen2audio_jax.training.chips import CHIPS
 from qwen2audio_jax.training.optimizer import PARTS
 
 # Dense bfloat16 operations per second, by how jax calls the device.
@@ -24,11 +25,7 @@ PEAKS = {
     "NVIDIA H200": 989e12,
     "NVIDIA A100": 312e12,
     "NVIDIA L40S": 362e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
+    **{chip.kind: chip.flops / chip.cores for chip in CHIPS.values()},
 }
 
 
@@ -88,10 +85,21 @@ def forward(config: Config, batch: Mapping[str, Any]) -> tuple[tuple[float, floa
             learned += int((np.asarray(batch[f"{side}labels"]) != IGNORED).sum())
     tokens = np.concatenate(lengths).astype(np.float64)
     wide = d.heads * d.head_width
-    weights = d.width * (2 * wide + 2 * d.kv_heads * d.head_width + 3 * d.hidden)
     attention = 2 * tokens**2 * wide  # half of the scores are in the future
-    read = (d.layers * (2 * tokens * weights + attention)).sum()
+    read = (d.layers * (2 * tokens * _weights(d) + attention)).sum()
     return (encoder, projector), read, 2.0 * learned * d.width * d.vocabulary
+
+
+def of_token(d: DecoderConfig, past: int) -> float:
+    """Operations to say one more token after `past` others."""
+    seen = 2 * d.heads * d.head_width * past
+    return 2.0 * (d.layers * (_weights(d) + seen) + d.width * d.vocabulary)
+
+
+def _weights(d: DecoderConfig) -> int:
+    """Of a block of the decoder, those that a token is multiplied with."""
+    wide = d.heads * d.head_width
+    return d.width * (2 * wide + 2 * d.kv_heads * d.head_width + 3 * d.hidden)
 
 
 def segments(batch: Mapping[str, Any], side: str = "") -> Int[np.ndarray, " samples"]:

@@ -57,6 +57,7 @@ class Collective:
       bytes: that each device takes in, each time.
       shape: of its result.
       group: the devices of the first group, as numbers in the program's order.
+      pairs: of a collective-permute, who sends to whom.
       times: how often it happens.
     """
 
@@ -64,6 +65,7 @@ class Collective:
     bytes: float
     shape: str
     group: tuple[int, ...]
+    pairs: tuple[tuple[int, int], ...]
     times: float
     where: str
 
@@ -136,25 +138,37 @@ class Program:
                 costs.bytes += times * self._bytes(each, body)
 
     def _trips(self, loop: Instruction, body: dict[str, Instruction]) -> float:
-        """How often a loop goes round that counts from 0 to what its condition compares with."""
+        """How often a loop goes round that counts up to what its condition compares with.
+
+        Loops in which products wait for their parts count by twos: they are unrolled.
+        """
         if known := _TRIPS.search(loop.rest):
             return float(known[1])
-        inside = self.computations[re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]]
-        root = next(each for each in inside.values() if each.root)
-        if root.op != "compare" or "direction=LT" not in root.rest:
-            return float(self.unknown)
-        bound = inside[root.operands[1]]
-        if bound.op == "get-tuple-element":
-            given = body.get(loop.operands[0])
-            if given is None or given.op != "tuple":
-                return float(self.unknown)
-            number = int(re.search(r"index=(\d+)", bound.rest)[1])
-            bound = body.get(given.operands[number], bound)
-            while bound.op in ("copy", "copy-done", "copy-start") and bound.operands[0] in body:
-                bound = body[bound.operands[0]]
-        return (
-            float(bound.rest.partition(")")[0]) if bound.op == "constant" else float(self.unknown)
+        condition, inside = (
+            self.computations[re.search(rf"{name}=%?([\w.\-]+)", loop.rest)[1]]
+            for name in ("condition", "body")
         )
+        test = _root(condition)
+        if test.op != "compare" or "direction=LT" not in test.rest:
+            return float(self.unknown)
+        counter, bound = (condition[name] for name in test.operands)
+        given, made = body.get(loop.operands[0]), _root(inside)
+        if (
+            counter.op != "get-tuple-element"
+            or given is None
+            or (given.op, made.op) != ("tuple", "tuple")
+        ):
+            return float(self.unknown)
+        if bound.op == "get-tuple-element":
+            bound = _origin(given.operands[_index(bound)], body)
+        start = _origin(given.operands[_index(counter)], body)
+        added = _origin(made.operands[_index(counter)], inside)
+        if added.op != "add" or bound.op != "constant":
+            return float(self.unknown)
+        steps = [_origin(name, inside) for name in added.operands]
+        step = next((_number(each) for each in steps if each.op == "constant"), 1)
+        first = _number(start) if start.op == "constant" else 0
+        return float(max(0, -(-(_number(bound) - first) // step)))
 
     def _flops(self, each: Instruction, body: dict[str, Instruction]) -> float:
         if each.op not in ("dot", "convolution", "custom-call"):
@@ -210,7 +224,7 @@ class Program:
         return total
 
     def _written(self, inside: dict[str, Instruction], kind: str) -> float:
-        root = next(each for each in inside.values() if each.root)
+        root = _root(inside)
         while root.op == "bitcast" and root.operands[0] in inside:
             root = inside[root.operands[0]]
         if root.op == "dynamic-update-slice":
@@ -231,7 +245,28 @@ class Program:
         if kind == "reduce-scatter" and each.op != kind:
             share = (n - 1) / n
         where = re.search(r'op_name="([^"]*)"', each.rest)
-        return Collective(kind, size * share, each.type, group, times, where[1] if where else "")
+        where = where[1] if where else ""
+        return Collective(kind, size * share, each.type, group, _pairs(each.rest), times, where)
+
+
+def _root(body: dict[str, Instruction]) -> Instruction:
+    return next(each for each in body.values() if each.root)
+
+
+def _origin(name: str, body: dict[str, Instruction]) -> Instruction:
+    """Where a value comes from, copies aside."""
+    each = body[name]
+    while each.op in ("copy", "copy-done", "copy-start") and each.operands[0] in body:
+        each = body[each.operands[0]]
+    return each
+
+
+def _index(element: Instruction) -> int:
+    return int(re.search(r"index=(\d+)", element.rest)[1])
+
+
+def _number(constant: Instruction) -> int:
+    return int(constant.rest.partition(")")[0])
 
 
 def _whole_lines(text: str) -> Iterator[str]:
@@ -298,6 +333,13 @@ def _group(text: str, devices: int) -> tuple[int, ...]:
         numbers = np.arange(math.prod(order)).reshape(order)
         numbers = numbers.transpose(turned) if turned else numbers
         return tuple(int(n) for n in numbers.reshape(shape)[0])
-    if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
-        return int(found[1]), int(found[2])
+    if pairs := _pairs(text):
+        return pairs[0]
     return tuple(range(devices))
+
+
+def _pairs(text: str) -> tuple[tuple[int, int], ...]:
+    """The devices that send, each with the one that it sends to."""
+    found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", text)
+    pairs = re.findall(r"\{(\d+),(\d+)\}", found[1]) if found else []
+    return tuple((int(a), int(b)) for a, b in pairs)

@@ -169,7 +169,10 @@ class Meter:
             return "there is no checkpoint to go on from"
         self._checkpoints.wait()
         step = self._checkpoints.steps[-1]
-        return f"the last good checkpoint is {self._checkpoints.folder / str(step)}"
+        return (
+            f"the last good checkpoint is {self._checkpoints.folder / str(step)}, and --changing "
+            "optimizer.learning_rate lets the run go on from there with another one"
+        )
 
 
 def _sizes(learner: Any, batch: Mapping[str, Any]) -> dict[str, float]:

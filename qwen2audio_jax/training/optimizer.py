@@ -12,6 +12,11 @@ import optax.contrib
 
 PARTS = ("encoder", "projector", "decoder", "embeddings")
 FROZEN = ("encoder.positions",)  # sines and cosines
+# What a run may go on with otherwise: no state's shape depends on it.
+ADJUSTABLE = (
+    *("learning_rate", "final_fraction", "schedule_type", "steps", "warmup_steps"),
+    *("decay_fraction", "weight_decay", "clip_norm"),
+)
 MUON_RMS = 0.5  # Adam's updates are of about this size, in units of the learning rate
 
 

@@ -1,7 +1,7 @@
 """Which device has what: a batch's rows, moments beside their parameters, and how much that is."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,6 @@ from qwen2audio_jax import sharding
 from qwen2audio_jax.processor import IGNORED
 from qwen2audio_jax.spread import ROWS
 from qwen2audio_jax.training.optimizer import name_of
-from qwen2audio_jax.training.settings import DataConfig
 
 TOKENS = {  # of each row, where other arrays are of its clips or of pairs
     side + name
@@ -63,17 +62,20 @@ def _filled(name: str, x: Any, devices: int, *, axis: int) -> Any:
     return np.pad(x, [(0, missing * (i == axis)) for i in range(x.ndim)], constant_values=empty)
 
 
-def check(data: DataConfig, mesh: Mesh) -> None:
+def check(lengths: Iterable[int], mesh: Mesh) -> None:
     """Refuses rows whose tokens do not split over a mesh.
+
+    Args:
+      lengths: tokens of a row, in any of the batches' shapes.
 
     Raises:
       ValueError: the message gives both numbers.
     """
-    for bucket in data.buckets:
-        if bucket.tokens % mesh.shape["context"]:
+    for tokens in lengths:
+        if tokens % mesh.shape["context"]:
             raise ValueError(
-                f"{bucket.tokens} tokens of a row do not split over the {mesh.shape['context']} "
-                "devices of the mesh axis context"
+                f"{tokens} tokens of a row do not split over the {mesh.shape['context']} devices "
+                "of the mesh axis context"
             )
 
 

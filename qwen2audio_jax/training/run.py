@@ -34,7 +34,8 @@ def begin(folder: str | os.PathLike, config: Any, *, model: Config, processor: P
 
     Args:
       config: a dataclass of settings that JSON can hold, nested ones too. Fields with the metadata
-        `MAY_CHANGE` may differ from those that the run began with.
+        `MAY_CHANGE` may differ from those that the run began with, as may those that its own field
+        `changing` names.
 
     Returns:
       True: there is a checkpoint to restore. False: the run is new, and its files are written.
@@ -91,6 +92,7 @@ def _compare(folder: epath.Path, config: Any) -> None:
             f"{folder} holds checkpoints, but no {SETTINGS} to read: {error}"
         ) from error
     then, now, free = _fields(then), _fields(as_json(config)), _free(config)
+    free += getattr(config, "changing", ())
     # What a run's settings do not have could not be set yet: it was as it is by default.
     default = _fields(as_json(type(config)()))
     then = {name: default[name] for name in now if name in default} | then

@@ -16,7 +16,7 @@ from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.flash import Attention
 from qwen2audio_jax.remat import Policy
 from qwen2audio_jax.training.lora import LoraConfig
-from qwen2audio_jax.training.optimizer import OptimizerConfig
+from qwen2audio_jax.training.optimizer import ADJUSTABLE, OptimizerConfig
 from qwen2audio_jax.training.preference import PreferenceConfig
 from qwen2audio_jax.training.run import MAY_CHANGE
 
@@ -293,8 +293,14 @@ class Settings:
     """Whether to write events for TensorBoard too."""
     wandb: str | None = field(default=None, metadata=MAY_CHANGE)
     """A project at Weights & Biases to log to as well (extra: wandb)."""
+    changing: tuple[str, ...] = field(default=(), metadata=MAY_CHANGE)
+    """Settings that this run is to go on with otherwise, as optimizer.learning_rate after NaN, or
+    optimizer.steps for more of them."""
 
     def __post_init__(self):
+        known = [f"optimizer.{name}" for name in ADJUSTABLE]
+        if wrong := [name for name in self.changing if name not in known]:
+            raise ValueError(f"wanted changing of {', '.join(known)}, got {', '.join(wrong)}")
         if self.gradient_accumulation_steps < 1:
             steps = self.gradient_accumulation_steps
             raise ValueError(f"wanted gradient_accumulation_steps of at least 1, got {steps}")

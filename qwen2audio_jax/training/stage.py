@@ -16,13 +16,11 @@ import json
 import pathlib
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from qwen2audio_jax import sharding, weights
+from qwen2audio_jax import sharding, spread, weights
 from qwen2audio_jax.config import Config
 from qwen2audio_jax.data.feeds import Feeds
 from qwen2audio_jax.data.mixture import Mixture
@@ -57,7 +55,7 @@ def train(settings: Settings) -> int | None:
     pairs = isinstance(settings, PreferenceSettings)
     mesh = settings.mesh.make()
     settings = run.fed(settings)
-    placement.check(settings.data, mesh)
+    placement.check((bucket.tokens for bucket in settings.data.buckets), mesh)
     parts = inputs.training(settings.data, pairs=pairs)
     kept = inputs.held_out(settings.data, settings.evaluation.samples, pairs=pairs)
     sizes = model_settings.read(locate(settings.model, huggingface.PATTERNS))
@@ -187,9 +185,9 @@ def _evaluate(
 
 
 def _export(settings: Settings, trainee: Learner, processor: Processor) -> None:
-    """Writes what came out; on several hosts, each gathers it in its own memory."""
+    """Writes what came out."""
     if settings.lora.r:
-        adapters = _gathered(trainee.averaged())
+        adapters = jax.tree.map(spread.whole, trainee.averaged())
         if jax.process_index() == 0:
             folder = settings.out / "adapter"
             peft.save(folder, adapters, settings.lora.config, trainee.base(), base=settings.model)
@@ -199,14 +197,6 @@ def _export(settings: Settings, trainee: Learner, processor: Processor) -> None:
 def _write(
     settings: Settings, trainee: Learner, processor: Processor, folder: pathlib.Path
 ) -> None:
-    model = jax.tree.map(lambda x: x.astype(settings.dtype), trainee.merged())
-    model = _gathered(model)
+    weights.save(jax.tree.map(lambda x: x.astype(settings.dtype), trainee.merged()), folder)
     if jax.process_index() == 0:
-        weights.save(model, folder)
         processor.save_pretrained(folder)
-
-
-def _gathered(tree: Any) -> Any:
-    if jax.process_count() == 1:
-        return tree
-    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)

@@ -17,17 +17,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from qwen2audio_jax import cache as caches
-from qwen2audio_jax import config, flash, processor, sharding
-from qwen2audio_jax.generate import (
-    GREEDY,
-    SHORTEST_CACHE,
-    _begin,
-    _decode,
-    _embed,
-    _listen,
-    _prefill,
-    bucket,
-)
+from qwen2audio_jax import config, flash, processor, programs, sharding
+from qwen2audio_jax.generate import GREEDY, SHORTEST_CACHE, bucket
 from qwen2audio_jax.mel import audio_tokens
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.sampling import rules_for
@@ -54,13 +45,11 @@ class Topology:
 
     Attributes:
       shape: chips along each axis.
-      cores: devices of one chip, which share its rates and memory.
     """
 
     name: str
     chip: Chip
     shape: tuple[int, ...]
-    cores: int
     devices: list[jax.Device]
 
 
@@ -142,7 +131,7 @@ def describe(name: str) -> Topology:
         ).devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"no topology {name}: {str(error).splitlines()[0]}") from None
-    return Topology(name, chip, shape, len(found) // math.prod(shape), list(found))
+    return Topology(name, chip, shape, list(found))
 
 
 def settings_of(stage: Stage, **given: Any) -> Settings:
@@ -163,12 +152,14 @@ class Lowered:
       flops: that the model itself needs, of all devices.
       held: what devices hold, by what it is.
       loops: how often a loop goes round whose rounds depend on data.
+      devices: those of the program, in its order.
     """
 
     program: jax.stages.Lowered
     flops: float
     held: dict[str, Any]
     loops: int
+    devices: list[jax.Device]
 
 
 def lower(
@@ -180,12 +171,18 @@ def lower(
       ValueError: the mesh does not divide the model or the batch.
     """
     sharding.check(sizes, mesh)
+    placement.check([work.tokens], mesh)
+    rows, shards = work.batch // settings.gradient_accumulation_steps, mesh.shape
+    if rows % (devices := shards["data"] * shards["fsdp"]):
+        # training would add empty ones, whose cost nobody asks for
+        raise ValueError(
+            f"{rows} rows do not split over the {devices} devices of the mesh axes data and fsdp"
+        )
     if stage in ("prefill", "decode"):
         with flash.using(settings.attention):
             return (_reading if stage == "prefill" else _saying)(sizes, work, settings, mesh)
     parts = settings.gradient_accumulation_steps
     batch = work.arrays(sizes, stage, parts)
-    _check(work, parts, mesh)
     model = _shapes(sizes, settings.weight_dtype, mesh, scan_layers=settings.scan_layers)
     trainee = trainee_of(settings, model, mesh)
     shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batch.items()}
@@ -195,22 +192,8 @@ def lower(
         flops=trainee.flops(batch),
         held=trainee.held() | {"batch": dict(placement.place(shapes, mesh, parts=parts))},
         loops=-(-learned // max(1, -(-work.tokens // 8))),
+        devices=list(mesh.devices.flat),
     )
-
-
-def _check(work: Work, parts: int, mesh: Mesh) -> None:
-    rows = work.batch // parts
-    for size, what, axes in (
-        (rows, "rows", ("data", "fsdp")),
-        (rows * work.clips, "clips", ("data", "fsdp")),
-        (work.tokens, "tokens of a row", ("context",)),
-    ):
-        shards = math.prod(mesh.shape[axis] for axis in axes)
-        if size % shards:
-            raise ValueError(
-                f"{size} {what} do not split over the {shards} devices of the mesh axes "
-                f"{' and '.join(axes)}"
-            )
 
 
 def _shapes(sizes: config.Config, dtype: str, mesh: Mesh, *, scan_layers: bool) -> Qwen2Audio:
@@ -224,7 +207,6 @@ def _reading(sizes, work, settings, mesh) -> Lowered:
     """Hears and reads prompts, into a cache with room for as many tokens again."""
     model = _shapes(sizes, settings.dtype, mesh, scan_layers=False)
     batch = work.arrays(sizes, "prefill")
-    _check(work, 1, mesh)
     shapes = placement.place(
         {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batch.items()}, mesh
     )
@@ -232,9 +214,9 @@ def _reading(sizes, work, settings, mesh) -> Lowered:
 
     @jax.jit
     def read(model, ids, mask, features, feature_mask):
-        heard = _listen(model, features, feature_mask)
-        x = _embed(model, ids, heard)
-        return _prefill(model, x, mask, None, slots, work.tokens)
+        heard = programs.listen(model, features, feature_mask)
+        x = programs.embed(model, ids, heard)
+        return programs.prefill(model, x, mask, None, slots, work.tokens)
 
     names = ("input_ids", "attention_mask", "input_features", "feature_attention_mask")
     with jax.set_mesh(mesh):
@@ -243,7 +225,7 @@ def _reading(sizes, work, settings, mesh) -> Lowered:
     last["labels"] = np.broadcast_to(last["labels"], batch["labels"].shape)
     (heard, projected), reading, head = flops.forward(sizes, last)
     held = {"model": nnx.state(model), "batch": dict(shapes)}
-    return Lowered(program, heard + projected + reading + head, held, 1)
+    return Lowered(program, heard + projected + reading + head, held, 1, list(mesh.devices.flat))
 
 
 def _saying(sizes, work, settings, mesh) -> Lowered:
@@ -256,11 +238,11 @@ def _saying(sizes, work, settings, mesh) -> Lowered:
     make = lambda: caches.empty(d, rows, work.tokens, scan=False, dtype=settings.dtype)
     cache = jax.eval_shape(make)
     cache = placement.put(cache, sharding.of_cache(cache, mesh))
-    begin = lambda logits, cache: _begin(logits, cache, None, draws, None, rules)[0]
+    begin = lambda logits, cache: programs.begin(logits, cache, None, draws, None, rules)[0]
     state = jax.eval_shape(begin, logits, cache).replace(cache=cache)
     with jax.set_mesh(mesh):
-        program = _decode.lower(model, state, draws, rules, 1)
-    wide = d.heads * d.head_width
-    weights = d.layers * d.width * (2 * wide + 2 * d.kv_heads * d.head_width + 3 * d.hidden)
-    needed = 2.0 * rows * (weights + d.width * d.vocabulary + 2 * d.layers * wide * work.tokens)
-    return Lowered(program, needed, {"model": nnx.state(model), "cache": cache}, 1)
+        program = programs.decode.lower(model, state, draws, rules, 1)
+    needed = rows * flops.of_token(d, work.tokens)
+    return Lowered(
+        program, needed, {"model": nnx.state(model), "cache": cache}, 1, list(mesh.devices.flat)
+    )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qwen2audio_jax import sharding
+from qwen2audio_jax import sharding, spread
 from qwen2audio_jax.config import Config
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.progress import Progress
@@ -135,7 +135,8 @@ def _ours(folder: pathlib.Path, config: Config) -> Read:
 def save(model: Qwen2Audio, folder: str | os.PathLike, *, progress: bool = False) -> None:
     """Writes config and weights in Hugging Face's format, in place of those that were there.
 
-    The old ones stay until the new ones are complete; other files in `folder` stay.
+    The old ones stay until the new ones are complete; other files in `folder` stay. On several
+    hosts all have to call it: the first one writes, and a tensor at a time is gathered for it.
 
     Raises:
       ValueError: a parameter's dtype is not one that the format has, or `folder` is one of ours.
@@ -159,17 +160,23 @@ def save(model: Qwen2Audio, folder: str | os.PathLike, *, progress: bool = False
     def read(name: str) -> np.ndarray:
         row, array = rows[name], held(rows[name])
         alone = (row.path, row.layer) in arrays
-        return row.to_theirs(np.asarray(array if alone else array[row.layer]))
+        return row.to_theirs(spread.whole(array if alone else array[row.layer]))
 
     tensors = [(name, np.dtype(held(row).dtype), row.their_shape) for name, row in rows.items()]
     for name, dtype, _ in tensors:
         if dtype not in huggingface.NAMES:
             raise ValueError(f"wanted parameters of {_SUPPORTED}, got {name} of {dtype}")
+    layout = huggingface.plan(tensors)
+    if jax.process_index():
+        for header in layout.headers.values():
+            for name in huggingface.order(header):
+                read(table.on_disk(name))
+        return
     total = sum(rows[name].count * dtype.itemsize for name, dtype, _ in tensors)
     with staged(folder, huggingface.FILES.fullmatch) as partial:
         settings.write(model.config, partial, np.dtype(model.dtype).name)
         with bar("saving", total, progress) as shown:
-            huggingface.write(partial, huggingface.plan(tensors), read, shown.update)
+            huggingface.write(partial, layout, read, shown.update)
 
 
 def bar(what: str, total: int, progress: bool) -> Progress:
