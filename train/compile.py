@@ -3,6 +3,7 @@
     python -m train.compile --stage sft --model qwen2-audio-7b --topology v5e:4x4 --batch 32
     python -m train.compile --stage lora-sft --topology v5e:2x4 --batch 16 --json
     python -m train.compile --stage decode --topology v5p:1x1x1 --batch 8 --tokens 2048
+    python -m train.compile --stage sft --topology v5e:4x4 --search
 
 It is the very step of training, or of generation, for the real compiler, of shapes alone: memory
 against the chip's, operations against the model's own, bytes moved, and the time that the chip's
@@ -15,6 +16,7 @@ import json
 import pathlib
 import sys
 from dataclasses import field
+from typing import Any
 
 import tyro
 
@@ -23,6 +25,7 @@ from qwen2audio_jax.training import compiled, topology
 from qwen2audio_jax.training.chips import GIB
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.placement import table
+from qwen2audio_jax.training.search import Trial, search
 from qwen2audio_jax.training.settings import Lora, MeshConfig
 
 
@@ -49,6 +52,9 @@ class Compile(topology.Work):
     """As in training; without, bfloat16 for LoRA, else float32."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: Lora | None = None
+    search: bool = False
+    """Look for the batch, the remat policy and the mesh that are fastest, from those given on; each
+    program that is tried is compiled, and told."""
     json: bool = False
     """Print one JSON object."""
     hlo: pathlib.Path | None = None
@@ -57,6 +63,30 @@ class Compile(topology.Work):
 
 def main(given: Compile) -> None:
     where = topology.describe(given.topology)
+    if given.search:
+        trials = []
+        for trial in search(given, lambda one: compiled.compile(lower(one, where), where)[0]):
+            print(line(trial), file=sys.stderr, flush=True)
+            trials.append(trial)
+        best = max(trials, key=lambda trial: trial.rate)
+        given, report = best.given, best.report
+        if not best.rate:
+            raise ValueError(f"{given.stage} on {given.topology}: nothing that was tried fits")
+    else:
+        lowered = lower(given, where)
+        if given.mesh.show:
+            print(table(lowered.held), file=sys.stderr)
+        report, program = compiled.compile(lowered, where)
+        if given.hlo and program is not None:
+            given.hlo.write_text(program.as_text())
+    if given.json:
+        print(json.dumps(report.as_json() | ({"given": chosen(given)} if given.search else {})))
+    else:
+        print("\n".join(told(given, report)))
+
+
+def lower(given: Compile, where: topology.Topology) -> topology.Lowered:
+    """The program that is asked for."""
     mesh = given.mesh.make(where.devices)
     how = {"weight_dtype": given.weight_dtype, "lora": given.lora}
     settings = topology.settings_of(
@@ -69,16 +99,28 @@ def main(given: Compile) -> None:
         scan_layers=given.scan_layers,
         **{name: value for name, value in how.items() if value is not None},
     )
-    lowered = topology.lower(given.stage, config.preset(given.model), given, settings, mesh)
-    if given.mesh.show:
-        print(table(lowered.held), file=sys.stderr)
-    report, program = compiled.compile(lowered, where)
-    if given.hlo and program is not None:
-        given.hlo.write_text(program.as_text())
-    if given.json:
-        print(json.dumps(report.as_json()))
-    else:
-        print("\n".join(told(given, report)))
+    return topology.lower(given.stage, config.preset(given.model), given, settings, mesh)
+
+
+def chosen(given: Compile) -> dict[str, Any]:
+    """What a search has varied, as it is given."""
+    usual = dataclasses.asdict(MeshConfig())
+    mesh = {k: v for k, v in dataclasses.asdict(given.mesh).items() if v != usual[k]}
+    return {"batch": given.batch, "remat_policy": given.remat_policy, "mesh": mesh}
+
+
+def line(trial: Trial) -> str:
+    """One program of a search."""
+    given, report = chosen(trial.given), trial.report
+    mesh = " ".join(f"{k.removesuffix('_parallelism')} {v}" for k, v in given["mesh"].items())
+    name = f"batch {given['batch']:5}  {given['remat_policy']:20} {mesh or 'fsdp':24}"
+    if report is None:
+        return f"{name} {trial.why}"
+    memory = f"{report.hbm_peak_bytes / GIB:7.2f} GiB"
+    if not report.fits:
+        return f"{name} {memory}, does not fit"
+    speed = f"{trial.rate:8.2f} rows/s, MFU {report.mfu_bound:.1%} by {report.limit}"
+    return f"{name} {memory} {speed}"
 
 
 def told(given: Compile, report: compiled.Report) -> list[str]:
@@ -90,7 +132,7 @@ def told(given: Compile, report: compiled.Report) -> list[str]:
         f"  memory       {gib(report.hbm_peak_bytes)} of {gib(report.hbm_chip_bytes)}",
     ]
     if not report.fits:
-        advice = "fewer rows, more devices, more gradient_accumulation_steps"
+        advice = "fewer rows, more devices, more gradient_accumulation_steps (or --search)"
         advice += "" if given.remat_policy == "full" else ", remat_policy full"
         return [
             *(line.replace("memory ", "needs  ") for line in lines),
