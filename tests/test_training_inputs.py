@@ -101,7 +101,8 @@ def test_choices_follow_what_is_given(processor, line, sample, prompt, answers):
 
 def test_a_reference_answers_pairs_in_a_file_however_many(tmp_path, monkeypatch):
     """Only what is made has no end; its first samples have one."""
-    known = lambda path, part, learner: np.zeros((len(part.source), 2))
+    whole = lambda part: (np.zeros((len(part.source), 2)), np.ones(len(part.source), bool))
+    known = lambda path, part, learner: whole(part)
     monkeypatch.setattr(reference, "_read", known)
     nobody, made = (object.__new__(Learner), object.__new__(Mixture)), Made(lambda i: {}, 5)
     for source in (range(10**6), inputs.Head(made, 2)):
@@ -110,6 +111,35 @@ def test_a_reference_answers_pairs_in_a_file_however_many(tmp_path, monkeypatch)
         assert len(answered.source) == len(source)
     with pytest.raises(ValueError, match="wants pairs in a file, got pairs"):
         reference.precompute(*nobody, [dataclasses.replace(part, source=made)], tmp_path)
+
+
+def test_what_a_reference_has_answered_is_not_asked_again(tmp_path, monkeypatch):
+    """A start that was killed leaves what it knew; rows that cannot be used stay unknown."""
+
+    class Answers(Learner):
+        def __init__(self, at_most):
+            self.at_most, self.asked = at_most, []
+
+        def reference_logps(self, batch):
+            if len(self.asked) == self.at_most:
+                raise KeyboardInterrupt
+            self.asked.append(batch["rows"].tolist())
+            return dict.fromkeys(reference.REFERENCE, -batch["rows"].astype(np.float32))
+
+    batches = [{"rows": np.array(rows)} for rows in ([0, 3], [1, -1], [4, 2])]  # not 5
+    monkeypatch.setattr(inputs, "once", lambda part, mixture: iter(batches))
+    monkeypatch.setattr(reference, "_identity", lambda learner: "the same")
+    monkeypatch.setattr(reference, "SAVE_EVERY", 0)
+    part = Part(name="pairs", source=[{}] * 6, compile=from_preference)
+    mixture, first, second, third = object.__new__(Mixture), Answers(2), Answers(9), Answers(0)
+    with pytest.raises(KeyboardInterrupt):
+        reference.precompute(first, mixture, [part], tmp_path)
+    (answered,) = reference.precompute(second, mixture, [part], tmp_path)
+    assert (first.asked, second.asked) == ([[0, 3], [1, -1]], [[4, 2]])
+    (again,) = reference.precompute(third, mixture, [part], tmp_path)
+    wanted = np.array([[0, -1, -2, -3, -4, np.nan]] * 2, np.float32).T
+    for each in (answered, again):
+        np.testing.assert_array_equal(each.source.logps, wanted)
 
 
 def test_a_rate_of_nothing_is_refused():

@@ -4,13 +4,14 @@ import dataclasses
 import math
 import os
 import pathlib
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from qwen2audio_jax.data.example import BadSample, Pair, from_preference
 from qwen2audio_jax.data.mixture import Mixture, Part
@@ -22,6 +23,7 @@ from qwen2audio_jax.training.learner import Learner, checksum
 from qwen2audio_jax.training.preference import REFERENCE
 
 FOLDER = "ref_log_probs"
+SAVE_EVERY = 60  # seconds: what a start that was killed has asked for is not asked for again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,28 +72,38 @@ def precompute(
         if isinstance(part.source, Made):
             raise ValueError(f"precompute_ref_log_probs wants pairs in a file, got {part.name}")
         path = folder / FOLDER / f"{zlib.crc32(part.name.encode()):08x}.npz"
-        logps = _read(path, part, learner)
-        if logps is None:
-            logps = _compute(learner, mixture, part)
-            if jax.process_index() == 0:
-                _write(path, logps, learner)
-        source = WithReference(part.source, logps)
+        source = WithReference(part.source, _compute(learner, mixture, part, path))
         known.append(dataclasses.replace(part, source=source, compile=compile))
     return tuple(known)
 
 
-def _compute(learner: Learner, mixture: Mixture, part: Part) -> Float[np.ndarray, "rows 2"]:
-    logps = np.full((len(part.source), len(REFERENCE)), np.nan, np.float32)
-    shown = jax.process_index() == 0
-    with Progress(len(logps), desc="reference", unit=" pairs", shown=shown) as progress:
+def _compute(
+    learner: Learner, mixture: Mixture, part: Part, path: pathlib.Path
+) -> Float[np.ndarray, "rows 2"]:
+    """Asks for what the file does not have yet, and writes it every so often."""
+    first = jax.process_index() == 0
+    logps, asked = _read(path, part, learner) or (
+        np.full((len(part.source), len(REFERENCE)), np.nan, np.float32),
+        np.zeros(len(part.source), bool),
+    )
+    if asked.all():
+        return logps
+    saved = time.monotonic()
+    with Progress(len(logps), desc="reference", unit=" pairs", shown=first) as progress:
         for batch in inputs.once(part, mixture):
-            known = learner.reference_logps(batch)
             rows = batch["rows"]
             used = rows >= 0
-            logps[rows[used]] = np.stack(
-                [known[name][: len(rows)][used] for name in REFERENCE], axis=1
-            )
+            if not asked[rows[used]].all():
+                known = learner.reference_logps(batch)
+                pairs = [known[name][: len(rows)][used] for name in REFERENCE]
+                logps[rows[used]], asked[rows[used]] = np.stack(pairs, axis=1), True
+                if first and time.monotonic() - saved >= SAVE_EVERY:
+                    _write(path, logps, asked, learner)
+                    saved = time.monotonic()
             progress.update(int(used.sum()))
+    asked[:] = True  # the rest could not be used
+    if first:
+        _write(path, logps, asked, learner)
     return logps
 
 
@@ -99,16 +111,28 @@ def _identity(learner: Learner) -> str:
     return f"{learner.identity()} {checksum(learner.state.params)}"
 
 
-def _read(path: pathlib.Path, part: Part, learner: Learner) -> Float[np.ndarray, "rows 2"] | None:
+def _read(
+    path: pathlib.Path, part: Part, learner: Learner
+) -> tuple[Float[np.ndarray, "rows 2"], Bool[np.ndarray, " rows"]] | None:
+    """What is known, and which rows were asked for; None: nothing, of this model and source."""
     if not path.exists():
         return None
     with np.load(path) as file:
-        same = str(file["model"]) == _identity(learner) and len(file["logps"]) == len(part.source)
-        return file["logps"] if same else None
+        same = (
+            "asked" in file
+            and str(file["model"]) == _identity(learner)
+            and len(file["logps"]) == len(part.source)
+        )
+        return (file["logps"], file["asked"]) if same else None
 
 
-def _write(path: pathlib.Path, logps: Float[np.ndarray, "rows 2"], learner: Learner) -> None:
+def _write(
+    path: pathlib.Path,
+    logps: Float[np.ndarray, "rows 2"],
+    asked: Bool[np.ndarray, " rows"],
+    learner: Learner,
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
-    np.savez(partial, logps=logps, model=_identity(learner))
+    np.savez(partial, logps=logps, asked=asked, model=_identity(learner))
     os.replace(partial, path)
