@@ -1,6 +1,7 @@
-"""Attention that never holds its scores: splash attention on TPUs, a block at a time.
+"""Attention that never holds its scores: splash attention on TPUs, cuDNN's on GPUs.
 
-Source: FlashAttention (arXiv:2205.14135); jax.experimental.pallas.ops.tpu.splash_attention.
+Source: FlashAttention (arXiv:2205.14135); jax.experimental.pallas.ops.tpu.splash_attention;
+jax.nn.dot_product_attention.
 """
 
 import math
@@ -18,6 +19,9 @@ LANES = 128  # what blocks are multiples of
 BLOCK = 512  # the largest
 SHORTEST = 256  # queries from which it pays
 SCORES = 2**27  # of plain attention, that may exist on a device at the same time
+
+GPUS = ("gpu", "cuda")  # as jax calls them
+CUDNN = "cudnn"
 
 Attention = Literal["autoselected", "dot_product", "flash"]
 
@@ -37,11 +41,16 @@ def serves(q: Float[Array, "B L N H"], k: Float[Array, "B slots K H"], offset: A
     """Whether `attend` is to be taken for these shapes, on what is compiled for.
 
     Raises:
-      ValueError: `flash` is asked for on a device that has none.
+      ValueError: `flash` is asked for on a device that has none, or in arithmetic or on a mesh for
+        which it has none.
     """
     choice, on = _CHOICE.value, spread.platform()
-    if choice == "flash" and on not in ("tpu", "cpu"):
-        raise ValueError(f"attention=flash is for TPUs, got {on}; wanted dot_product there")
+    if choice == "flash" and on not in ("tpu", "cpu", *GPUS):
+        raise ValueError(
+            f"attention=flash is for TPUs and GPUs, got {on}; wanted dot_product there"
+        )
+    if choice == "flash" and on in GPUS and q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"attention=flash on GPUs wants bfloat16, got {q.dtype}")
     ordered = offset is None or (isinstance(offset, int) and offset == 0)
     fits = ordered and q.shape[1] == k.shape[1]
     if choice == "autoselected":
@@ -66,6 +75,10 @@ def attend(
     """
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {} if mesh.empty else mesh.shape
+    if spread.platform() in GPUS:
+        if sizes.get("context", 1) > 1:
+            raise ValueError("attention=flash on GPUs wants a mesh without context parallelism")
+        return _cudnn(q, k, v, q_segments, k_segments, causal)
     if k.shape[2] % sizes.get("tensor", 1):  # too few to split: one for each query head
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     length = q.shape[1]
@@ -93,6 +106,17 @@ def attend(
     with jax.named_scope("causal" if causal else "whole"):
         out = run(kernel, *inputs)
     return jnp.swapaxes(out, 1, 2)[:, :length].astype(v.dtype)
+
+
+def _cudnn(q, k, v, q_segments, k_segments, causal):
+    """A mask is read as it is, [B L L] without heads; cuDNN's backward pass wants even lengths."""
+    length = q.shape[1]
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, length % 2), *[(0, 0)] * (x.ndim - 2)])
+    seen = pad(q_segments)[:, None, :, None] == pad(k_segments)[:, None, None]
+    out = jax.nn.dot_product_attention(
+        pad(q), pad(k), pad(v), mask=seen, is_causal=causal, implementation=CUDNN
+    )
+    return out[:, :length]
 
 
 def _all_rows(kernel, q, k, v, q_segments, k_segments):

@@ -47,6 +47,59 @@ def test_flash_on_a_mesh_is_flash():
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=2e-4)
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """What a GPU would run, up to cuDNN's own kernel."""
+    monkeypatch.setattr(flash.spread, "platform", lambda: "gpu")
+    return monkeypatch
+
+
+@pytest.mark.parametrize("length", [LENGTH, LENGTH - 1], ids=["even", "odd"])
+@pytest.mark.parametrize("offset", [0, None], ids=["decoder", "encoder"])
+def test_gpus_are_told_the_same_attention(gpu, offset, length):
+    """jax's plain form of what cuDNN is asked for: the value, and all gradients."""
+    *qkv, segments = (x[:, :length] for x in example())
+    half = [x.astype(jnp.bfloat16) for x in qkv]
+    wanted = gradients(*(x.astype(jnp.float32) for x in half), segments, offset)
+    gpu.setattr(flash, "CUDNN", "xla")
+    with flash.using("flash"):
+        found = gradients(*half, segments, offset)
+    for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b)
+
+
+def test_gpus_run_cudnns_kernel(gpu):
+    """Forward and backward, for a GPU that is not here: what is compiled calls it."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    gpu.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    gpu.setattr(cudnn, "check_compute_capability", lambda wanted: True)
+    gpu.setattr(cudnn, "is_cuda_compute_capability_equal", lambda wanted: False)
+    *qkv, segments = example()
+    half = [x.astype(jnp.bfloat16) for x in qkv]
+    how = {"q_segments": segments, "k_segments": segments, "offset": 0}
+    total = lambda *qkv: layers.attend(*qkv, **how).astype(jnp.float32).sum()
+    with flash.using("flash"):
+        traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(*half)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "fmhaScaleBiasSoftmax" in text and "fmhaScaleBiasSoftmaxBackward" in text
+
+
+def test_gpus_refuse_what_cudnn_has_not(gpu):
+    *qkv, segments = example()
+    how = {"q_segments": segments, "k_segments": segments, "offset": 0}
+    with flash.using("flash"), pytest.raises(ValueError, match="wants bfloat16, got float32"):
+        layers.attend(*qkv, **how)
+    half = [x.astype(jnp.bfloat16) for x in qkv]
+    with (
+        flash.using("flash"),
+        jax.set_mesh(sharding.mesh(data=4, context=2)),
+        pytest.raises(ValueError, match="without context parallelism"),
+    ):
+        jax.eval_shape(lambda *qkv: layers.attend(*qkv, **how), *half)
+
+
 def test_who_chooses_for_himself_gets_flash_on_tpus_alone():
     """A CPU has none; and keys of a cache are read as ever."""
     q, k, *_ = example()
