@@ -250,6 +250,48 @@ def test_an_evaluation_that_is_ended_loses_no_steps(tmp_path, ends):
         assert checkpoints.steps == [3]
 
 
+@pytest.mark.parametrize("ends", ["signal", "error"])
+def test_the_last_evaluation_is_made_up_for(tmp_path, ends):
+    """A run that was ended in it is not done; the next start measures, and knows the best."""
+
+    def ended():
+        if ends == "error":
+            raise KeyError("no such answer")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    config = LoopConfig(save_every=100, evaluate_every=100)
+    with contextlib.closing(Checkpoints(tmp_path, best="wer", mode="min")) as checkpoints:
+        train = lambda evaluate: loop.train(
+            learner(), Counted(), config, checkpoints=checkpoints, evaluate=evaluate
+        )
+        if ends == "signal":
+            assert train(ended) == signal.SIGTERM
+        else:
+            with pytest.raises(KeyError):
+                train(ended)
+            checkpoints.wait()
+        assert (checkpoints.steps, checkpoints.best) == ([STEPS], None)
+        assert train(lambda: {"wer": 0.5}) is None
+        assert (checkpoints.steps, checkpoints.best) == ([STEPS], STEPS)
+        assert train(lambda: pytest.fail("it is known")) is None
+
+
+def test_batches_that_fail_lose_no_steps(tmp_path):
+    class Failing(Counted):
+        def __next__(self):
+            if self.number == 3:
+                raise RuntimeError("a worker process ended")
+            return super().__next__()
+
+    config = LoopConfig(save_every=100, evaluate_every=100)
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        with pytest.raises(RuntimeError, match="a worker process ended"):
+            loop.train(learner(), Failing(), config, checkpoints=checkpoints)
+        checkpoints.wait()
+        assert checkpoints.steps == [3]
+
+
 def test_what_nothing_can_train_is_refused():
     still = OptimizerConfig(learning_rate=0.0)
     model = Qwen2Audio(small.CONFIG, rngs=nnx.Rngs(0))

@@ -16,13 +16,13 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from qwen2audio_jax.weights.orbax import _quietly
+from qwen2audio_jax.training import checksum
+from qwen2audio_jax.weights.orbax import quietly
 
 CHECKPOINTS = "checkpoints"  # the folder within a run's
 TORN = ".orbax-checkpoint-tmp"  # in the names of those that are not whole yet
@@ -94,12 +94,16 @@ class Checkpoints:
         merit, step = max(merits, default=(-math.inf, None))
         return None if merit == -math.inf else step
 
+    def measured(self, step: int) -> bool:
+        """Whether there is a checkpoint of the step with what was measured then."""
+        return any(info.step == step and info.metrics for info in self._orbax.checkpoints)
+
     def save(
         self, step: int, state: Any, data: Any, metrics: Mapping[str, float] | None = None
     ) -> None:
         """Starts to save; when this returns, `state` may be donated to the next step.
 
-        A step that is there already stays as it is.
+        A step that is there already stays as it is, unless it was not measured and now is.
 
         Args:
           state: a pytree of arrays.
@@ -110,16 +114,17 @@ class Checkpoints:
           OSError: this or the last save failed; what was saved before it is still there.
         """
         self.wait()
-        if step in self.steps:
+        if step in self.steps and (metrics is None or self.measured(step)):
             return
         arrays = _flat(state)
-        leaves = _describe(arrays, jax.device_get(_sums(arrays)))
+        leaves = _describe(arrays, jax.device_get(checksum.sums(arrays)))
         self._saving = step
         try:
             self._orbax.save_checkpointables_async(
                 step,
                 {"state": arrays, "data": _HostFiles(data)},
                 force=True,  # when to save is the loop's business
+                overwrite=True,
                 metrics=None if metrics is None else {k: float(v) for k, v in metrics.items()},
                 custom_metadata={
                     "leaves": leaves,
@@ -137,7 +142,7 @@ class Checkpoints:
           OSError: it could not be saved.
         """
         try:
-            with _quietly():
+            with quietly():
                 self._orbax.wait()
         except Exception as error:
             raise self._failure(error) from error
@@ -145,7 +150,7 @@ class Checkpoints:
 
     def _failure(self, error: Exception) -> OSError:
         step, self._saving = self._saving, None
-        with contextlib.suppress(Exception), _quietly():  # the same one again
+        with contextlib.suppress(Exception), quietly():  # the same one again
             self._orbax.close()
         self._free()
         self._orbax = self._open(clear=False)
@@ -199,7 +204,7 @@ class Checkpoints:
 
     def _read(self, step: int, abstract: Any) -> Restored:
         wanted = _flat(abstract)
-        with _quietly():
+        with quietly():
             kept = self._orbax.metadata(step).custom_metadata
         if _crc(leaves := kept["leaves"]) != kept["crc32"]:
             raise ValueError("its metadata do not match their checksum")
@@ -213,7 +218,7 @@ class Checkpoints:
         # every host goes back to the same checkpoint
         if np.any(multihost_utils.process_allgather(np.array(failure is not None))):
             raise failure or ValueError("another host cannot read it")
-        for path, total in jax.device_get(_sums(arrays)).items():
+        for path, total in jax.device_get(checksum.sums(arrays)).items():
             if int(total) != leaves[path][2]:
                 raise ValueError(f"{path} does not match its checksum")
         tree = jax.tree.structure(abstract)
@@ -316,28 +321,6 @@ def _check(found: Mapping[str, list], wanted: Mapping[str, Any]) -> None:
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise _OtherState(f"holds another state: {'; '.join(problems[:5])}{more}")
-
-
-@jax.jit
-def _sums(arrays: dict[str, Any]) -> dict[str, Any]:
-    return {path: _sum(x) for path, x in arrays.items()}
-
-
-def _sum(x: Any) -> Any:
-    """Changes with every bit and with its place, however the array is split over devices."""
-    if x.dtype == jnp.bool:
-        x = x.astype(jnp.uint8)
-    word = jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")
-    bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
-    place, stride = jnp.zeros((), jnp.uint32), 1
-    for axis in reversed(range(bits.ndim)):
-        iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        place = place + iota * np.uint32(stride % 2**32)
-        stride *= bits.shape[axis]
-    # MurmurHash3's finalizer: regular weights would cancel out over regular arrays
-    for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
-        place = (place ^ (place >> shift)) * np.uint32(factor)
-    return (bits * (place ^ (place >> 16) | 1)).sum(dtype=jnp.uint32)
 
 
 def _line(error: BaseException) -> str:

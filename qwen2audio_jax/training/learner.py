@@ -1,22 +1,20 @@
 """A model taken apart into what trains and what stays, each on its devices, and moved by steps."""
 
 import contextlib
-import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen2audio_jax import sharding
 from qwen2audio_jax.model import Qwen2Audio
-from qwen2audio_jax.training import flops, lora, placement, preference, step
+from qwen2audio_jax.training import checksum, flops, lora, placement, preference, step
 from qwen2audio_jax.training.loss import Sums
-from qwen2audio_jax.training.optimizer import OptimizerConfig, averaged, name_of, part_of
+from qwen2audio_jax.training.optimizer import OptimizerConfig, averaged, part_of
 from qwen2audio_jax.training.placement import by_name
 
 
@@ -29,8 +27,8 @@ class Learner:
       loss: of a model and a batch; with `reference` of a `reference` model too.
       adapters: what trains in the place of the model's own parameters.
       start: adapters to begin with, of the same shapes; None: such as change nothing yet.
-      reference: whether the loss compares with the model as it was: the base of adapters, or a
-        copy of what trains.
+      reference: whether the loss compares with the model as it was: the base of adapters, with a
+        copy of those that it begins with, or a copy of what trains.
       mesh: to spread the parameters over; None: they stay where they are.
       dtype: of the arithmetic, where that is not the parameters' own.
       accumulate: batches that make up a step, along their arrays' first axis.
@@ -67,8 +65,9 @@ class Learner:
             self._loss = step.bind(loss, self._graph, dtype=dtype)
         else:
             self._graph, *fixed = nnx.split(model, lambda *_: True, ...)
-            self._fixed = tuple(fixed)
             params = self._fresh(model, adapters, start)
+            began = reference and start is not None
+            self._fixed = (*fixed, placement.copied(params)) if began else tuple(fixed)
             self._loss = self._adapted(loss)
         if not jax.tree.leaves(params):
             raise ValueError("nothing trains: every learning rate is 0, or all is frozen")
@@ -95,13 +94,15 @@ class Learner:
         """The loss as a function of adapters: the base is what stays, and the reference."""
         config, seed, reference = self.adapters, self._seed, self.reference
 
-        def of_adapters(adapters, batch, base, rest):
+        def of_adapters(adapters, batch, base, rest, began=None):
             key = None
             if "draw" in batch:
                 key = jax.random.fold_in(jax.random.key(seed), batch["draw"])
 
             def of_base(model, batch):
-                how = {"reference": model} if reference else {}
+                how = {}
+                if reference:
+                    how["reference"] = lora.apply(model, began, config) if began else model
                 return loss(lora.apply(model, adapters, config, key=key), batch, **how)
 
             return step.bind(of_base, self._graph, dtype=self._dtype)(base, batch, rest)
@@ -128,7 +129,8 @@ class Learner:
             self.state = jax.jit(begin, out_shardings=places, donate_argnums=0)(params)
         self._update = jax.jit(move, donate_argnums=0, **how)
         self._sums = jax.jit(self._loss)
-        self._score = jax.jit(partial(_score, self.model_of))
+        everywhere = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        self._score = jax.jit(partial(_score, self.model_of), out_shardings=everywhere)
 
     def step(self, batch: Mapping[str, Any], number: int) -> dict[str, Any]:
         """Moves the state once; gives what is to be logged, still on its way from the device.
@@ -147,7 +149,8 @@ class Learner:
 
     def held(self) -> dict[str, Any]:
         """All that devices hold between two steps, by what it is."""
-        fixed = dict(zip(("frozen", "reference"), self._fixed, strict=False))
+        names = ("frozen", "reference") if self.adapters is None else ("base", "rest", "reference")
+        fixed = dict(zip(names, self._fixed, strict=False))
         return {"trained": self.state.params, "optimizer": self.state.opt_state, **fixed}
 
     def _given(self, batch: Mapping[str, Any], number: int) -> dict[str, Any]:
@@ -178,7 +181,7 @@ class Learner:
         cast = lambda state: step.cast(state, self._dtype)
         if self.adapters is None:
             return nnx.merge(self._graph, cast(params), cast(fixed[0]))
-        return lora.apply(nnx.merge(self._graph, *map(cast, fixed)), params, self.adapters)
+        return lora.apply(nnx.merge(self._graph, *map(cast, fixed[:2])), params, self.adapters)
 
     def merged(self) -> Qwen2Audio:
         """As `model`, with adapters in the weights."""
@@ -188,7 +191,7 @@ class Learner:
 
     def base(self) -> Qwen2Audio:
         """The model that adapters stand on."""
-        return nnx.merge(self._graph, *self._fixed)
+        return nnx.merge(self._graph, *self._fixed[:2])
 
     def averaged(self) -> Any:
         """What trains, as it is; its average, where the optimizer keeps one."""
@@ -210,7 +213,7 @@ class Learner:
 
     def identity(self) -> str:
         """A checksum of what stays as it is, and so is in no checkpoint."""
-        return checksum(self._fixed)
+        return checksum.of(self._fixed)
 
     def flops(self, batch: Mapping[str, Any]) -> float:
         """Operations of a step on this host's batch."""
@@ -236,18 +239,3 @@ def fresh(config: Any, mesh: Mesh, *, seed: int, **how: Any) -> Qwen2Audio:
     graph, abstract = nnx.split(nnx.eval_shape(make))
     places = sharding.shardings(abstract, mesh)
     return nnx.merge(graph, jax.jit(state, out_shardings=places)())
-
-
-def checksum(tree: Any) -> str:
-    """Eight letters that differ where parameters do."""
-    total = 0
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        total = zlib.crc32(f"{name_of(path)} {int(_bits(leaf))}".encode(), total)
-    return f"{total:08x}"
-
-
-@jax.jit
-def _bits(x: jax.Array) -> jax.Array:
-    """A sum that is the same however an array is split over devices."""
-    word = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-    return jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32).sum(dtype=jnp.uint32)

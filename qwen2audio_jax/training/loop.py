@@ -52,14 +52,21 @@ def train(
     with meter, Interruption() as stop:
         if evaluate is not None and config.evaluate_first and done == 0:
             score(evaluate, meter, stop, 0)
+        measured = evaluate is None or (checkpoints is not None and checkpoints.measured(steps))
+        if done == steps and not measured:  # an earlier start was ended while it measured
+            scores = score(evaluate, meter, stop, done)
+            save(learner, batches, checkpoints, done, meter, scores)
+            measured = scores is not None
         for number in _traced(range(done, steps), config.profile, meter):
             asked = time.perf_counter()
             try:
                 batch = next(batches, None)
             except Exception:
-                if stop.signal is None:  # else it ended the processes that make batches, too
-                    raise
-                break
+                if stop.signal is not None:  # it ended the processes that make batches, too
+                    break
+                if jax.process_count() == 1:  # others would have to save with it
+                    save(learner, batches, checkpoints, done, meter, None)
+                raise
             if batch is None:
                 raise ValueError(f"the batches ended after {done} of {steps} steps")
             meter.batch_came(asked)
@@ -73,6 +80,7 @@ def train(
                 except Exception:
                     save(learner, batches, checkpoints, done, meter, None)
                     raise
+                measured = scores is not None
             if last or scores or done % config.save_every == 0:
                 save(learner, batches, checkpoints, done, meter, scores)
             if stop.agreed(done):
@@ -81,7 +89,7 @@ def train(
             save(learner, batches, checkpoints, done, meter, None)
     if checkpoints is not None:
         checkpoints.wait()
-    return stop.signal if done < steps else None
+    return None if done == steps and measured else stop.signal
 
 
 def score(

@@ -18,8 +18,8 @@ from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.sources import Made, RandomAccess
 from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.progress import Progress
-from qwen2audio_jax.training import inputs
-from qwen2audio_jax.training.learner import Learner, checksum
+from qwen2audio_jax.training import checksum, inputs, run
+from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.preference import REFERENCE
 
 FOLDER = "ref_log_probs"
@@ -60,10 +60,11 @@ def precompute(
       mixture: whose batches' shapes are used.
 
     Raises:
-      ValueError: clips are augmented, so that no two visits hear the same; or a source does not
-        end.
+      ValueError: clips are augmented, so that no two visits hear the same; a source does not end;
+        or the run that goes on began with another model.
     """
     known = []
+    model = _identity(learner)  # all hosts add it up together
     for part in parts:
         if part.augmented or part.masked:
             raise ValueError(
@@ -72,17 +73,17 @@ def precompute(
         if isinstance(part.source, Made):
             raise ValueError(f"precompute_ref_log_probs wants pairs in a file, got {part.name}")
         path = folder / FOLDER / f"{zlib.crc32(part.name.encode()):08x}.npz"
-        source = WithReference(part.source, _compute(learner, mixture, part, path))
+        source = WithReference(part.source, _compute(learner, mixture, part, path, model))
         known.append(dataclasses.replace(part, source=source, compile=compile))
     return tuple(known)
 
 
 def _compute(
-    learner: Learner, mixture: Mixture, part: Part, path: pathlib.Path
+    learner: Learner, mixture: Mixture, part: Part, path: pathlib.Path, model: str
 ) -> Float[np.ndarray, "rows 2"]:
     """Asks for what the file does not have yet, and writes it every so often."""
     first = jax.process_index() == 0
-    logps, asked = _read(path, part, learner) or (
+    logps, asked = _read(path, part, model) or (
         np.full((len(part.source), len(REFERENCE)), np.nan, np.float32),
         np.zeros(len(part.source), bool),
     )
@@ -98,31 +99,32 @@ def _compute(
                 pairs = [known[name][: len(rows)][used] for name in REFERENCE]
                 logps[rows[used]], asked[rows[used]] = np.stack(pairs, axis=1), True
                 if first and time.monotonic() - saved >= SAVE_EVERY:
-                    _write(path, logps, asked, learner)
+                    _write(path, logps, asked, model)
                     saved = time.monotonic()
             progress.update(int(used.sum()))
     asked[:] = True  # the rest could not be used
     if first:
-        _write(path, logps, asked, learner)
+        _write(path, logps, asked, model)
     return logps
 
 
 def _identity(learner: Learner) -> str:
-    return f"{learner.identity()} {checksum(learner.state.params)}"
+    return f"{learner.identity()} {checksum.of(learner.state.params)}"
 
 
 def _read(
-    path: pathlib.Path, part: Part, learner: Learner
+    path: pathlib.Path, part: Part, model: str
 ) -> tuple[Float[np.ndarray, "rows 2"], Bool[np.ndarray, " rows"]] | None:
     """What is known, and which rows were asked for; None: nothing, of this model and source."""
     if not path.exists():
         return None
     with np.load(path) as file:
-        same = (
-            "asked" in file
-            and str(file["model"]) == _identity(learner)
-            and len(file["logps"]) == len(part.source)
-        )
+        same = "asked" in file and str(file["model"]) == model
+        if not same and run.goes_on(path.parent.parent):
+            raise ValueError(
+                f"{path.parent.parent} holds a run whose reference is another model than --model"
+            )
+        same = same and len(file["logps"]) == len(part.source)
         return (file["logps"], file["asked"]) if same else None
 
 
@@ -130,9 +132,9 @@ def _write(
     path: pathlib.Path,
     logps: Float[np.ndarray, "rows 2"],
     asked: Bool[np.ndarray, " rows"],
-    learner: Learner,
+    model: str,
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
-    np.savez(partial, logps=logps, asked=asked, model=_identity(learner))
+    np.savez(partial, logps=logps, asked=asked, model=model)
     os.replace(partial, path)

@@ -44,7 +44,7 @@ def begin(folder: str | os.PathLike, config: Any, *, model: Config, processor: P
       ValueError: another field differs; the message names each with both values.
     """
     folder = epath.Path(folder)
-    continues = bool(_steps(folder / CHECKPOINTS))
+    continues = goes_on(folder)
     if continues:
         _compare(folder, config)
     if jax.process_index() == 0:
@@ -59,6 +59,11 @@ def begin(folder: str | os.PathLike, config: Any, *, model: Config, processor: P
     return continues
 
 
+def goes_on(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds a run with a checkpoint to go on from."""
+    return bool(_steps(epath.Path(folder) / CHECKPOINTS))
+
+
 def fed(config: Any) -> Any:
     """Settings that say how many feeds there are: as many as when the run in their folder began, in
     a new one as many as hosts.
@@ -69,7 +74,8 @@ def fed(config: Any) -> Any:
     feeds, hosts = config.data.feeds, jax.process_count()
     if not feeds:
         path = epath.Path(config.out) / SETTINGS
-        known = json.loads(path.read_text())["data"] if path.exists() else {}
+        begun = goes_on(config.out) and path.exists()
+        known = json.loads(path.read_text())["data"] if begun else {}
         feeds = known.get("feeds") or hosts
     if feeds % hosts:
         raise ValueError(

@@ -36,7 +36,7 @@ def find(folder: pathlib.Path, config: Config) -> dict[str, jax.ShapeDtypeStruct
     """
     path = folder / CHECKPOINT
     try:
-        with _quietly():
+        with quietly():
             found = ocp.metadata(path).metadata
         found = {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in found.items()}
     except Exception as error:  # whatever Orbax and TensorStore raise
@@ -59,7 +59,7 @@ def read(folder: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> di
     path, context = folder / CHECKPOINT, ocp.Context()
     context.pytree.loading.partial_load = True
     try:
-        with _quietly(), context:
+        with quietly(), context:
             return ocp.load(path, dict(wanted))
     except Exception as error:
         raise ValueError(f"{path} is a damaged checkpoint: {_line(error)}") from error
@@ -96,7 +96,7 @@ def write(
             group.clear()
 
     try:
-        with _quietly(), context:
+        with quietly(), context:
             for key, array in arrays:
                 if sum(x.nbytes for x in group.values()) + array.nbytes > GROUP_BYTES:
                     flush()
@@ -133,7 +133,7 @@ def _line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keeps Orbax and TensorStore from printing what they also raise, from several threads."""
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
