@@ -52,7 +52,10 @@ class Settings:
 def main(settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = rows_of(settings, pathlib.Path(folder))
-        sources.write(pathlib.Path(folder) / f"clips{sources.SUFFIX}", map(sources.embed, rows))
+        sources.write(
+            pathlib.Path(folder) / f"clips{sources.SUFFIX}",
+            (sources.packed(sources.embed(row)) for row in rows),
+        )
         figures = measure(settings, sources.open_source(folder))
     print(f"{'stage':32} {'audio hours per hour and core':>30}")
     for name, rate in figures.items():

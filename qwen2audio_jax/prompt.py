@@ -327,20 +327,35 @@ def _part(part: Any, where: str) -> dict:
         keys = ("audio", "audio_url", "input_audio", "path", "url")
         for source in (part[key] for key in keys if part.get(key) is not None):
             words = {"words": part["words"]} if isinstance(part.get("words"), str) else {}
-            return {"type": "audio", "audio": _source(source, where), **words}
+            try:
+                return {"type": "audio", "audio": unwrap(source), **words}
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
     raise ValueError(f"{where}: wanted {wanted}, got {_brief(dict(part))}")
 
 
-def _source(source: Any, where: str) -> Any:
-    """Unwraps OpenAI's {"url": ...} and {"data": base64}."""
+def unwrap(source: Any) -> Any:
+    """What `audio.load` takes, of a clip as others write it; other clips are as they were.
+
+    OpenAI's {"url": ...} and {"data": base64}, datasets' {"bytes": ..., "path": ...} and
+    {"array": ..., "sampling_rate": ...}; None where such a one is empty.
+
+    Raises:
+      ValueError: it is none of these.
+    """
     if not isinstance(source, Mapping):
         return source
-    if "url" in source:
-        return source["url"]
+    if source.get("array") is not None:
+        return source["array"], source.get("sampling_rate")
+    named = ("bytes", "path", "url")
+    if found := [source[name] for name in named if source.get(name)]:
+        return found[0]
+    if any(name in source for name in (*named, "array")):
+        return None
     try:
         return base64.b64decode(source["data"], validate=True)
     except (KeyError, TypeError, binascii.Error) as error:
-        raise ValueError(f"{where}: wanted a url or base64 data, got {_brief(source)}") from error
+        raise ValueError(f"wanted a url or base64 data, got {_brief(source)}") from error
 
 
 def _brief(value: Any) -> str:

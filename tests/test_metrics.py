@@ -22,6 +22,12 @@ from qwen2audio_jax.evaluation import metrics
         ("twenty-one", "twenty one", (0, 2)),
         ("  spaced\tout\n", "spaced out", (0, 2)),
         ("über Äpfel", "über äpfel", (0, 2)),
+        ("über", "u\u0308ber", (0, 1)),
+        ("今天天气很好。", "今天天汽很好", (1, 6)),
+        ("三 apples", "三apples", (0, 2)),
+        ("हिन्दी में", "हिन्दी में", (0, 2)),
+        ("हिन्दी", "हन्द", (1, 1)),
+        ("<|en|>one <|0.10|>two", "one two", (0, 2)),
     ],
 )
 def test_known_cases(reference, hypothesis, errors):

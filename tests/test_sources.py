@@ -17,7 +17,8 @@ from fsspec.registry import _registry as known
 
 from qwen2audio_jax import audio
 from qwen2audio_jax.data.example import BadSample, hear
-from qwen2audio_jax.data.sources import Manifest, open_source, write
+from qwen2audio_jax.data.sources import Manifest, embed, open_source, packed, write
+from qwen2audio_jax.prompt import parse
 
 CLIP = {"type": "audio", "audio": "a.wav"}
 
@@ -49,6 +50,29 @@ def test_a_manifest_s_clips_start_at_its_folder(manifest):
     clip, text = source[2]["messages"][0]["content"]
     assert clip == {"type": "audio", "audio": whole} and text == {"text": "sub/what?"}
     assert len(hear(source[0]["audio"])) == 3200
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "audio_url", "audio_url": {"url": "a.wav"}},
+        {"type": "audio_url", "audio_url": "a.wav"},
+        {"type": "input_audio", "input_audio": {"url": "a.wav"}},
+        {"type": "audio", "audio": {"path": "a.wav", "bytes": None}},
+        {"type": "audio", "path": "a.wav"},
+    ],
+    ids=lambda part: json.dumps(part),
+)
+def test_however_a_conversation_names_its_clip_it_is_found(manifest, part, monkeypatch):
+    """Behind the manifest's folder, and its file in a shard's record; heard either way."""
+    path = manifest.parent / "others.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": [part]}]}))
+    row = open_source(path)[0]
+    monkeypatch.chdir("/")
+    for each in (row, embed(row)):
+        [clip] = parse(each["messages"])[0]["content"]
+        assert len(hear(clip["audio"])) == 3200
+    assert clip["audio"] == (manifest.parent / "a.wav").read_bytes()
 
 
 def test_a_broken_row_is_a_bad_sample_with_its_line(manifest):
@@ -150,8 +174,8 @@ def test_shards_give_what_was_written(tmp_path):
     rows = [
         {"audio": bytes([i] * 5), "text": f"{i}é", "n": i, "list": [{"a": None}]} for i in range(7)
     ]
-    assert write(tmp_path / "x-0.array_record", rows[:4]) == 4
-    assert write(tmp_path / "x-1.array_record", rows[4:]) == 3
+    assert write(tmp_path / "x-0.array_record", map(packed, rows[:4])) == 4
+    assert write(tmp_path / "x-1.array_record", map(packed, rows[4:])) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "x-0.array_record",
         "x-1.array_record",
@@ -165,13 +189,13 @@ def test_a_folder_of_shards_is_whole(tmp_path):
     """What is still written is no shard; some of them may be named on purpose."""
     pytest.importorskip("grain")
     for i in (0, 2, 3):
-        write(tmp_path / f"x-{i:05}-of-00004.array_record", [{"n": i}])
-    write(tmp_path / "other.array_record", [{"n": 9}])
+        write(tmp_path / f"x-{i:05}-of-00004.array_record", [packed({"n": i})])
+    write(tmp_path / "other.array_record", [packed({"n": 9})])
     (tmp_path / "x-00001-of-00004.array_record.unfinished").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"wanted all 4 shards .*x-\*-of-00004.array_.*, got 3"):
         open_source(tmp_path)
     assert len(open_source(f"{tmp_path}/x-*.array_record*")) == 3
-    write(tmp_path / "x-00001-of-00004.array_record", [{"n": 1}])
+    write(tmp_path / "x-00001-of-00004.array_record", [packed({"n": 1})])
     assert len(open_source(tmp_path)) == 5
 
 
@@ -197,11 +221,13 @@ def test_shards_that_cannot_be_written_leave_nothing(manifest, monkeypatch, how,
 
 @pytest.fixture
 def many(tmp_path, chirp) -> pathlib.Path:
-    """A manifest of eleven rows, two of them bad."""
+    """A manifest of thirteen rows, four of them bad: two of them no record can hold."""
     for i in range(9):
         soundfile.write(tmp_path / f"{i}.wav", chirp(0.1, i), 16_000)
     rows = [{"audio": f"{i}.wav", "text": str(i)} for i in range(9)]
     rows.insert(2, {"audio": "absent.wav", "text": ""})
+    rows.insert(5, {"audio": "0.wav", "text": "half a letter: \ud800"})
+    rows.insert(6, {"audio": "0.wav", "text": "x", "size": 1 << 70})
     rows.insert(8, {"messages": [{"role": "user", "content": [{"audio": "absent.wav"}]}]})
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -219,7 +245,7 @@ def test_killed_while_writing_shards(many, tmp_path, monkeypatch, capsys):
 
     def killed(settings, source, shards, number):
         if number == 2:
-            (settings.out / "00002-of-00004.array_record.unfinished").write_bytes(b"half")
+            (settings.out / "00002-of-00005.array_record.unfinished").write_bytes(b"half")
             raise KeyboardInterrupt
         return write(settings, source, shards, number)
 
@@ -231,18 +257,20 @@ def test_killed_while_writing_shards(many, tmp_path, monkeypatch, capsys):
     written = []
     monkeypatch.setattr(shard, "write", lambda *a: written.append(a[3]) or write(*a))
     shard.main(settings)
-    assert written == [2, 3]
+    assert written == [2, 3, 4]
 
     files = {path.name: path.read_bytes() for path in settings.out.glob("*")}
     expected = {path.name: path.read_bytes() for path in whole.out.glob("*")}
     assert files.pop("progress.jsonl") and expected.pop("progress.jsonl")
-    assert files == expected and len(files) == 5
+    assert files == expected and len(files) == 6
     told = [json.loads(line) for line in files["left_out.jsonl"].decode().splitlines()]
     assert [(row["line"], row["reason"]) for row in told] == [
         (3, "missing audio"),
+        (6, "bad row"),
+        (7, "bad row"),
         (9, "missing audio"),
     ]
-    assert "9 rows in 4 shards" in capsys.readouterr().out
+    assert "9 rows in 5 shards" in capsys.readouterr().out
     source = open_source(settings.out)
     assert [row["text"] for row in (source[i] for i in range(9))] == [str(i) for i in range(9)]
     np.testing.assert_array_equal(hear(source[4]["audio"]), audio.load(tmp_path / "4.wav"))

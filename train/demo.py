@@ -25,8 +25,9 @@ import jax
 import tyro
 from flax import nnx
 
-from qwen2audio_jax import Processor, Qwen2Audio, audio, draw, preset, weights
+from qwen2audio_jax import Processor, Qwen2Audio, draw, preset, weights
 from qwen2audio_jax.data import dialogue, manifest, sources, synth
+from qwen2audio_jax.data.example import BadSample, hear
 from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.data.world import MODES, World
 from qwen2audio_jax.evaluation import recognition
@@ -65,7 +66,8 @@ class Demo:
     out: pathlib.Path = pathlib.Path("runs/demo")
     """The folder to write, or to go on with."""
     manifest: tuple[pathlib.Path, ...] = ()
-    """JSONL files of recordings (audio, text): rows of split "test" are kept for the score."""
+    """JSONL files of recordings (audio, text): rows of split "train" are learned, those of split
+    "test" are kept for the score; where no row has a split, all are learned."""
     steps: tuple[int, int, int] | None = None
     """Of pretraining, SFT and DPO; None: what the world takes."""
     seed: int = 0
@@ -74,7 +76,8 @@ class Demo:
     conversation and for preferences four times."""
 
 
-def main(demo: Demo) -> None:
+def main(demo: Demo) -> int:
+    """Trains, scores and shows; gives the exit status, which says what signal ended it, if any."""
     from qwen2audio_jax.training import stage  # Grain is an extra
 
     memory.keep()
@@ -84,8 +87,8 @@ def main(demo: Demo) -> None:
     for settings in plan(demo):
         name = settings.out.name
         print(f"\n{name}: {settings.optimizer.steps} steps", flush=True)
-        if stage.train(settings) is not None:
-            raise KeyboardInterrupt
+        if (signal := stage.train(settings)) is not None:
+            return 128 + signal
         told[name] = score(demo, settings.out)
         print(f"\n{evaluation.compare(told)}", flush=True)
     model, processor = load(demo.out / STAGES[-1])
@@ -94,6 +97,7 @@ def main(demo: Demo) -> None:
     print(f"\nThe model is in {demo.out}, with its card (README.md) and pictures. Now:")
     print(f"  qwen2audio transcribe --model {demo.out} CLIP")
     print(f"  qwen2audio chat CLIP --model {demo.out}")
+    return 0
 
 
 def begin(demo: Demo, world: World) -> None:
@@ -127,7 +131,9 @@ def plan(demo: Demo) -> list[Settings]:
         }
         for stage, model in zip(STAGES, begins, strict=False)
     ]
-    recorded = tuple(f"{path}:train" for path in demo.manifest)
+    recorded = tuple(
+        f"{path}:train" if _splits(manifest.read(path)) else str(path) for path in demo.manifest
+    )
     lines = [RECORDED] * len(recorded)
     each = lambda weight: [weight / max(len(recorded), 1)] * len(recorded)
     sizes = (100, 190, 340) if demo.world == "small" else (100, 160, 220, 340, 600)
@@ -210,11 +216,16 @@ def score(demo: Demo, folder: pathlib.Path) -> list[Row]:
         for each in evaluation.ask(processor, world, kind, count)
     ]
     rows = evaluation.rows(asked, evaluation.answer(model, processor, asked))
-    if samples := recordings(demo, "test"):
-        waves = [audio.load(sample.audio) for sample in samples]
-        heard = recognition.score(model, processor, waves, [each.text for each in samples])
-        rate = heard.word_error_rate
-        rows.append(Row(task="recordings", metric="wer", value=rate, n=len(samples)))
+    waves, texts = [], []
+    for sample in recordings(demo, "test"):
+        try:
+            waves.append(hear(sample.audio))
+            texts.append(sample.text)
+        except BadSample as error:
+            print(f"not scored: {error}", file=sys.stderr)
+    if waves:
+        rate = recognition.score(model, processor, waves, texts).word_error_rate
+        rows.append(Row(task="recordings", metric="wer", value=rate, n=len(waves)))
     content = {"clips": demo.clips, "rows": [dataclasses.asdict(row) for row in rows]}
     path.write_text(json.dumps(content, indent=1), "utf-8")
     return rows
@@ -222,8 +233,16 @@ def score(demo: Demo, folder: pathlib.Path) -> list[Row]:
 
 def recordings(demo: Demo, split: str) -> list[manifest.Sample]:
     """The manifests' rows that are to be learned, or to be scored."""
-    samples = [sample for path in demo.manifest for sample in manifest.read(path)]
-    return [each for each in samples if each.fields.get("split", "train") == split]
+    found = []
+    for path in demo.manifest:
+        samples = manifest.read(path)
+        usual = None if _splits(samples) else "train"
+        found += [each for each in samples if each.fields.get("split", usual) == split]
+    return found
+
+
+def _splits(samples: list[manifest.Sample]) -> set[str]:
+    return {each.fields["split"] for each in samples if each.fields.get("split")}
 
 
 def finish(
@@ -301,7 +320,7 @@ Tasks: {", ".join(skill.name for skill in world.tasks)}.
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Demo, description=__doc__))
+        sys.exit(main(tyro.cli(Demo, description=__doc__)))
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"train.demo: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import os
 import pkgutil
 import re
 import sys
@@ -16,6 +17,8 @@ import tyro
 from qwen2audio_jax.training import hosts, memory
 from qwen2audio_jax.training.settings import WORLD
 from train import configs
+
+SMALLER = "smaller --data.buckets, --remat-policy full, or more devices"
 
 
 def presets(stage: str) -> dict[str, tuple[str, Any]]:
@@ -53,7 +56,10 @@ def launch(stage: str, train: Callable[[Any], int | None], about: str) -> None:
         nameless = error.errno is not None and error.filename is None  # as of a disk that is full
         _stop(name, f"{settings.out}: {error.strerror}" if nameless else error, 1)
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            reason = str(error).splitlines()[0]
+            _stop(name, f"no room for a step: wanted {SMALLER} ({reason})", 1)
+        if not hosts.joined():
             raise
         hosts.lost(name, error, settings.hosts)
     except KeyboardInterrupt:
@@ -95,5 +101,8 @@ def _without_others(settings: Any, name: str) -> Any:
 
 
 def _stop(name: str, error: object, status: int) -> None:
-    print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if hosts.joined():  # to leave in order would be to wait for the others, who wait for this one
+        sys.stdout.flush()
+        os._exit(status)
     sys.exit(status)

@@ -24,7 +24,7 @@ import tyro
 from etils import epath
 
 from qwen2audio_jax.data import sources
-from qwen2audio_jax.data.example import BadSample
+from qwen2audio_jax.data.example import UNFORESEEN
 from qwen2audio_jax.data.mixture import settle
 from qwen2audio_jax.progress import Progress
 
@@ -129,11 +129,12 @@ def write(settings: Settings, source: sources.Manifest, shards: int, shard: int)
         first = shard * settings.rows
         for index in range(first, min(first + settings.rows, len(source))):
             try:
-                yield sources.embed(source[index], settings.audio)
-            except BadSample as error:
+                yield sources.packed(sources.embed(source[index], settings.audio))
+            except UNFORESEEN as error:
                 if settings.fatal:
                     raise
-                told = {"line": source.line(index), "reason": error.reason, "message": str(error)}
+                reason = getattr(error, "reason", "unforeseen")
+                told = {"line": source.line(index), "reason": reason, "message": str(error)}
                 left_out.append(told)
 
     path = settings.out / f"{shard:05}-of-{shards:05}{sources.SUFFIX}"

@@ -12,7 +12,17 @@ from etils import epath
 
 from qwen2audio_jax import audio as sound
 from qwen2audio_jax.processor import Processor, Wave
-from qwen2audio_jax.prompt import AUDIO, AUDIO_BOS, AUDIO_EOS, IM_END, IM_START, PAD, Prompt, parse
+from qwen2audio_jax.prompt import (
+    AUDIO,
+    AUDIO_BOS,
+    AUDIO_EOS,
+    IM_END,
+    IM_START,
+    PAD,
+    Prompt,
+    parse,
+    unwrap,
+)
 
 LONGEST = 30.0  # seconds that the encoder hears at once
 STORAGE = re.compile(r"(?!https?|file|data)\w+://")  # what epath reaches and audio.load does not
@@ -69,17 +79,13 @@ def hear(source: Any, longest: float = LONGEST) -> Wave:
 
     Args:
       source: what `audio.load` takes, any storage that etils.epath reaches (gs://, s3://), or
-        datasets' {"array", "sampling_rate"} and {"bytes", "path"}.
+        what `prompt.unwrap` does.
 
     Raises:
       BadSample: "missing audio", "corrupt audio" or "too long".
       ImportError: a storage's package is not installed.
     """
-    if isinstance(source, Mapping):
-        if source.get("array") is not None:
-            source = (source["array"], source.get("sampling_rate"))
-        else:
-            source = source.get("bytes") or source.get("path")
+    source = unwrap(source)
     if source is None or source == "":
         raise BadSample("missing audio", "wanted a clip, got none")
     try:

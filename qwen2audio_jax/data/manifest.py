@@ -7,6 +7,8 @@ from typing import Any
 
 from etils import epath
 
+from qwen2audio_jax.data.sources import ELSEWHERE
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -28,8 +30,8 @@ def _parse(line: str, folder: epath.Path) -> Sample:
             raise ValueError(f"{field!r} must be a string, got {json.dumps(row[field])}")
     if not row["audio"]:
         raise ValueError("'audio' is empty")
-    is_url = row["audio"].startswith(("http://", "https://"))
-    audio = row["audio"] if is_url else os.fspath(folder / row["audio"])
+    elsewhere = ELSEWHERE.match(row["audio"])
+    audio = row["audio"] if elsewhere else os.fspath(folder / row["audio"])
     return Sample(audio=audio, text=row["text"], fields=row)
 
 

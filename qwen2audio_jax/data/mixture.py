@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -415,6 +416,7 @@ def settle(*_: int) -> None:
     small matrices BLAS's threads wait for each other, busily: a log-mel took twelve times as long.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's business
     threadpoolctl.threadpool_limits(1)
     os.nice(5)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -5,6 +5,7 @@ of its samples; clip rows that are left over hear nothing: their masks are zero 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -286,10 +287,12 @@ def _features(bucket: Bucket, samples: list[Sample], mels: int) -> Inputs:
 
 
 def _words(bucket: Bucket, samples: list[Sample]) -> Int32[np.ndarray, "C N"]:
-    """What is said in each clip, IGNORED behind it; all of it where it cannot be spelt in time."""
+    """What is said in each clip, IGNORED behind it; all of it where it cannot be spelt in time: CTC
+    wants a state for each word, and one more between two that are equal."""
     words = np.full((bucket.clips, max(bucket.frames // FRAMES_PER_WORD, 1)), IGNORED, np.int32)
-    said = [ids for sample in samples for ids in sample.words]
-    for row, ids in zip(words, said, strict=False):
-        if len(ids) <= len(row):
+    said = [each for s in samples for each in zip(s.words, s.valid, strict=True)]
+    for row, (ids, valid) in zip(words, said, strict=False):
+        twice = sum(a == b for a, b in itertools.pairwise(ids))
+        if len(ids) <= len(row) and len(ids) + twice <= mel.audio_tokens(valid):
             row[: len(ids)] = ids
     return words

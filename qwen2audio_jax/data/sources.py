@@ -20,9 +20,10 @@ from etils import epath
 
 from qwen2audio_jax.data import prepared
 from qwen2audio_jax.data.example import BadSample, hear, reachable
+from qwen2audio_jax.prompt import unwrap
 
 MESSAGES = ("messages", "prompt", "chosen", "rejected")  # fields whose parts name clips
-NAMED = ("audio", "audio_url", "path", "url")  # how a part names its clip
+NAMED = ("audio", "audio_url", "input_audio", "path", "url")  # how a part names its clip
 ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:|~|/")  # what no folder goes in front of
 SUFFIX = ".array_record"
 UNFINISHED = ".unfinished"  # ends the name of a shard that is being written
@@ -205,7 +206,7 @@ def _in_messages(messages: Any, change: Callable) -> Any:
 
 
 def _reachable(clip: Any) -> None:
-    path = clip.get("path") if isinstance(clip, Mapping) else clip
+    path = (clip.get("path") or clip.get("url")) if isinstance(clip, Mapping) else clip
     if isinstance(path, str):
         reachable(path)
 
@@ -213,8 +214,9 @@ def _reachable(clip: Any) -> None:
 def _rooted(clip: Any, folder: epath.Path) -> Any:
     if isinstance(clip, str) and clip and not ELSEWHERE.match(clip):
         return os.fspath(folder / clip)
-    if isinstance(clip, dict) and clip.get("path") and not clip.get("bytes"):
-        return {**clip, "path": _rooted(clip["path"], folder)}
+    if isinstance(clip, dict) and not clip.get("bytes"):
+        names = [name for name in ("path", "url") if clip.get(name)]
+        return clip | {name: _rooted(clip[name], folder) for name in names}
     return clip
 
 
@@ -227,9 +229,11 @@ def embed(row: dict[str, Any], audio: Sequence[str] = ("audio",)) -> dict[str, A
 
     def file(clip: Any) -> Any:
         hear(clip)
-        clip = clip["path"] if isinstance(clip, dict) and clip.get("path") else clip
-        web = isinstance(clip, str) and clip.startswith(("http:", "https:", "data:"))
-        return clip if web or not isinstance(clip, str) else epath.Path(clip).read_bytes()
+        named = unwrap(clip)
+        if not isinstance(named, str | bytes):
+            return clip
+        web = isinstance(named, str) and named.startswith(("http:", "https:", "data:"))
+        return named if web or isinstance(named, bytes) else epath.Path(named).read_bytes()
 
     return each_clip(row, audio, file)
 
@@ -275,8 +279,20 @@ def _complete(paths: Sequence[str]) -> None:
             raise ValueError(f"wanted all {int(count)} shards {these}, got {got}: some are missing")
 
 
-def write(path: epath.PathLike, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Writes rows as one ArrayRecord shard, whole or not at all; gives how many there were."""
+def packed(row: Mapping[str, Any]) -> bytes:
+    """A row as a record of a shard.
+
+    Raises:
+      BadSample: it has what no record can hold: half a letter, a number of over 64 bits.
+    """
+    try:
+        return msgpack.packb(dict(row))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise BadSample("bad row", f"{type(error).__name__}: {error}") from None
+
+
+def write(path: epath.PathLike, records: Iterable[bytes]) -> int:
+    """Writes records as one ArrayRecord shard, whole or not at all; gives how many there were."""
     from array_record.python import array_record_module  # an extra
 
     unfinished = f"{os.fspath(path)}{UNFINISHED}"
@@ -284,8 +300,8 @@ def write(path: epath.PathLike, rows: Iterable[Mapping[str, Any]]) -> int:
     writer = array_record_module.ArrayRecordWriter(unfinished, "group_size:1")
     count = 0
     try:
-        for row in rows:
-            writer.write(msgpack.packb(dict(row)))
+        for record in records:
+            writer.write(record)
             count += 1
     finally:
         writer.close()

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -57,6 +58,7 @@ def answers(
     """
     found, bad = [], collections.Counter()
     room = model.config.decoder.positions - max_new_tokens
+    ends = {*model.config.end_tokens, model.config.pad_token, processor.tokenizer.pad_id}
     for each in parts:
         samples = list(_samples(each, processor, room, bad))
         given, answers, choices = zip(*samples, strict=True) if samples else ((), (), ())
@@ -64,13 +66,15 @@ def answers(
             model, processor, given, choices, rows=rows, max_new_tokens=max_new_tokens
         )
         for answer, got in zip(answers, tokens, strict=True):
-            text = processor.decode(got)[0].strip()
+            said = list(itertools.takewhile(lambda token: token not in ends, got.tolist()))
+            text = processor.decode([said], False)[0].strip()
             found.append(dataclasses.replace(answer, got=text))
     return found, dict(bad)
 
 
 def _usable(each: HeldOut, mixture: Mixture) -> Iterator[dict[str, Any]]:
-    batches = inputs.once(each.part, mixture)
+    # a few samples: a process for them would take longer to start
+    batches = inputs.once(each.part, dataclasses.replace(mixture, workers=0))
     while True:
         try:
             batch = next(batches, None)

@@ -1,13 +1,22 @@
 """How far what was heard is from what was said."""
 
 import re
+import unicodedata
 from collections.abc import Hashable, Sequence
+
+TAG = re.compile(r"<\|[^|]*\|>")  # of a language, of a time: no word
+# Chinese and Japanese are written without spaces: each of their signs counts.
+SIGN = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f])")
 
 
 def normalise(text: str) -> list[str]:
-    """Lower-case words without punctuation: "Don't, Twenty-One!" is `dont twenty one`."""
-    text = re.sub(r"['’]", "", text.lower())
-    return re.sub(r"[^\w\s]|_", " ", text).split()
+    """Lower-case words without punctuation: "Don't, Twenty-One!" is `dont twenty one`.
+
+    Letters, their marks (Hindi's vowels), and digits are kept, in Unicode's compatible form.
+    """
+    text = unicodedata.normalize("NFKC", TAG.sub(" ", text)).lower()
+    text = SIGN.sub(r" \1 ", re.sub(r"['’]", "", text))
+    return "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split()
 
 
 def edit_distance(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> int:

@@ -11,7 +11,6 @@ from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
 
 TOLERANCE = 0.1  # seconds that a boundary may be off
-TAG = re.compile(r"<\|[^|]*\|>")
 TIME = re.compile(r"<\|(\d+\.\d\d)\|>")
 
 
@@ -175,14 +174,10 @@ def compare(stages: Mapping[str, Sequence[Row]]) -> str:
 
 def exact(right: Sequence[str], told: Sequence[str]) -> float:
     """The part of answers that are right to the letter, tags of languages aside."""
-    same = [TAG.sub("", text).strip() == each for each, text in zip(right, told, strict=True)]
+    same = [
+        metrics.TAG.sub("", text).strip() == each for each, text in zip(right, told, strict=True)
+    ]
     return sum(same) / len(same)
-
-
-def word_error_rate(right: Sequence[str], told: Sequence[str]) -> float:
-    """Of words, or of Chinese characters."""
-    spaced = lambda text: re.sub(r"([\u4e00-\u9fff])", r" \1 ", TAG.sub(" ", text))
-    return metrics.word_error_rate([*map(spaced, right)], [*map(spaced, told)])
 
 
 def boundaries(right: Sequence[str], told: Sequence[str]) -> float:
@@ -194,7 +189,7 @@ def boundaries(right: Sequence[str], told: Sequence[str]) -> float:
     for each, text in zip(right, told, strict=True):
         wanted, got = ([*map(float, TIME.findall(one))] for one in (each, text))
         total += len(wanted)
-        words = [TAG.sub(" ", one).split() for one in (each, text)]
+        words = [metrics.TAG.sub(" ", one).split() for one in (each, text)]
         if words[0] == words[1] and len(wanted) == len(got):
             close = (abs(a - b) < TOLERANCE + 0.001 for a, b in zip(wanted, got, strict=True))
             good += sum(close)
@@ -203,6 +198,6 @@ def boundaries(right: Sequence[str], told: Sequence[str]) -> float:
 
 METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
     "exact": exact,
-    "wer": word_error_rate,
+    "wer": metrics.word_error_rate,
     "times": boundaries,
 }

@@ -178,7 +178,7 @@ class Checkpoints:
 
         Args:
           abstract: the state's `jax.ShapeDtypeStruct`s, with the shardings to restore to.
-          step: this one and no other.
+          step: this one and no other; it is set aside, too, if it is damaged.
 
         Returns:
           None: there is no checkpoint.
@@ -198,6 +198,8 @@ class Checkpoints:
                 self._set_aside(damaged)
                 return restored
         if damaged:
+            if step is not None:
+                self._set_aside(damaged)
             lines = "; ".join(f"step {number}: {why}" for number, why in damaged.items())
             raise ValueError(f"{self.folder} holds no checkpoint that is whole: {lines}")
         return None

@@ -36,6 +36,11 @@ def join(config: HostsConfig) -> None:
         raise ValueError(f"distributed: the processes did not meet: {reason}") from error
 
 
+def joined() -> bool:
+    """Whether this process has met others."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def lost(name: str, error: Exception, config: HostsConfig) -> None:
     """Ends this process after another one was lost.
 

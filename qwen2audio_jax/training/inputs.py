@@ -12,6 +12,7 @@ from qwen2audio_jax.data.instruction import Task
 from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.sources import RandomAccess, open_source
 from qwen2audio_jax.processor import Processor
+from qwen2audio_jax.prompt import IM_END, PAD
 from qwen2audio_jax.training.settings import WORLD, DataConfig
 
 MADE = 10**6  # samples that a made world tells apart
@@ -171,5 +172,7 @@ def prompt_and_answer(example: Example | Pair, processor: Processor) -> tuple[Ex
 
 
 def text_of(prompt: Sequence[Any], processor: Processor) -> str:
+    """What is learned, its tags too, without the token that ends it."""
     ids = [token for segment in prompt if segment.learned for token in segment.ids]
-    return processor.decode(np.array([ids], np.int32))[0].strip()
+    text = processor.decode(np.array([ids], np.int32), False)[0].strip()
+    return text.removesuffix(PAD).removesuffix(IM_END).strip()

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import secrets
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -136,7 +137,14 @@ def _wandb(folder: pathlib.Path, project: str, settings: Mapping[str, Any] | Non
         raise ImportError(
             "--wandb wants Weights & Biases: pip install 'qwen2audio_jax[wandb]'"
         ) from error
-    name = folder.resolve().name
+    known = folder / "wandb-id"  # other runs have folders of the same name
+    if not known.exists():
+        known.write_text(secrets.token_hex(4))
     return wandb.init(
-        project=project, dir=folder, id=name, name=name, resume="allow", config=dict(settings or {})
+        project=project,
+        dir=folder,
+        id=known.read_text(),
+        name=folder.resolve().name,
+        resume="allow",
+        config=dict(settings or {}),
     )

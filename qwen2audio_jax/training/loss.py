@@ -99,6 +99,14 @@ def next_token_and_words(
 
     Source: Graves et al. 2006, Connectionist Temporal Classification.
     """
+    if "input_features" not in batch:  # text alone spells nothing
+        sums = next_token(model, batch, remat=remat)
+        nothing, none = jnp.zeros_like(sums.loss), jnp.zeros_like(sums.weight)
+        return Sums(
+            loss=jnp.stack([sums.loss, nothing]),
+            weight=jnp.stack([sums.weight, none]),
+            metrics={**sums.metrics, "ctc": (nothing, none)},
+        )
     states, counts = model.listen(
         batch["input_features"], batch["feature_attention_mask"], remat=remat
     )

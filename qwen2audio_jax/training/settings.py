@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import os
 import pathlib
+import re
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Literal
@@ -98,6 +100,25 @@ class HostsConfig:
             raise ValueError(f"wanted a hosts.timeout of at least 1 s, got {self.timeout}")
 
 
+def _share_rows(one: str, other: str) -> bool:
+    """Whether two sources are of the same file, and one of them is all of it or both one split."""
+    if one.startswith(WORLD) or other.startswith(WORLD):
+        return one == other
+    (file, split), (other_file, other_split) = map(_file_and_split, (one, other))
+    if os.path.normpath(file) != os.path.normpath(other_file):
+        return False
+    (name, part, _), (other_name, other_part, _) = (s.partition("[") for s in (split, other_split))
+    overlap = name == other_name and not (part and other_part)  # parts are the user's business
+    return split == other_split or overlap or not split or not other_split
+
+
+def _file_and_split(source: str) -> tuple[str, str]:
+    found = re.fullmatch(r"(.+\.jsonl?)(?::([^:/]+))?", source)
+    if found is None and source.startswith("tfds:"):
+        found = re.fullmatch(r"(tfds:[^:]+)(?::(.+))?", source)
+    return (found[1], found[2] or "") if found else (source, "")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is learned, and what is kept to measure it."""
@@ -153,12 +174,11 @@ class DataConfig:
             if sources and len(given) not in {0, len(sources), *[1] * one_for_all}:
                 raise ValueError(f"wanted {name} for {len(sources)} sources, got {len(given)}")
         for source in self.held_out:
-            # without a split a file's rows are all learned
-            file = "" if source.startswith(WORLD) else source.rpartition(":")[0]
-            if found := {source, file} & set(self.train):
-                raise ValueError(
-                    f"held_out {source} is learned, too: train has {found.pop()}; name splits"
-                )
+            for learned in self.train:
+                if _share_rows(source, learned):
+                    raise ValueError(
+                        f"held_out {source} is learned, too: train has {learned}; name splits"
+                    )
         for name in ("augmented", "masked"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"wanted {name} from 0 to 1, got {getattr(self, name)}")

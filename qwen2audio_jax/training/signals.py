@@ -25,13 +25,14 @@ class Interruption:
 
     def __init__(self):
         self.signal: int | None = None
-        self._at_once = False
+        self._at_once = self._watches_others = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
         # Of several hosts, jax itself watches for SIGTERM; elsewhere than in the main thread,
         # Python takes no handlers.
-        watched = SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
+        self._watches_others = jax.process_count() > 1
+        watched = (signal.SIGINT,) if self._watches_others else SIGNALS
         if threading.current_thread() is threading.main_thread():
             self._before = {each: signal.signal(each, self._note) for each in watched}
         return self
@@ -42,6 +43,10 @@ class Interruption:
         self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._watches_others:  # all have to end after the same step, as jax arranges for SIGTERM
+            self.__exit__()
+            signal.raise_signal(signal.SIGTERM)
+            return
         if self.signal is None:
             self.signal = number
             if self._at_once:

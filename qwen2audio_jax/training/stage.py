@@ -146,11 +146,9 @@ def _run(
         )
         if signal is None:
             _export(settings, trainee, processor)
-            if checkpoints.best not in (None, trainee.optimizer.steps):
-                trainee.state = checkpoints.restore(trainee.release(), checkpoints.best).state
-                _write(settings, trainee, processor, settings.out / "model-best")
+            best = _export_best(settings, trainee, processor, checkpoints)
             if jax.process_index() == 0:
-                summary.write(folder, log.rows, batches.report(), checkpoints.best, config.best)
+                summary.write(folder, log.rows, batches.report(), best, config.best)
     return signal
 
 
@@ -192,6 +190,25 @@ def _export(settings: Settings, trainee: Learner, processor: Processor) -> None:
             folder = settings.out / "adapter"
             peft.save(folder, adapters, settings.lora.config, trainee.base(), base=settings.model)
     _write(settings, trainee, processor, settings.out / "model")
+
+
+def _export_best(
+    settings: Settings, trainee: Learner, processor: Processor, checkpoints: Checkpoints
+) -> int | None:
+    """Writes the best checkpoint, where that is not the last; gives its step."""
+    best, abstract = checkpoints.best, None
+    while best not in (None, trainee.optimizer.steps):
+        abstract = abstract or trainee.release()
+        try:
+            trainee.state = checkpoints.restore(abstract, best).state
+        except ValueError:
+            if checkpoints.best == best:
+                raise
+            best = checkpoints.best  # that one was damaged, which has been told
+        else:
+            _write(settings, trainee, processor, settings.out / "model-best")
+            break
+    return best
 
 
 def _write(
