@@ -28,9 +28,12 @@ def merge(
     clip = jnp.searchsorted(ends, rank, side="right")
     clip = jnp.clip(clip, 0, len(counts) - 1)
     state = jnp.clip(rank - (ends - counts)[clip], 0, states.shape[1] - 1)
-    # a row's clips may be on any device
-    states = spread.constrain(states.astype(text.dtype), "clips A D")
-    heard = spread.constrain(states[clip, state], "B L D")
+    # A row's clips may be on any device: columns of all states are looked up, then brought to the
+    # rows, for no device has room for all states of a pod.
+    columns = ("fsdp", "context")
+    states = spread.constrain(states.astype(text.dtype), "clips A D", D=columns)
+    heard = spread.constrain(states[clip, state], "B L D", D=columns)
+    heard = spread.constrain(heard, "B L D")
     return jnp.where(slots[..., None], heard, text)
 
 

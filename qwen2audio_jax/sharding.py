@@ -56,7 +56,8 @@ def mesh(
             f"a mesh of {dict(zip(AXES, shape, strict=True))}{slices} needs {needed} devices, "
             f"there are {len(devices)}"
         )
-    return Mesh(_laid_out(shape, over, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    laid_out = _by_host(_laid_out(shape, over, devices))
+    return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _laid_out(shape, over, devices) -> np.ndarray:
@@ -76,6 +77,36 @@ def _laid_out(shape, over, devices) -> np.ndarray:
     parts = np.array(devices).reshape(*over, *shape)
     order = [axis for i in range(len(shape)) for axis in (i, i + len(shape))]
     return parts.transpose(order).reshape([a * b for a, b in zip(over, shape, strict=True)])
+
+
+def _by_host(devices: np.ndarray) -> np.ndarray:
+    """The places of rows such that those of a host are next to each other, in an order as before.
+
+    A host brings rows, and their clips, which are cut into as many parts: only where its parts
+    follow each other do the clips of the first rows come before those of the next.
+    """
+    rows = devices.reshape(-1, *devices.shape[2:])
+    hosts = [row.flat[0].process_index for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: hosts.index(hosts[i]))
+    return rows[order].reshape(devices.shape)
+
+
+def check_hosts(devices: np.ndarray) -> None:
+    """Refuses a mesh in which hosts share rows: each brings rows of its own.
+
+    Args:
+      devices: the mesh's, along `AXES`.
+
+    Raises:
+      ValueError: the devices of a row are of several hosts.
+    """
+    for row in devices.reshape(-1, devices.shape[2] * devices.shape[3]):
+        hosts = sorted({device.process_index for device in row})
+        if len(hosts) > 1:
+            raise ValueError(
+                f"the mesh axes tensor and context ({len(row)} devices) reach over the hosts "
+                f"{', '.join(map(str, hosts))}; wanted them within a host"
+            )
 
 
 def check(config: Config, mesh: Mesh) -> None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from qwen2audio_jax import sharding, spread
-from qwen2audio_jax.training import hlo
+from qwen2audio_jax.training import hlo, operations
 from qwen2audio_jax.training.chips import CHIPS, links, route
 
 
@@ -124,3 +124,24 @@ def test_what_is_sent_takes_the_shorter_way():
     assert len(list(route(chip, (0, 0), (3, 2), (4, 4)))) == 5
     assert list(route(chip, (0, 0), (15, 0), (16, 4))) == [((0, 0), 0, -1)]
     assert [link[2] for link in route(chip, (14, 0), (1, 0), (16, 4))] == [1, 1, 1]
+
+
+def test_collectives_that_were_combined_count_together():
+    """An all-gather of two arrays at once: what comes out, less what was there."""
+    line = (
+        "ENTRY %main (a: f32[8], b: bf16[4,2]) -> f32[64] {\n"
+        "  %a = f32[8]{0} parameter(0)\n  %b = bf16[4,2]{1,0} parameter(1)\n"
+        "  %s = ((f32[8]{0}, bf16[4,2]{1,0}), (f32[64]{0}, bf16[32,2]{1,0})) all-gather-start("
+        "%a, %b), replica_groups=[1,8]<=[8], dimensions={0}\n"
+        "  %d = (f32[64]{0}, bf16[32,2]{1,0}) all-gather-done(%s)\n"
+        "  ROOT %r = f32[64]{0} get-tuple-element(%d), index=0\n}\n"
+    )
+    (gather,) = hlo.Program(line, devices=8).costs().collectives
+    assert gather.bytes == (64 * 4 + 64 * 2) * 7 / 8
+
+
+def test_flash_attention_costs_queries_times_keys():
+    """On a device that has a quarter of a row's queries, and all of its keys."""
+    text = 'custom_call_target="tpu_custom_call", metadata={op_name="whole/splash_mha_fwd"}'
+    shapes = [(2, 4, 256, 64), (2, 4, 1024, 64), (2, 4, 1024, 64)]
+    assert operations.kernel("splash_mha_fwd", text, shapes) == 2 * 2 * 2 * 4 * 256 * 1024 * 64

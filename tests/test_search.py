@@ -44,6 +44,7 @@ def pod(room, *, tensor=1.0):
         (Given(batch=512), 70, 1.0, (64, "full", 1)),  # smaller until it fits
         (Given(), 70, 1.5, (64, "full", 2)),
         (Given(batch=4), 27, 1.0, (16, "full", 1)),
+        (Given(batch=1), 27, 1.0, (16, "full", 1)),  # fewer rows than devices
     ],
 )
 def test_the_fastest_that_fits_is_found(begin, room, tensor, wanted):

@@ -1,5 +1,7 @@
 """A model on a mesh is the same model, with nothing large on every device."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,3 +124,23 @@ def test_a_table_says_what_each_device_holds():
     told = placement.table({"trained": {"up": x}}).splitlines()
     assert told[1].split() == ["trained", "up", "64/fsdp", "x", "96/tensor", "float32", "3,072"]
     assert told[2].split() == ["trained", "all", "24,576", "bytes", "in", "all", "3,072"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    process_index: int
+
+
+def test_the_rows_of_a_host_are_next_to_each_other():
+    """However chips are wired: a ring over 4x4 of them comes back to the first host at its end."""
+    ring = np.array([Chip(host) for host in (0, 0, 1, 1, 1, 1, 0, 2, 3, 3, 3, 3, 2, 2, 2, 0)])
+    found = sharding._by_host(ring.reshape(1, 16, 1, 1))
+    assert found.shape == (1, 16, 1, 1)
+    assert [chip.process_index for chip in found.flat] == [h for h in range(4) for _ in range(4)]
+
+
+def test_hosts_that_would_share_rows_are_refused():
+    of = lambda *hosts: np.array([Chip(host) for host in hosts]).reshape(1, 2, 2, 1)
+    sharding.check_hosts(of(0, 0, 1, 1))
+    with pytest.raises(ValueError, match=r"\(2 devices\) reach over the hosts 0, 1; wanted"):
+        sharding.check_hosts(of(0, 1, 0, 1))

@@ -234,16 +234,16 @@ class Program:
     def _collective(self, kind, each, body, times) -> Collective:
         group = _group(each.rest, self.devices)
         n = len(group)
-        size = max((_plain_size(f"{a}[{b}]") for a, b, _ in _ARRAY.findall(each.type)), default=0)
-        if each.op == kind:
-            size = sum(_plain_size(f"{a}[{b}]") for a, b, _ in _ARRAY.findall(each.type))
+        arrays = [f"{dtype}[{dims}]" for dtype, dims, _ in _ARRAY.findall(each.type)]
+        given = len(each.operands)
+        # what begins one gives what it takes in, and then what comes out
+        results = arrays[given : 2 * given] if len(arrays) >= 2 * given else arrays
+        size = sum(map(_plain_size, results))
         share = {
             "all-reduce": 2 * (n - 1) / n,
             "reduce-scatter": n - 1,  # the result is a part of what came in
             "collective-permute": 1,
         }.get(kind, (n - 1) / n)
-        if kind == "reduce-scatter" and each.op != kind:
-            share = (n - 1) / n
         where = re.search(r'op_name="([^"]*)"', each.rest)
         where = where[1] if where else ""
         return Collective(kind, size * share, each.type, group, _pairs(each.rest), times, where)

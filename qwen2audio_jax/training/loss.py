@@ -185,12 +185,17 @@ def token_logps(
     Logits exist where a label is, and only for some `CHUNK` tokens at a time, forward and
     backward: [B L V] is never held.
     """
-    rows, length = labels.shape
-    tokens = CHUNK * spread.devices()
-    # An eighth of a row at most: where few tokens are learned, few logits are made.
-    size = max(1, min(tokens // rows, -(-length // 8)))
+    size = chunk_size(*labels.shape, spread.devices())
     x = spread.constrain(x, "B tokens D")
     return _token_logps(size, x, decoder.table, labels)
+
+
+def chunk_size(rows: int, length: int, devices: int) -> int:
+    """Tokens of each row whose logits exist at the same time.
+
+    An eighth of a row at most: where few tokens are learned, few logits are made.
+    """
+    return max(1, min(CHUNK * devices // rows, -(-length // 8)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -45,9 +45,10 @@ def kernel(name: str, text: str, shapes: list[Shape]) -> float:
     if "tpu_custom_call" not in text or found is None or "splash" not in found[1]:
         return 0.0
     heads = [shape for shape in shapes if len(shape) >= 4 and shape[-1] <= 256]
-    rows, number, length, width = heads[0][-4:]
+    rows, number, queries, width = heads[0][-4:]
+    keys = heads[1][-2]  # of all devices that share a row's queries
     backward = "dkv" in name
     products = 5 if backward else 2
-    blocks = length // flash.largest_block(length)
+    blocks = keys // flash.largest_block(queries)
     seen = (blocks + 1) / (2 * blocks) if "causal" in found[1] else 1.0
-    return 2.0 * products * rows * number * length * length * width * seen
+    return 2.0 * products * rows * number * queries * keys * width * seen

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from qwen2audio_jax.training.settings import MeshConfig
 
 REMAT = ("full", "save_out_proj", "save_qkv_proj", "save_dot_except_mlp", "minimal", "none")
+LARGEST = 2**16  # rows
 MESHES = (
     *({"ici_data_parallelism": 2}, {"ici_tensor_parallelism": 2}, {"ici_tensor_parallelism": 4}),
     *({"ici_context_parallelism": 2}, {"ici_data_parallelism": 2, "ici_tensor_parallelism": 2}),
@@ -69,6 +70,9 @@ def search(given: Tried, measure: Callable[[Any], Any]) -> Iterator[Trial]:
         return max(known.values(), key=lambda t: (t.rate, divides(t), -t.given.batch))
 
     yield from attempt(given)
+    while best().report is None and given.batch < LARGEST:  # fewer rows than devices
+        given = dataclasses.replace(given, batch=2 * given.batch)
+        yield from attempt(given)
     while True:
         before = best()
         while not best().rate and given.batch > 1:

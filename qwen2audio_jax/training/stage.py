@@ -54,6 +54,7 @@ def train(settings: Settings) -> int | None:
     on_disk(settings.out)
     pairs = isinstance(settings, PreferenceSettings)
     mesh = settings.mesh.make()
+    sharding.check_hosts(mesh.devices)
     settings = run.fed(settings)
     placement.check((bucket.tokens for bucket in settings.data.buckets), mesh)
     parts = inputs.training(settings.data, pairs=pairs)

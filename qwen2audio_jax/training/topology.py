@@ -24,6 +24,7 @@ from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.sampling import rules_for
 from qwen2audio_jax.training import flops, placement
 from qwen2audio_jax.training.chips import CHIPS, Chip
+from qwen2audio_jax.training.loss import chunk_size
 from qwen2audio_jax.training.settings import Lora, PreferenceSettings, Settings
 from qwen2audio_jax.training.trainee import trainee_of
 
@@ -187,11 +188,12 @@ def lower(
     trainee = trainee_of(settings, model, mesh)
     shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batch.items()}
     learned = work.tokens - work.clips * audio_tokens(work.frames)
+    sides = 2 if stage.startswith("dpo") else 1
     return Lowered(
         program=trainee.lower(shapes),
         flops=trainee.flops(batch),
         held=trainee.held() | {"batch": dict(placement.place(shapes, mesh, parts=parts))},
-        loops=-(-learned // max(1, -(-work.tokens // 8))),
+        loops=-(-learned // chunk_size(sides * rows, work.tokens, mesh.size)),
         devices=list(mesh.devices.flat),
     )
 
