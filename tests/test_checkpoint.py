@@ -1,5 +1,6 @@
 """What was saved comes back to the bit, or the last that was whole does, and says so."""
 
+import contextlib
 import multiprocessing
 import pathlib
 import random
@@ -179,6 +180,16 @@ def test_the_last_whole_checkpoint_is_used(copy, caplog, damage):
     checkpoints.save(2, after(2), {"seen": "again"})
     checkpoints.close()
     assert Checkpoints(copy).restore(abstract(fresh())).data == [{"seen": "again"}]
+
+
+def test_a_damaged_one_that_is_asked_for_is_set_aside(copy):
+    """As the best is, which is then the best of the others."""
+    flip(largest(copy, 2), 8 * 500_000 + 3)
+    with contextlib.closing(Checkpoints(copy)) as checkpoints:
+        with pytest.raises(ValueError, match="holds no checkpoint that is whole: step 2"):
+            checkpoints.restore(abstract(fresh()), 2)
+        assert checkpoints.steps == [1]
+        assert checkpoints.restore(abstract(fresh()), 1).step == 1
 
 
 def test_no_flipped_bit_is_believed(copy):

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,11 @@ import prepared
 import pytest
 import soundfile
 import tiny
+from flax import nnx
 
 pytest.importorskip("grain")
 
-from qwen2audio_jax import Qwen2Audio
+from qwen2audio_jax import Qwen2Audio, weights
 from qwen2audio_jax.data import sources
 from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.training import log, lora, loss, peft, reference, trainee
@@ -242,6 +244,24 @@ def test_dpo_has_the_same_reference_in_memory_and_beforehand(run, tmp_path):
     assert len(files) == 2  # what is trained on, and what is held out
     # those that cannot be used: there are two lines without a pair, and one of them is held out
     assert sum(np.isnan(np.load(file)["logps"][:, 0]).sum() for file in files) == len(BAD) + 3
+
+
+def test_dpo_from_adapters_is_compared_with_them(run, tmp_path, base, capsys):
+    """In memory and beforehand; a run that goes on with another model is refused."""
+    sft, losses, lora = tmp_path / "sft", [], ("--lora.r", 2)
+    assert run("sft", "chats", sft, "--optimizer.steps", 3, *lora) == 0
+    start = ("--lora.start", sft / "adapter")
+    for name, how in (("memory", ()), ("file", ("--precompute-ref-log-probs",))):
+        args = ("--optimizer.steps", 3, *lora, *start, *how)
+        assert run("dpo", "pairs", tmp_path / name, *args) == 0
+        losses.append([row["loss"] for row in rows_of(tmp_path / name)])
+        assert losses[-1][0] == pytest.approx(np.log(2), abs=1e-5)
+    np.testing.assert_allclose(*losses, atol=1e-5)
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    weights.save(Qwen2Audio(parameters(base).config, rngs=nnx.Rngs(7)), other)
+    assert run("dpo", "pairs", tmp_path / "file", *args, "--model", other) == 2
+    assert "holds a run whose reference is another model than --model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
