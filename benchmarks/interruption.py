@@ -8,6 +8,7 @@ while it saves, by SIGTERM, and by a disk that is full, and is started again eac
 parameters, and every step's loss and gradient, have to be the same to the bit.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -26,6 +27,7 @@ import numpy as np
 import soundfile
 import tyro
 
+from benchmarks import sides
 from qwen2audio_jax.training import log
 from qwen2audio_jax.training.checkpoint import CHECKPOINTS
 
@@ -55,7 +57,7 @@ class Settings:
     seed: int = 0
     """Of the moments."""
     out: pathlib.Path | None = None
-    """A JSON file for what happened."""
+    """A JSON file for what happened; a table is put beside it."""
 
 
 def main(settings: Settings) -> dict[str, object]:
@@ -77,7 +79,12 @@ def main(settings: Settings) -> dict[str, object]:
     result = {"steps": settings.steps, "events": events, "same": same}
     print(json.dumps(result, indent=2))
     if settings.out:
-        settings.out.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+        ways = collections.Counter(event["way"] for event in events)
+        lines = ["| ended by | times |", "|---|---|"]
+        lines += [f"| {way} | {count} |" for way, count in ways.items()]
+        told = ", ".join(f"{name} {'equal' if ok else 'DIFFER'}" for name, ok in same.items())
+        about = f"{settings.steps} steps of train.sft, started again each time: {told}"
+        sides.save(settings.out, {**sides.machine(), **result}, about, ["\n".join(lines)])
     if not all(same.values()):
         raise SystemExit("benchmarks.interruption: the runs differ")
     return result
