@@ -39,6 +39,8 @@ class Compile(topology.Work):
     """A preset's name."""
     topology: str = "v5e:4x4"
     """Chips: v4, v5e, v5p, v6e or 7x, and how many along each axis."""
+    slices: int = 1
+    """How many of these, joined by a network; --mesh.dcn-data-parallelism says what they share."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     remat_policy: remat.Policy = "full"
     """As in training."""
@@ -62,7 +64,7 @@ class Compile(topology.Work):
 
 
 def main(given: Compile) -> None:
-    where = topology.describe(given.topology)
+    where = topology.describe(given.topology, slices=given.slices)
     if given.search:
         trials = []
         for trial in search(given, lambda one: compiled.compile(lower(one, where), where)[0]):

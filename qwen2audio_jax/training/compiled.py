@@ -126,20 +126,27 @@ def _peak(memory: Any) -> int:
 def _exchange(costs: hlo.Costs, lowered: Lowered, topology: Topology) -> float:
     """Seconds that the links need at least.
 
-    Groups exchange one after the other; what one device sends to another goes on beside what takes
-    other links.
+    Groups exchange one after the other, those of several slices over their network; what one device
+    sends to another goes on beside what takes other links.
     """
     chip = topology.chip
     places = [tuple(device.coords) for device in lowered.devices]
+    parts = [getattr(device, "slice_index", 0) for device in lowered.devices]
     shape = (*topology.shape, 1, 1)[:3]
     groups, loads = 0.0, Counter()
     for each in costs.collectives:
         moved = each.times * each.bytes * chip.cores
         for start, end in each.pairs:
+            if parts[start] != parts[end]:
+                loads[start] += moved / chip.dcn
+                continue
             for link in route(chip, places[start], places[end], shape):
-                loads[link] += moved / chip.link
-        if not each.pairs and len(each.group) > 1:
-            groups += moved / links(chip, [places[i] for i in each.group], shape)
+                loads[parts[start], link] += moved / chip.link
+        if each.pairs or len(each.group) == 1:
+            continue
+        apart = len({parts[i] for i in each.group}) > 1
+        rate = chip.dcn if apart else links(chip, [places[i] for i in each.group], shape)
+        groups += moved / rate
     return groups + max(loads.values(), default=0.0)
 
 

@@ -101,8 +101,11 @@ class Work:
         return {k: x.reshape(parts, -1, *x.shape[1:]) for k, x in (text | sound).items()}
 
 
-def describe(name: str) -> Topology:
+def describe(name: str, *, slices: int = 1) -> Topology:
     """Chips by a name as `v5e:4x4` or `v5p:2x2x2`.
+
+    Args:
+      slices: how many of these, joined by a network.
 
     Raises:
       ValueError: there are no such chips, or the compiler for them is not installed.
@@ -129,9 +132,15 @@ def describe(name: str) -> Topology:
             platform="tpu",
             topology_name=f"{kind}:{'x'.join(map(str, shape))}",
             chips_per_host_bounds=(*host, 1),
+            num_slices=slices,
         ).devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"no topology {name}: {str(error).splitlines()[0]}") from None
+    if len(found) != (wanted := slices * math.prod(shape) * chip.cores):
+        raise ValueError(
+            f"{name}: wanted {wanted} devices, the compiler has {len(found)}: jax makes no mesh of "
+            "the cores of one chip"
+        )
     return Topology(name, chip, shape, list(found))
 
 
