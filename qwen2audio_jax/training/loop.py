@@ -64,7 +64,7 @@ def train(
             except Exception:
                 if stop.signal is not None:  # it ended the processes that make batches, too
                     break
-                if jax.process_count() == 1:  # others would have to save with it
+                if done and jax.process_count() == 1:  # others would have to save with it
                     save(learner, batches, checkpoints, done, meter, None)
                 raise
             if batch is None:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qwen2audio_jax import sharding, spread, weights
@@ -186,7 +187,7 @@ def _evaluate(
 def _export(settings: Settings, trainee: Learner, processor: Processor) -> None:
     """Writes what came out."""
     if settings.lora.r:
-        adapters = jax.tree.map(spread.whole, trainee.averaged())
+        adapters = jax.tree.map(lambda x: jnp.asarray(spread.whole(x)), trainee.averaged())
         if jax.process_index() == 0:
             folder = settings.out / "adapter"
             peft.save(folder, adapters, settings.lora.config, trainee.base(), base=settings.model)
