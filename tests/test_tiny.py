@@ -66,11 +66,14 @@ def test_it_hears_recorded_digits(tiny, shared_data):
 @pytest.mark.parametrize(
     ("kind", "row", "right"),
     [
-        ("recognise en", "recognise en", 0.9),
+        ("recognise en", "recognise en", 0.95),
         ("translate en de", "translate en de", 0.85),
-        ("chord", "chord", 0.9),
+        ("gender", "gender", 0.9),
+        ("pitch", "pitch", 0.8),
+        ("emotion", "emotion", 0.8),
+        ("chord", "chord", 0.95),
         ("analysis", "analysis", 0.8),
-        ("chat", "chat", 0.8),
+        ("chat", "chat", 0.85),
         ("preference", "preference: no speech", 0.9),
     ],
 )
