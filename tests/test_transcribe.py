@@ -1,16 +1,13 @@
 """Clips of any length are written down whole, in order, at their times."""
 
-import importlib
-
 import numpy as np
 import pytest
 import tiny
 
-from qwen2audio_jax import Processor, Qwen2Audio, audio
+from qwen2audio_jax import Processor, Qwen2Audio, audio, programs
 from qwen2audio_jax import transcribe as transcription
 from qwen2audio_jax.transcribe import Window, clock, join, subtitles, transcribe
 
-generating = importlib.import_module("qwen2audio_jax.generate")  # not the function
 NEW = 6
 
 
@@ -141,11 +138,11 @@ def test_rows_that_fill_up_change_nothing(write, pair, chirp):
     """A second run with fewer clips left over compiles nothing, and gives the same texts."""
     waves = [chirp(0.5, i) for i in range(5)]
     whole = write(*waves, batch_size=4)
-    compiled = generating._prefill._cache_size()
+    compiled = programs.prefill._cache_size()
     assert write(*waves[:4], batch_size=4) == whole[:4]
     assert write(*waves[1:], waves[0], batch_size=4) == [*whole[1:], whole[0]]
     assert write(*waves[:3], batch_size=4) == whole[:3]
-    assert generating._prefill._cache_size() == compiled
+    assert programs.prefill._cache_size() == compiled
 
 
 def test_short_clips_do_not_pay_for_long_ones(saying, write, chirp):

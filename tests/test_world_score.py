@@ -85,7 +85,7 @@ def test_a_model_that_knows_nothing_is_scored(model, world, processor):
 def test_measures():
     """Tags of languages do not count as words; times do, within a tenth of a second."""
     assert scores.exact(["a b", "no"], ["<|en|>a b", "no."]) == 0.5
-    assert scores.word_error_rate(["红二", "one two"], ["<|zh|>红三", "<|en|>one two"]) == 0.25
+    assert scores.METRICS["wer"](["红二", "one two"], ["<|zh|>红三", "<|en|>one two"]) == 0.25
     right = "<|0.10|>one<|0.50|><|0.70|>two<|1.20|>"
     assert scores.boundaries([right], [f"<|en|>{right}"]) == 1.0
     assert scores.boundaries([right], ["<|en|>" + right.replace("0.10", "0.20")]) == 1.0
