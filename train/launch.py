@@ -101,7 +101,8 @@ def _without_others(settings: Any, name: str) -> Any:
 
 
 def _stop(name: str, error: object, status: int) -> None:
-    print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    who = f"{hosts.here()}: " if hosts.joined() else ""
+    print(f"{name}: error: {who}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
     if hosts.joined():  # to leave in order would be to wait for the others, who wait for this one
         sys.stdout.flush()
         os._exit(status)

@@ -41,6 +41,11 @@ def joined() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
+def here() -> str:
+    """Which of the processes this is, for messages."""
+    return f"process {jax.process_index()} of {jax.process_count()} on {platform.node()}"
+
+
 def lost(name: str, error: Exception, config: HostsConfig) -> None:
     """Ends this process after another one was lost.
 
@@ -48,8 +53,7 @@ def lost(name: str, error: Exception, config: HostsConfig) -> None:
     that all report to notices who is silent, says so, and ends this process; if it does not, this
     does.
     """
-    here = f"process {jax.process_index()} of {jax.process_count()} on {platform.node()}"
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    print(f"{name}: error: {here}: another one is lost: {reason}", file=sys.stderr, flush=True)
+    print(f"{name}: error: {here()}: another one is lost: {reason}", file=sys.stderr, flush=True)
     time.sleep(2 * config.timeout)
     os._exit(1)
