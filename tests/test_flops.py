@@ -1,5 +1,7 @@
 """Operations are counted by hand where that is easy, and nothing is made up for unknown devices."""
 
+import types
+
 import numpy as np
 import pytest
 
@@ -47,3 +49,23 @@ def test_padding_and_neighbours_cost_nothing():
 
 def test_an_unknown_device_has_no_peak():
     assert flops.peak("bfloat16") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate"),
+    [
+        ("TPU v5 lite", 197e12),
+        ("TPU v5e", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("TPU v6e", 918e12),
+        ("NVIDIA H200", 989e12),
+    ],
+)
+def test_devices_have_the_peak_of_their_kind(monkeypatch, kind, rate):
+    """However jax calls them: the longer of two names that fit is theirs."""
+    device = types.SimpleNamespace(device_kind=kind)
+    monkeypatch.setattr(flops.jax, "devices", lambda: [device])
+    monkeypatch.setattr(flops.jax, "device_count", lambda: 2)
+    assert flops.peak("bfloat16") == 2 * rate

@@ -41,24 +41,27 @@ class Feeds:
             Batches(dataclasses.replace(mixture, host=number))
             for number in range(process * each, (process + 1) * each)
         ]
-        self._states = self._now()
+        self._note()
 
     def __iter__(self) -> "Feeds":
         return self
 
     def __next__(self) -> Inputs:
         parts = [next(batches) for batches in self._batches]
-        self._states = self._now()  # of all or, if one of them failed, of the last time
+        self._note()  # of all or, if one of them failed, of the last time
         if len(parts) == 1:
             return parts[0]
         axis = 1 if self.mixture.accumulate > 1 else 0
         return {k: np.concatenate([part[k] for part in parts], axis=axis) for k in parts[0]}
 
     def get_state(self) -> dict[str, Any]:
-        return self._states
+        return {
+            str(batches.mixture.host): batches.get_state(position)
+            for batches, position in zip(self._batches, self._positions, strict=True)
+        }
 
-    def _now(self) -> dict[str, Any]:
-        return {str(batches.mixture.host): batches.get_state() for batches in self._batches}
+    def _note(self) -> None:
+        self._positions = [batches.position for batches in self._batches]
 
     def set_state(self, states: Mapping[str, Any]) -> None:
         """Goes on where the states were taken.
@@ -74,7 +77,7 @@ class Feeds:
                     f"got those of {', '.join(sorted(states, key=int))}"
                 )
             batches.set_state(states[number])
-        self._states = self._now()
+        self._note()
 
     @property
     def counts(self) -> dict[str, dict[str, Any]]:

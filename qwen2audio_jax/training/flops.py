@@ -25,7 +25,9 @@ PEAKS = {
     "NVIDIA H200": 989e12,
     "NVIDIA A100": 312e12,
     "NVIDIA L40S": 362e12,
+    "TPU v5e": CHIPS["v5e"].flops,  # before "TPU v5", which v5p is called
     **{chip.kind: chip.flops / chip.cores for chip in CHIPS.values()},
+    "TPU v6": CHIPS["v6e"].flops,
 }
 
 
