@@ -1,7 +1,7 @@
 """Whether voice chat and audio analysis, learned together, are learned any worse than alone.
 
     python -m train.demo && python -m benchmarks.modes         # another eight minutes
-    python -m benchmarks.modes --world full --demo runs/tiny
+    python -m benchmarks.modes --world full --demo runs/tiny --manifest digits/manifest.jsonl
 
 What the demonstration's pretraining left is fine-tuned twice more, with one mode each: as its SFT
 was, on as many samples of that mode, and as many of the tasks that are kept in memory. All are then
@@ -32,6 +32,8 @@ class Options:
     """What `python -m train.demo` left; the two trainings go beside its stages."""
     world: Literal["small", "full"] = "small"
     """What the demonstration was of."""
+    manifest: tuple[pathlib.Path, ...] = ()
+    """The recordings that it had."""
     clips: int = 400
     """Held-out conversations of each mode."""
     out: pathlib.Path | None = None
@@ -60,7 +62,9 @@ def together(options: Options) -> Settings:
     Raises:
       FileNotFoundError: it was not.
     """
-    settings = demo.plan(demo.Demo(world=options.world, out=options.demo))[1]
+    settings = demo.plan(
+        demo.Demo(world=options.world, out=options.demo, manifest=options.manifest)
+    )[1]
     if not (settings.out / "model").exists():
         raise FileNotFoundError(f"{settings.out}: wanted what train.demo leaves, found no model")
     ran = json.loads((settings.out / run.SETTINGS).read_text("utf-8"))["optimizer"]

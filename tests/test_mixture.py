@@ -166,7 +166,7 @@ def unusable(record, processor):
 
 def test_no_night_is_spent_on_nothing(tokenizer, monkeypatch):
     """A mixture without a single usable sample says so, once through or for ever."""
-    monkeypatch.setattr("qwen2audio_jax.data.mixture.HOPELESS", 50)
+    monkeypatch.setattr("qwen2audio_jax.data.batches.HOPELESS", 50)
     part = Part(name="mute", source=numbers(7), compile=unusable)
     mixture = Mixture(parts=(part,), processor=tokenizer, buckets=(SHORT,))
     for epochs, message in ((1, "none of 7 samples can be used"), (None, "50 samples in a row")):

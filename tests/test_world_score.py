@@ -67,7 +67,7 @@ def test_who_knows_all_gets_all(model, world, processor, monkeypatch):
     found = scores.score(model, processor, world, 11, kinds=kinds, batch=3)
     assert [row.task for row in found if not row.task.startswith("preference")] == kinds[:-1]
     assert {row.task for row in found[4:]} == {
-        f"preference: {each}" for each in ("speech", "no speech", "classes")
+        f"preference: {each}" for each in ("speech", "no speech", "other tasks")
     }
     assert [row.value for row in found] == [0.0] + [1.0] * (len(found) - 1)
     assert sum(row.n for row in found) == 55 and max(sizes) == 3

@@ -19,7 +19,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import tyro
@@ -50,6 +50,7 @@ VOCABULARY = {"small": 576, "full": 1280}
 STEPS = {"small": (800, 440, 60), "full": (16_000, 4000, 160)}
 # Learning rates: a high one forgets what a longer pretraining has learned.
 PEAKS = {"small": (1e-3, 7e-4, 1e-4), "full": (1e-3, 4e-4, 7e-5)}
+SIZES = {"small": (100, 190, 340), "full": (100, 160, 220, 340, 600)}  # mel frames of a batch
 RECORDED = (
     "[AUDIO:audio,words=text] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"
 )
@@ -117,79 +118,84 @@ def begin(demo: Demo, world: World) -> None:
 
 def plan(demo: Demo) -> list[Settings]:
     """The three stages, each of which begins where the one before it ended."""
-    steps, peaks = demo.steps or STEPS[demo.world], PEAKS[demo.world]
-    made = f"world:{demo.world}"
-    begins = [demo.out / "start", *(demo.out / stage / "model" for stage in STAGES)]
-    shared = [
-        {
-            "out": demo.out / stage,
-            "model": str(model),
-            "seed": demo.seed,
-            "scan_layers": False,
-            "tensorboard": False,
-            "loop": LoopConfig(save_every=500, keep=1, best="loss"),
-        }
-        for stage, model in zip(STAGES, begins, strict=False)
-    ]
-    recorded = tuple(
-        f"{path}:train" if _splits(manifest.read(path)) else str(path) for path in demo.manifest
+    return [_pretraining(demo), _conversations(demo), _preferences(demo)]
+
+
+def _pretraining(demo: Demo) -> Settings:
+    made, recorded = f"world:{demo.world}", _recorded(demo)
+    return Settings(
+        **_shared(demo, 0),
+        from_scratch=True,
+        ctc=0.3,
+        data=DataConfig(
+            train=(f"{made}/tasks", f"{made}/recognise en", *recorded),
+            tasks=("", "", *[RECORDED] * len(recorded)),
+            weights=(0.7, 0.3, *(0.15 / len(recorded) for _ in recorded)),
+            buckets=laptop(*SIZES[demo.world]),
+            augmented=0.4,
+            masked=0.4,
+        ),
     )
-    lines = [RECORDED] * len(recorded)
-    each = lambda weight: [weight / max(len(recorded), 1)] * len(recorded)
-    sizes = (100, 190, 340) if demo.world == "small" else (100, 160, 220, 340, 600)
-    return [
-        Settings(
-            **shared[0],
-            from_scratch=True,
-            ctc=0.3,
-            data=DataConfig(
-                train=(f"{made}/tasks", f"{made}/recognise en", *recorded),
-                tasks=("", "", *lines),
-                weights=(0.7, 0.3, *each(0.15)),
-                buckets=laptop(*sizes),
-                augmented=0.4,
-                masked=0.4,
-            ),
-            optimizer=_muon(steps[0], peaks[0]),
-        ),
-        Settings(
-            **shared[1],
-            ctc=0.3,
-            data=DataConfig(
-                train=(
-                    *(f"{made}/{mode}" for mode in MODES),
-                    # some of what is known, or it is forgotten
-                    *(f"{made}/tasks", f"{made}/recognise en", *recorded),
-                ),
-                tasks=("", "", "", "", *lines),
-                weights=(0.35, 0.35, 0.2, 0.1, *each(0.1)),
-                buckets=laptop(*sizes[1:]),
-                augmented=0.3,
-                masked=0.3,
-            ),
-            optimizer=_muon(steps[1], peaks[1]),
-        ),
-        PreferenceSettings(
-            **shared[2],
-            preference=PreferenceConfig(beta=0.1, rpo_alpha=1.0),
-            data=DataConfig(
-                train=(f"{made}/preference",),
-                # one shape: a second one takes as long to compile as it would save
-                buckets=(Bucket(rows=12, tokens=50 + sizes[-1] // 4, clips=12, frames=sizes[-1]),),
-            ),
-            optimizer=_muon(steps[2], peaks[2]),
-        ),
-    ]
 
 
-def _muon(steps: int, peak: float) -> OptimizerConfig:
-    """After as many steps, a third of AdamW's errors."""
-    return OptimizerConfig(
-        name="muon",
-        learning_rate=peak,
-        steps=steps,
-        warmup_steps=steps // 20,
-        weight_decay=0.05,
+def _conversations(demo: Demo) -> Settings:
+    made, recorded = f"world:{demo.world}", _recorded(demo)
+    return Settings(
+        **_shared(demo, 1),
+        ctc=0.3,
+        data=DataConfig(
+            train=(
+                *(f"{made}/{mode}" for mode in MODES),
+                # some of what is known, or it is forgotten
+                *(f"{made}/tasks", f"{made}/recognise en", *recorded),
+            ),
+            tasks=("", "", "", "", *[RECORDED] * len(recorded)),
+            weights=(0.35, 0.35, 0.2, 0.1, *(0.1 / len(recorded) for _ in recorded)),
+            buckets=laptop(*SIZES[demo.world][1:]),
+            augmented=0.3,
+            masked=0.3,
+        ),
+    )
+
+
+def _preferences(demo: Demo) -> Settings:
+    longest = SIZES[demo.world][-1]
+    return PreferenceSettings(
+        **_shared(demo, 2),
+        preference=PreferenceConfig(beta=0.1, rpo_alpha=1.0),
+        data=DataConfig(
+            train=(f"world:{demo.world}/preference",),
+            # one shape: a second one takes as long to compile as it would save
+            buckets=(Bucket(rows=12, tokens=50 + longest // 4, clips=12, frames=longest),),
+        ),
+    )
+
+
+def _shared(demo: Demo, number: int) -> dict[str, Any]:
+    """What a stage has in common with the others: its place, its start and its optimizer."""
+    steps = (demo.steps or STEPS[demo.world])[number]
+    begins = demo.out / STAGES[number - 1] / "model" if number else demo.out / "start"
+    return {
+        "out": demo.out / STAGES[number],
+        "model": str(begins),
+        "seed": demo.seed,
+        "scan_layers": False,
+        "tensorboard": False,
+        "loop": LoopConfig(save_every=500, keep=1, best="loss"),
+        "optimizer": OptimizerConfig(
+            name="muon",  # after as many steps, a third of AdamW's errors
+            learning_rate=PEAKS[demo.world][number],
+            steps=steps,
+            warmup_steps=steps // 20,
+            weight_decay=0.05,
+        ),
+    }
+
+
+def _recorded(demo: Demo) -> tuple[str, ...]:
+    """The manifests' rows that are learned, as sources."""
+    return tuple(
+        f"{path}:train" if _splits(manifest.read(path)) else str(path) for path in demo.manifest
     )
 
 

@@ -25,7 +25,7 @@ from etils import epath
 
 from qwen2audio_jax.data import sources
 from qwen2audio_jax.data.example import UNFORESEEN
-from qwen2audio_jax.data.mixture import settle
+from qwen2audio_jax.data.workers import settle
 from qwen2audio_jax.progress import Progress
 
 

@@ -117,7 +117,7 @@ def chat(
 
 def preference(
     recognition: Any,
-    classes: Sequence[Any],
+    tasks: Sequence[Any],
     silent: Callable[[np.random.Generator], Any],
     rng: np.random.Generator,
     *,
@@ -125,16 +125,16 @@ def preference(
 ) -> dict[str, Any]:
     """Asks what is said: where nobody speaks, "I hear no speech." is better than invented words.
 
-    One pair of five asks for one of a few classes, where the right one is better than another: what
-    preferences do not speak of is forgotten.
+    Two pairs of five ask for something else, where the right answer is better than that to another
+    clip: what preferences do not speak of is forgotten.
 
     Args:
       recognition: the task whose question is asked, and that says what could be invented.
-      classes: tasks with closed sets.
+      tasks: what else is asked for.
       silent: makes a clip, with its rate, in which nobody speaks.
     """
-    if rng.random() < 0.2:
-        return _right_class(classes, rng, held_out)
+    if rng.random() < 0.4:
+        return _right_or_wrong(tasks, rng, held_out)
     sample = recognition.draw(rng, held_out)
     speaks = bool(rng.random() < 0.5)
     answers = [recognition.reply_to(sample), NO_SPEECH]
@@ -149,17 +149,20 @@ def preference(
     }
 
 
-def _right_class(
-    classes: Sequence[Any], rng: np.random.Generator, held_out: bool
+def _right_or_wrong(
+    tasks: Sequence[Any], rng: np.random.Generator, held_out: bool
 ) -> dict[str, Any]:
-    task, sample = _sample(classes, rng, held_out)
-    others = [each for each in task.closed_set if each != sample["text"]]
+    """A task's right answer, and the right one to another clip."""
+    task, sample = _sample(tasks, rng, held_out)
     question = {"type": "text", "text": task.question(sample, rng)}
+    wrong = sample
+    while wrong["text"] == sample["text"]:
+        wrong = task.draw(rng, held_out)
     return {
         "messages": [_user(_clip(sample["audio"]), question)],
         "chosen": task.reply_to(sample),
-        "rejected": task.reply_to({"text": others[rng.integers(len(others))]}),
-        "task": "classes",
+        "rejected": task.reply_to(wrong),
+        "task": "other tasks",
     }
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen2audio_jax.data.mixture import Batches, Mixture, added, report
+from qwen2audio_jax.data.batches import Batches, added, report
+from qwen2audio_jax.data.mixture import Mixture
 from qwen2audio_jax.processor import Inputs
 
 

@@ -87,6 +87,15 @@ class Sample:
         return [len(self.texts), len(self.reference)]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bad:
+    """What is left of a sample that cannot be used: for the main process to count."""
+
+    part: str
+    reason: str
+    message: str
+
+
 def draw(
     example: Example | Pair,
     buckets: Sequence[Bucket],

@@ -83,9 +83,8 @@ class World:
         """The `seed`th pair of answers for DPO, {"messages", "chosen", "rejected", "task"}."""
         rng, held_out = generator("preference", seed, split)
         silent = lambda rng: (scenes.unspoken(rng, held_out), SAMPLE_RATE)
-        classes = [skill for skill in self.tasks if skill.closed_set]
         recognition = self["recognise en"]
-        return dialogue.preference(recognition, classes, silent, rng, held_out=held_out)
+        return dialogue.preference(recognition, self.tasks, silent, rng, held_out=held_out)
 
     def source(self, kind: str, split: str, count: int) -> Made:
         """`count` samples of a task, of a mode's conversations, or of "preference"."""

@@ -81,7 +81,7 @@ class Meter:
         """Notes a step that was started, and reads the one before it.
 
         Args:
-          counts: as `mixture.Batches` has them: what could not be used is told when it begins.
+          counts: as `batches.Batches` has them: what could not be used is told when it begins.
         """
         sizes = _sizes(self._learner, batch) | {"waited": self._waited}
         sizes["bad"] = self._tell_bad(counts or {})

@@ -1,0 +1,255 @@
+"""A mixture's samples -> its batches, with a state to go on from.
+
+Every sample is a pure function of the seed and its position, whoever makes it; so the state of
+half-filled batches is the positions of what is in them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from qwen2audio_jax.data.pack import OPEN, Bad, Group, Sample
+from qwen2audio_jax.data.workers import settle
+from qwen2audio_jax.processor import Inputs
+
+if TYPE_CHECKING:
+    from qwen2audio_jax.data.mixture import Mixture
+
+HOPELESS = 1000  # bad samples in a row, after which no good one is waited for
+WAITING = 4  # groups of a bucket that may wait for their turn, where several hosts keep step
+
+
+class Batches:
+    """A mixture's batches, in order, made ahead of time.
+
+    `get_state()` is after the last batch that was given, of plain numbers and names (JSON holds
+    it); `set_state` goes on from there, also in another process. `close` ends the workers.
+    """
+
+    def __init__(self, mixture: "Mixture"):
+        if not flags.FLAGS.is_parsed():  # absl's, which Grain asks; only absl's own main parses
+            flags.FLAGS.mark_as_parsed()
+        self.mixture = mixture = mixture.weighted() if mixture.hosts > 1 else mixture
+        self._groups = _Groups(mixture)
+        self._ahead = grain.experimental.ThreadPrefetchDatasetIterator(self._groups, mixture.ahead)
+        self._state = self._groups.get_state()
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Inputs:
+        try:
+            batch = next(self._ahead)
+        except StopIteration:
+            self._state = self._groups.get_state()  # bad samples behind the last batch count too
+            raise
+        self._state = self._ahead.get_state()
+        return batch
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Where the iterator is, for `get_state`: known after each batch, at no cost."""
+        return self._state
+
+    def get_state(self, position: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The state after the last batch, or at an earlier position."""
+        at = self._state if position is None else position
+        return {**at, "mixture": self.mixture.identity()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on where `get_state` was called.
+
+        Raises:
+          ValueError: the state is another mixture's; the message names what differs.
+        """
+        for name, ours in self.mixture.identity().items():
+            if (theirs := state["mixture"].get(name)) != ours:
+                raise ValueError(f"cannot resume: {name} was {theirs}, is {ours}")
+        self._ahead.set_state(state)
+        self._state = self._groups.get_state()
+
+    @property
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """By part: samples, tokens and seconds so far, and `bad`: reason -> [count, the last]."""
+        return self._state["counts"]
+
+    def report(self) -> str:
+        """The counts as a table."""
+        return report(self.counts)
+
+    def close(self) -> None:
+        self._ahead.close()
+
+
+def added(feeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """What several iterators of a mixture have counted, together."""
+    total = {}
+    for name in feeds[0]:
+        each, bad = [counts[name] for counts in feeds], {}
+        for count in each:
+            for reason, (n, message) in count["bad"].items():
+                bad[reason] = [bad.get(reason, [0])[0] + n, message]
+        sums = {k: sum(count[k] for count in each) for k in ("samples", "tokens", "seconds")}
+        total[name] = {**sums, "bad": bad}
+    return total
+
+
+def report(counts: Mapping[str, Mapping[str, Any]]) -> str:
+    """What was counted as a table, with the measured ratios; a line for each reason to drop."""
+    total = sum(count["samples"] for count in counts.values()) or 1
+    lines = [f"{'part':24} {'samples':>9} {'share':>7} {'hours':>8} {'tokens':>11} {'bad':>6}"]
+    for name, count in counts.items():
+        bad = sum(n for n, _ in count["bad"].values())
+        lines.append(
+            f"{name:24} {count['samples']:9} {count['samples'] / total:7.2%}"
+            f" {count['seconds'] / 3600:8.2f} {count['tokens']:11} {bad:6}"
+        )
+    for name, count in counts.items():
+        for reason, (n, message) in count["bad"].items():
+            lines.append(f"{name}: {n} {reason}, the last: {message}")
+    return "\n".join(lines)
+
+
+class _Groups(grain.DatasetIterator):
+    """Fills groups with samples as they come, and gives those that are full."""
+
+    def __init__(self, mixture: "Mixture"):
+        super().__init__()
+        self._mixture, self._samples = mixture, mixture.samples()
+        self._processor = mixture.opened()
+        self._stream: grain.DatasetIterator | None = None
+        self._position = self._step = self._hopeless = 0
+        self._waiting: list[list[Group]] = [[] for _ in mixture.buckets]
+        self._counts = {
+            part.name: {"samples": 0, "tokens": 0, "seconds": 0.0, "bad": {}}
+            for part in mixture.parts
+        }
+        self._kind: list[int] | None = None  # the first sample's, which all share
+
+    def _next_sample(self) -> Sample | Bad:
+        if self._stream is None:
+            # From a position rather than a stream's state, which is of so many workers.
+            rest = self._samples[self._position :]
+            # Processes read at once already; a queue of pictures would only fill memory.
+            stream = rest.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+            options = grain.MultiprocessingOptions(self._mixture.workers, per_worker_buffer_size=4)
+            self._stream = iter(stream.mp_prefetch(options, settle))
+        return next(self._stream)
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = None
+
+    def __next__(self) -> Inputs:
+        while (bucket := self._ready()) is None:
+            try:
+                self._add(self._next_sample())
+            except StopIteration:
+                left = [b for b, groups in enumerate(self._waiting) if groups]
+                if not left:
+                    self._say_if_none()
+                    raise
+                bucket = left[0]
+                break
+        self._step += 1
+        groups = self._waiting[bucket]
+        group = groups.pop(0) if groups else self._group(bucket)
+        for sample in group.samples():
+            count = self._counts[sample.part]
+            count["samples"] += 1
+            count["tokens"] += sum(len(text.ids) for text in sample.texts)
+            count["seconds"] += sample.seconds
+        processor = self._processor
+        return group.arrays(self._kind, mels=processor.mels, pad=processor.tokenizer.pad_id)
+
+    def _say_if_none(self) -> None:
+        if not self._step:
+            told = [message for c in self._counts.values() for _, message in c["bad"].values()]
+            raise ValueError(f"none of {self._position} samples can be used, the last: {told[-1]}")
+
+    def _ready(self) -> int | None:
+        """The bucket whose first group should be given now."""
+        crowded = lambda groups: len(groups) > OPEN or (groups and groups[0].full)
+        if self._mixture.hosts == 1:
+            ready = (b for b, groups in enumerate(self._waiting) if crowded(groups))
+            return next(ready, None)
+        # Every host must come to the same bucket without asking the others, so the bucket is a
+        # function of the step; where too much waits for other buckets, its group goes as it is.
+        weights = np.array([bucket.weight for bucket in self._mixture.buckets])
+        rng = np.random.default_rng((self._mixture.seed, self._step))
+        bucket = int(rng.choice(len(weights), p=weights / weights.sum()))
+        most = (OPEN + WAITING) * len(weights)
+        full = crowded(self._waiting[bucket]) or sum(map(len, self._waiting)) > most
+        return bucket if full and self._kind else None
+
+    def _add(self, sample: Sample | Bad) -> None:
+        key, self._position = self._position, self._position + 1
+        if isinstance(sample, Bad):
+            return self._refuse(sample)
+        self._hopeless = 0
+        if self._kind not in (None, sample.kind):
+            kinds = "examples, pairs, and pairs with their reference's log-probabilities"
+            raise ValueError(f"part {sample.part!r}: {kinds} cannot share a mixture")
+        self._kind = sample.kind
+        groups = self._waiting[sample.bucket]
+        if not any(group.take(sample, key) for group in groups):
+            groups.append(self._group(sample.bucket))
+            groups[-1].take(sample, key)
+
+    def _refuse(self, bad: Bad) -> None:
+        if self._mixture.fatal:
+            raise ValueError(f"part {bad.part!r}: {bad.message}")
+        reasons = self._counts[bad.part]["bad"]
+        count, _ = reasons.get(bad.reason, (0, ""))
+        reasons[bad.reason] = [count + 1, bad.message]
+        self._hopeless += 1
+        if self._hopeless >= HOPELESS:
+            raise ValueError(f"{HOPELESS} samples in a row are bad, the last: {bad.message}")
+
+    def _group(self, bucket: int) -> Group:
+        mixture = self._mixture
+        return Group(
+            mixture.buckets[bucket],
+            packed=mixture.pack,
+            batches=mixture.accumulate,
+            words=mixture.words,
+        )
+
+    def get_state(self) -> dict[str, Any]:
+        bad = lambda reasons: {reason: [*told] for reason, told in reasons.items()}
+        return {
+            "position": self._position,
+            "step": self._step,
+            "hopeless": self._hopeless,
+            "kind": self._kind,
+            "waiting": [[[*group.keys] for group in groups] for groups in self._waiting],
+            "counts": {
+                name: {**count, "bad": bad(count["bad"])} for name, count in self._counts.items()
+            },
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.close()
+        self._position, self._step = state["position"], state["step"]
+        self._hopeless, self._kind = state["hopeless"], state["kind"]
+        self._counts = {
+            name: {**count, "bad": {**count["bad"]}} for name, count in state["counts"].items()
+        }
+        self._waiting = [
+            [self._refilled(bucket, keys) for keys in groups]
+            for bucket, groups in enumerate(state["waiting"])
+        ]
+
+    def _refilled(self, bucket: int, keys: list[int]) -> Group:
+        group = self._group(bucket)
+        for key in keys:
+            sample = self._samples[key]
+            if isinstance(sample, Bad):  # it was good: what it was read from has changed since
+                raise ValueError(f"cannot resume: part {sample.part!r}: {sample.message}")
+            if sample.bucket != bucket or not group.take(sample, key):
+                raise ValueError(f"cannot resume: part {sample.part!r} has changed on disk")
+        return group
