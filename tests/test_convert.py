@@ -10,13 +10,17 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 import reference
+from safetensors.numpy import load_file
 
 from convert import from_hf, to_hf, verify
 from qwen2audio_jax import weights
-from qwen2audio_jax.weights import folder, huggingface, orbax
+from qwen2audio_jax.training import lora, peft
+from qwen2audio_jax.training.lora import LoraConfig
+from qwen2audio_jax.weights import folder, huggingface, orbax, settings, table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SETTINGS = {  # not what json.dumps writes, so that a rewritten file is seen
@@ -220,6 +224,75 @@ def test_verify_says_what_it_lacks(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert verify.main([str(tmp_path)]) == 2
     assert "pip install -e '.[test]'" in one_line(capsys)
+
+
+@pytest.fixture(scope="module")
+def adapter(source, tmp_path_factory):
+    """Of every linear layer, as PEFT writes it: alpha / r is 3."""
+    path, model = tmp_path_factory.mktemp("adapter"), weights.load(source)
+    config = LoraConfig(r=2, lora_alpha=6, target_modules="all-linear")
+    fresh = lora.init(config, model, key=jax.random.key(0))
+    noise = lambda x: 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)
+    peft.save(path, jax.tree.map(noise, fresh), config, model)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_an_adapter_is_added_to_its_base(source, adapter, tmp_path, dtype):
+    """W + alpha / r * B A, rounded once; the rest stays, to the bit, and so do names of files. From
+    our format it is the same."""
+    ours, merged, again = tmp_path / "ours", tmp_path / "merged", tmp_path / "again"
+    assert convert(from_hf, source, ours, *(["--dtype", dtype] if dtype else [])) == 0
+    base = source
+    if dtype:
+        base = tmp_path / "base"
+        assert convert(to_hf, ours, base) == 0
+    for start, end in ((base, merged), (ours, again)):
+        assert convert(to_hf, start, end, "--adapter", adapter) == 0
+    assert_same_files(merged, again)
+    added = load_file(adapter / peft.WEIGHTS)
+    matrices = {}
+    for key, matrix in added.items():
+        name, _, kind = key.removeprefix(peft.PREFIX).partition(".lora_")
+        matrices.setdefault(table.on_disk(f"{name}.weight"), {})[kind[0]] = matrix
+    sizes = settings.read(base)
+    before, after = (huggingface.find(path, sizes) for path in (base, merged))
+    assert len(matrices) == 7 + 6 + 1 and before.keys() == after.keys()
+    for name, tensor in before.items():
+        wanted, got = tensor.read(), after[name].read()
+        if name not in matrices:
+            np.testing.assert_array_equal(got.view(np.uint8), wanted.view(np.uint8))
+            continue
+        more = 3 * matrices[name]["B"] @ matrices[name]["A"]
+        exact = wanted.astype(np.float32) + more
+        assert got.dtype == wanted.dtype and abs(more).max() > 0.1
+        bound = {"rtol": 2**-8} if dtype else {"rtol": 1e-6, "atol": 1e-6}
+        np.testing.assert_allclose(got.astype(np.float32), exact, **bound)
+    names = {file.name for file in base.iterdir()}
+    assert names == {file.name for file in merged.iterdir()} and set(SETTINGS) <= names
+
+
+def test_an_adapter_that_is_none_is_one_line(source, adapter, tmp_path, capsys):
+    """And so is one in the place of its base."""
+    target = tmp_path / "merged"
+    for base, added, told in (
+        (source, source, "wanted an adapter in"),
+        (source, tmp_path / "absent", "wanted 'tiny', a folder or a hub id"),
+        (adapter, adapter, f"wanted a model, got the adapter {adapter}: convert.to_hf BASE DST"),
+        ("tiny", adapter, "has no adapters of this model"),
+    ):
+        assert convert(to_hf, base, target, "--adapter", added) == 2
+        assert told in one_line(capsys)
+    assert not target.exists()
+
+
+def test_conversions_need_no_extras():
+    """None of what training does."""
+    script = (
+        "import sys; sys.modules.update(dict.fromkeys(['grain', 'matplotlib', 'tensorboardX'])); "
+        "from convert import from_hf, to_hf, verify"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("program", ["from_hf", "to_hf", "verify"])

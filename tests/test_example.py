@@ -66,10 +66,42 @@ def test_what_is_said_may_stand_beside_a_clip(processor, heard):
     assert ids_of(example.prompt) == ids_of(from_messages({"messages": messages}, processor).prompt)
 
 
+def named(heard):
+    return heard["content"][0]["audio"]
+
+
+def test_clips_may_stand_beside_a_conversation(processor, heard, tmp_path, chirp):
+    """As ms-swift writes them: each is heard at its `<audio>`; one in an answer is only said."""
+    soundfile.write(tmp_path / "other.wav", chirp(0.4, 1), 16_000, "FLOAT")
+    clips = [named(heard), {"bytes": None, "path": str(tmp_path / "other.wav")}]
+    parts = lambda *some: {"role": "user", "content": list(some)}
+    clip, other = ({"type": "audio", "audio": each} for each in clips)
+    asked, answered = "<audio>What is that, and <audio>that?", "A dog and an <audio>."
+    record = {
+        "messages": [{"role": "user", "content": asked}, says(answered)],
+        "audios": clips,
+        "audio": None,  # as tables fill what is absent
+    }
+    first, second = {"text": "What is that, and "}, {"text": "that?"}
+    messages = [parts(clip, first, other, second), says(answered)]
+    wanted = from_messages({"messages": messages}, processor)
+    example = from_messages(record, processor)
+    assert example.prompt == wanted.prompt and example.words == ([], [])
+    for wave, seconds, seed in zip(example.waves, (0.7, 0.4), (0, 1), strict=True):
+        np.testing.assert_array_equal(wave, chirp(seconds, seed))
+    silent = {"messages": [{"role": "user", "content": "Hello."}, says("Hello.")]}
+    empty = from_messages({**silent, "audios": [], "audio_url": ""}, processor)
+    assert empty.prompt == from_messages(silent, processor).prompt
+
+
 @pytest.mark.parametrize("form", ["texts", "messages", "prompt", "implicit prompt"])
-def test_pairs_share_their_prompt(processor, heard, form):
+@pytest.mark.parametrize("beside", [False, True])
+def test_pairs_share_their_prompt(processor, heard, form, beside):
     """Each answer behind it is what training on that conversation sees, however it was written."""
-    messages = [heard, says("Yes."), {"role": "user", "content": "And over?"}]
+    whole = messages = [heard, says("Yes."), {"role": "user", "content": "And over?"}]
+    if beside:
+        text = f"<audio>{QUESTION['text']}"
+        messages = [{"role": "user", "content": text}, *messages[1:]]
     chosen, rejected = "今天天气很好。", "No\n"
     record = {
         "texts": {"messages": messages, "chosen": chosen, "rejected": rejected},
@@ -80,7 +112,8 @@ def test_pairs_share_their_prompt(processor, heard, form):
             "rejected": [*messages, says(rejected)],
         },
     }[form]
-    pair = from_preference(record, processor)
+    pair = from_preference(record | {"audios": [named(heard)] * beside}, processor)
+    messages = whole
     assert ids_of(pair.prompt) == processor(messages)["input_ids"][0].tolist()
     assert learned_of(processor, pair.prompt) == ""
     assert len(pair.waves) == 1
@@ -144,7 +177,13 @@ def test_clips_in_remote_storage_are_fetched(chirp, monkeypatch):
 def test_bad_conversations_say_why(processor, heard, chirp):
     """A reason to count them under, and one line; also when they come from another process."""
     clip = lambda source: {"role": "user", "content": [{"type": "audio", "audio": source}]}
+    clip_in = lambda part: {"role": "user", "content": [{**part, "audio": named(heard)}]}
+    turn = lambda content: {"role": "user", "content": content}
     long = clip((chirp(30.1), 16_000))
+    beside = lambda content, audios, **rest: (
+        from_messages,
+        {"messages": [turn(content), says("a")], "audios": audios, **rest},
+    )
     learn = lambda *messages: (from_messages, {"messages": list(messages)})
     prefer = lambda chosen, rejected, **rest: (
         from_preference,
@@ -166,6 +205,24 @@ def test_bad_conversations_say_why(processor, heard, chirp):
             "special token in text",
             "message 1: wanted no <|AUDIO|>",
         ),
+        (beside("<audio>a", []), "bad conversation", "'audios' for each of 1 <audio>, got 0"),
+        (beside("<audio>a", None), "bad conversation", "'audios' for each of 1 <audio>, got 0"),
+        (beside("a", [named(heard)]), "bad conversation", "each of 0 <audio>, got 1"),
+        (beside([QUESTION], [named(heard)]), "bad conversation", "each of 0 <audio>, got 1"),
+        (beside("<audio>a", "a.wav"), "bad conversation", "wanted a list of clips, got str"),
+        (beside("<audio>a", ["no.wav"]), "missing audio", "no.wav: there is no such file"),
+        (beside("<audio>a", [{}]), "bad conversation", "wanted a url or base64 data, got {}"),
+        (beside("a", None, audio="a.wav"), "bad conversation", "the row: wanted each clip as"),
+        (beside("a", None, audio_url=long), "bad conversation", "got 'audio_url'"),
+        (learn({**heard, "audio": "a.wav"}, says("a")), "bad conversation", "message 1: wanted"),
+        (learn(heard, {**says("a"), "audios": ["a"]}), "bad conversation", "message 2: wanted"),
+        (learn(clip_in(QUESTION), says("a")), "bad conversation", "a row's 'audios', got 'audio'"),
+        (learn(clip_in({"text": "a"}), says("a")), "bad conversation", "got 'audio'"),
+        (learn(clip_in({"audio_url": "b"}), says("a")), "bad conversation", "got 'audio_url'"),
+        (prefer("a", "b", audio="a.wav"), "bad conversation", "the row: wanted each clip as"),
+        (prefer("a", "b", audios=["a.wav"]), "bad conversation", "each of 0 <audio>, got 1"),
+        (prefer("a", [says("b"), turn("<audio>"), says("c")]), "bad conversation", "got 0"),
+        (prefer("a", {**says("b"), "audio": "b"}), "bad conversation", "message 1: wanted each"),
         (learn(heard, says("a<|im_end|>")), "special token in text", "wanted no <|im_end|>"),
         (prefer("<|endoftext|>", "b"), "special token in text", "wanted no <|endoftext|>"),
         (prefer("a", None), "missing field", "no 'rejected' among"),

@@ -1,6 +1,7 @@
 """Held-out samples are all answered or told about, each from the set that is its own."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from qwen2audio_jax import Processor, Qwen2Audio
 from qwen2audio_jax.data.example import Example, from_messages
 from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.pack import Bucket
+from qwen2audio_jax.data.sources import open_source
 from qwen2audio_jax.evaluation import answering, held_out
 from qwen2audio_jax.training.inputs import HeldOut
 
@@ -109,6 +111,25 @@ def test_what_cannot_be_answered_is_told_by_reason(model, processor, asked, capl
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 4 and told[0].startswith("kept: 2 missing audio, the last: row 5: ")
     assert any("row 4: TypeError: " in line for line in told)
+
+
+def test_what_is_told_names_its_line(model, processor, asked, tmp_path, caplog):
+    """Of what no list of types would foresee, too."""
+
+    class Refused(Exception):
+        """As gcsfs has its own."""
+
+    def choices(sample):
+        raise Refused("503")
+
+    rows = [json.dumps(conversation("no", answer)) for answer in (" ", "yes")]
+    (tmp_path / "rows.jsonl").write_text("\n\n".join(rows))
+    source = open_source(tmp_path / "rows.jsonl")
+    parts = [dataclasses.replace(kept(source), choices=choices)]
+    answers, bad = held_out.answers(model, processor, parts, rows=2, max_new_tokens=4)
+    assert not answers and bad == {"empty text": 1, "unforeseen": 1}
+    assert "the last: line 1 of rows.jsonl: empty text: " in caplog.text
+    assert "the last: line 3 of rows.jsonl: Refused: 503" in caplog.text
 
 
 def test_what_is_of_no_use_at_all_ends_nothing(folder, caplog):

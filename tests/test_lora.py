@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -293,6 +294,25 @@ def test_a_mesh_changes_nothing(base):
 # Mistakes
 
 
+def test_adapters_come_from_the_hub_as_models_do(base, tmp_path, monkeypatch):
+    """Of their repository, no more than they are; its absence is one line."""
+    model, asked = weights.load(base), []
+    config = LoraConfig(r=2, target_modules=("q_proj",))
+    peft.save(tmp_path, lora.init(config, model, key=jax.random.key(0)), config, model)
+
+    def fetch(name, *, allow_patterns):
+        asked.append((name, set(allow_patterns)))
+        if name == "owner/absent":
+            raise FileNotFoundError("Name not known\nCheck your connection.")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert peft.load("owner/adapter", model)[0] == config == peft.read_config("owner/adapter")
+    assert asked[0] == ("owner/adapter", {peft.SETTINGS, peft.WEIGHTS})
+    with pytest.raises(ValueError, match=r"'owner/absent' is neither .*: Name not known$"):
+        peft.load("owner/absent", model)
+
+
 @pytest.mark.parametrize(
     "target, message",
     [
@@ -340,6 +360,9 @@ def test_files_of_something_else_are_refused(base, tmp_path, change, message):
 def test_damaged_files_are_refused(base, tmp_path):
     model = weights.load(base)
     config = LoraConfig()
+    with pytest.raises(ValueError, match=r"wanted an adapter in .* without adapter_config.json"):
+        peft.load(tmp_path, model)
+    (tmp_path / peft.SETTINGS).write_text("{}")
     with pytest.raises(ValueError, match=r"adapter_config.json holds no LoRA settings"):
         peft.load(tmp_path, model)
     peft.save(tmp_path, lora.init(config, model, key=jax.random.key(0)), config, model)

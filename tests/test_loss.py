@@ -197,6 +197,22 @@ def test_audio_states_that_spell_the_words_help(model, batch):
     np.testing.assert_allclose(metrics["ctc"], wanted / 5, rtol=1e-4)
 
 
+def test_a_batch_that_says_no_words_is_learned_as_without_ctc(model, batch):
+    """Nobody knows what is spoken in its clips: the same loss and gradients."""
+    unknown = batch | {"words": np.full((3, 4), -100)}
+    mean = lambda rule: lambda model, batch: rule(model, batch).mean()
+    (plain, slopes), (same, found) = (
+        nnx.jit(nnx.value_and_grad(mean(rule)))(model, each)
+        for rule, each in (
+            (loss.next_token, batch),
+            (functools.partial(loss.next_token_and_words, weight=0.3), unknown),
+        )
+    )
+    np.testing.assert_allclose(same, plain, rtol=1e-6)
+    for a, b in zip(*map(jax.tree.leaves, (found, slopes)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
 def spelling(chances, words, blank=0):
     """-log of the chance of all paths that spell `words`, by the textbook's recursion."""
     symbols = [blank, *(s for word in words for s in (word, blank))]
@@ -230,7 +246,8 @@ def test_rematerialised_loss_is_the_same(model, batch):
 
 
 def test_ctc_over_a_clips_own_words_is_that_over_the_whole_vocabulary():
-    """Loss and gradients, with words that recur, clips of unlike lengths, and one without words."""
+    """Loss and gradients, with words that recur and clips of unlike lengths; one without words, of
+    which nobody knows what is said, costs nothing."""
     graph, state = nnx.split(small.shaken(Qwen2Audio(small.CONFIG, rngs=nnx.Rngs(0))).decoder)
     states = jax.random.normal(jax.random.key(1), (3, 12, small.CONFIG.decoder.width))
     counts = jnp.array([12, 7, 5])
@@ -242,7 +259,7 @@ def test_ctc_over_a_clips_own_words_is_that_over_the_whole_vocabulary():
         spelt = words != -100
         return optax.ctc_loss(
             logits, behind * 1.0, jnp.where(spelt, words, 0), ~spelt * 1.0, blank_id=2
-        ).sum()
+        )[:2].sum()
 
     def own(state, states):
         return loss.words_loss(nnx.merge(graph, state), states, counts, words, blank=2)
@@ -253,3 +270,4 @@ def test_ctc_over_a_clips_own_words_is_that_over_the_whole_vocabulary():
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
     for a, b in zip(*map(jax.tree.leaves, (found, slopes)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+    assert not np.abs(found[1][2]).any()

@@ -44,6 +44,13 @@ def test_unescaped_line_separators_do_not_split_rows(write):
     assert [s.text for s in manifest.read(str(path))] == ["one\u2028two"]
 
 
+def test_a_byte_order_mark_is_no_text(write):
+    """As Windows' editors begin a file with."""
+    path = write({"audio": "a.wav", "text": "one"}, {"audio": "b.wav", "text": "two"})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [s.text for s in manifest.read(path)] == ["one", "two"]
+
+
 def test_a_split_is_a_part(write):
     """`split` keeps its rows in their order and nothing else."""
     path = write(

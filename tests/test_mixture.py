@@ -160,6 +160,32 @@ def test_rows_of_any_kind_are_counted(tokenizer):
     batches.close()
 
 
+def test_only_what_is_no_samples_fault_ends_a_run(tokenizer, tmp_path):
+    """Whatever else is raised is counted, whoever's type it is, under the line it stands in."""
+
+    class Refused(Exception):
+        """As gcsfs and protobuf have their own."""
+
+    errors = (RuntimeError("cut"), Refused("503"), StopIteration(), ImportError("x"), MemoryError())
+    (tmp_path / "rows.jsonl").write_text('\n{"n": 0}\n\n{"n": 1}\n{"n": 2}\n{"n": 3}\n{"n": 4}')
+
+    def fail(record, processor):
+        raise errors[record["n"]]
+
+    part = Part(name="n", source=open_source(tmp_path / "rows.jsonl"), compile=fail)
+    mixture = Mixture(parts=(part,), processor=tokenizer, buckets=(SHORT,), shuffle=False)
+    samples = mixture.samples()
+    bad = [samples[i] for i in range(3)]
+    assert [(each.reason, each.message) for each in bad] == [
+        ("unforeseen", "line 2 of rows.jsonl: RuntimeError: cut"),
+        ("unforeseen", "line 4 of rows.jsonl: Refused: 503"),
+        ("unforeseen", "line 5 of rows.jsonl: StopIteration: "),
+    ]
+    for i in (3, 4):
+        with pytest.raises(type(errors[i])):
+            samples[i]
+
+
 def unusable(record, processor):
     raise BadSample("empty text", "nothing is said")
 

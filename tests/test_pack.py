@@ -10,8 +10,12 @@ import small
 from flax import nnx
 
 from qwen2audio_jax import Qwen2Audio, mel
-from qwen2audio_jax.data.pack import Bucket, Group, Sample, Text
+from qwen2audio_jax.audio import SAMPLE_RATE
+from qwen2audio_jax.data import augment
+from qwen2audio_jax.data.example import BadSample, Example
+from qwen2audio_jax.data.pack import Bucket, Group, Sample, Text, draw
 from qwen2audio_jax.processor import IGNORED, needed_frames
+from qwen2audio_jax.prompt import Segment
 
 MELS = small.ENCODER.mels
 
@@ -144,3 +148,33 @@ def test_a_bucket_says_what_fits():
     assert not bucket.fits(10, [39, 1]) and not bucket.fits(10, [40])
     with pytest.raises(ValueError, match="even number of 4 to 3000 frames, got 41"):
         Bucket(rows=1, tokens=10, clips=1, frames=41)
+
+
+def test_a_bucket_is_a_word_of_the_command_line():
+    for text in ("8x4096,40x3000", "4x100,0x4", "2x10,1x40@2.5"):
+        assert str(Bucket.parse(text)) == text
+    parsed = Bucket.parse("2x10,1x40@2.5")
+    assert parsed == Bucket(rows=2, tokens=10, clips=1, frames=40, weight=2.5)
+    for text in ("8x4096", "8x4096,40", "8x4096,40x3000@", "x,x"):
+        with pytest.raises(ValueError, match=f"wanted a bucket as 8x4096,40x3000, got '{text}'"):
+            Bucket.parse(text)
+
+
+def test_a_clip_that_augmentation_draws_out_of_its_bucket_stays_as_it_was(monkeypatch):
+    """It fitted, so it is learned; where its longer form fits too, that is."""
+    longer = lambda wave, rng: np.pad(wave, (0, SAMPLE_RATE // 2))
+    monkeypatch.setattr(augment, "augment", longer)
+    prompt = (
+        Segment(ids=(small.CONFIG.audio_token,), clip=0),
+        Segment(ids=(7, 8), learned=True),
+    )
+    example = Example(prompt=prompt, waves=(np.zeros(SAMPLE_RATE, np.float32),))
+    tight = Bucket(rows=1, tokens=60, clips=1, frames=needed_frames(100))
+    roomy = Bucket(rows=1, tokens=60, clips=1, frames=needed_frames(150))
+    drawn = lambda *buckets: draw(
+        example, buckets, np.random.default_rng(0), mels=MELS, augmented=1.0
+    )
+    assert drawn(tight).valid == (100,)
+    assert drawn(roomy).valid == drawn(tight, roomy).valid == (150,)
+    with pytest.raises(BadSample, match="fits no bucket: 27 tokens and 1 clips of up to"):
+        drawn(Bucket(rows=1, tokens=60, clips=1, frames=40))

@@ -9,7 +9,9 @@ import pytest
 
 from qwen2audio_jax import Processor, preset
 from qwen2audio_jax.training import run
+from qwen2audio_jax.training import settings as training
 from qwen2audio_jax.training.checkpoint import Checkpoints
+from qwen2audio_jax.training.settings import DataConfig
 from qwen2audio_jax.weights import settings
 
 
@@ -86,6 +88,29 @@ def test_another_setting_is_refused_with_both_values(folder, change, message):
         begin(folder, dataclasses.replace(Settings(), **change))
     assert f"{folder} holds a run with other settings: {message}" in str(caught.value)
     assert (folder / run.SETTINGS).read_text() == before
+
+
+def test_what_is_measured_may_change(tmp_path):
+    """It moves no parameter. That data have moved has to be said; what they are stays."""
+    data = DataConfig(train=("/data/chats.jsonl:train",))
+    told = lambda data, *changing: training.Settings(data=data, changing=changing)
+    assert begin(tmp_path, told(data)) is False
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"x": jnp.ones(3)}, None)
+    checkpoints.close()
+    measured = dataclasses.replace(
+        data,
+        held_out=("/data/chats.jsonl:test", "b.jsonl"),
+        held_out_tasks=("x", "y"),
+        held_out_tags=("z",),
+    )
+    assert begin(tmp_path, told(measured)) is True and begin(tmp_path, told(data)) is True
+    moved = dataclasses.replace(measured, train=("/mnt/chats.jsonl:train",))
+    with pytest.raises(ValueError, match=r"data.train was .*/data/chats.*, now .*/mnt/chats"):
+        begin(tmp_path, told(moved))
+    assert begin(tmp_path, told(moved, "data.train")) is True
+    with pytest.raises(ValueError, match=r'settings: data.tasks was \[\], now \["x"\]$'):
+        begin(tmp_path, told(dataclasses.replace(moved, tasks=("x",)), "data.train"))
 
 
 def test_a_setting_that_was_not_there_yet_was_as_it_is_by_default(folder):

@@ -16,8 +16,9 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry as known
 
 from qwen2audio_jax import audio
+from qwen2audio_jax.data import sources
 from qwen2audio_jax.data.example import BadSample, hear
-from qwen2audio_jax.data.sources import Manifest, embed, open_source, packed, write
+from qwen2audio_jax.data.sources import Manifest, embed, open_source, packed, where, write
 from qwen2audio_jax.prompt import parse
 
 CLIP = {"type": "audio", "audio": "a.wav"}
@@ -75,6 +76,52 @@ def test_however_a_conversation_names_its_clip_it_is_found(manifest, part, monke
     assert clip["audio"] == (manifest.parent / "a.wav").read_bytes()
 
 
+def test_clips_beside_a_conversation_are_found(manifest, monkeypatch):
+    """However each is named; a row without a conversation has none that are anybody's."""
+    told = [{"role": "user", "content": "<audio>, <audio>?"}]
+    clips = ["a.wav", {"path": "a.wav", "bytes": None}]
+    path = manifest.parent / "others.jsonl"
+    rows = [{"messages": told, "audios": clips}, {"text": "a", "audios": clips}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    source = open_source(path)
+    monkeypatch.chdir("/")
+    for row in (source[0], embed(source[0])):
+        assert row["messages"] == told
+        assert [len(hear(clip)) for clip in row["audios"]] == [3200, 3200]
+    assert row["audios"] == [(manifest.parent / "a.wav").read_bytes()] * 2
+    assert embed(source[1]) == rows[1]
+
+
+def test_a_byte_order_mark_is_no_row(manifest):
+    """As Windows' editors begin a file with; a file may be nothing else."""
+    manifest.write_bytes(b"\xef\xbb\xbf" + manifest.read_bytes())
+    source = open_source(manifest)
+    assert source[0]["split"] == "test" and (source.line(0), source.line(1)) == (1, 3)
+    manifest.write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(ValueError, match=r"rows.jsonl: no rows"):
+        open_source(manifest)
+
+
+def test_a_row_is_called_by_its_line(manifest):
+    """Blank lines and other splits count; where there are no lines, by its number."""
+    source = open_source(f"{manifest}:train")
+    assert [where(source, row) for row in range(3)] == [
+        f"line {line} of rows.jsonl" for line in (3, 5, 6)
+    ]
+    assert where([{}, {}], 1) == "row 1"
+
+
+def test_a_split_is_found_without_its_clips(tmp_path, monkeypatch):
+    """Of a million rows, only the first are looked at closely at every start."""
+    rows = [{"audio": f"{i}.wav", "split": "ab"[i % 2]} for i in range(200)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    looked, change = [], sources.each_clip
+    monkeypatch.setattr(sources, "each_clip", lambda *a: looked.append(a) or change(*a))
+    source = open_source(f"{tmp_path}/rows.jsonl:b")
+    assert len(source) == 100 and len(looked) <= 3 * sources.FEW
+    assert source[1]["audio"] == str(tmp_path / "3.wav")
+
+
 def test_a_broken_row_is_a_bad_sample_with_its_line(manifest):
     """It is met when asked for, so that it can be counted; nobody can tell of which split it is."""
     source = open_source(manifest)
@@ -86,18 +133,24 @@ def test_a_broken_row_is_a_bad_sample_with_its_line(manifest):
     assert len(train) == 3 and train[0]["text"] == "b" and train.line(1) == 5
 
 
-def test_storage_elsewhere(manifest, monkeypatch):
-    """A manifest on s3:// and its clips are reached through epath; pickles carry no data."""
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """The folder that s3://bucket is."""
 
     class Bucket(LocalFileSystem):
         protocol = "s3"
 
         @classmethod
         def _strip_protocol(cls, path):
-            return str(path).replace("s3://bucket", str(manifest.parent.parent))
+            return str(path).replace("s3://bucket", str(tmp_path))
 
     monkeypatch.setitem(known, "s3", Bucket)
     monkeypatch.setattr(type(backend.fsspec_backend), "fs", lambda self, path: Bucket())
+    return tmp_path
+
+
+def test_storage_elsewhere(manifest, bucket):
+    """A manifest on s3:// and its clips are reached through epath; pickles carry no data."""
     source = pickle.loads(pickle.dumps(Manifest("s3://bucket/set/rows.jsonl")))
     assert source[0]["audio"] == "s3://bucket/set/a.wav"
     np.testing.assert_array_equal(hear(source[0]["audio"]), audio.load(manifest.parent / "a.wav"))
@@ -199,6 +252,17 @@ def test_a_folder_of_shards_is_whole(tmp_path):
     assert len(open_source(tmp_path)) == 5
 
 
+def test_shards_elsewhere_are_refused(bucket):
+    """In one line: ArrayRecord reads from disks alone."""
+    pytest.importorskip("grain")
+    write(bucket / "x-0.array_record", [packed({"n": 0})])
+    for spec in ("s3://bucket", "s3://bucket/x-*.array_record"):
+        with pytest.raises(
+            ValueError, match=r"^wanted shards on a disk \(mount .*, got s3://bucket"
+        ):
+            open_source(spec)
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -282,6 +346,34 @@ def test_killed_while_writing_shards(many, tmp_path, monkeypatch, capsys):
         shard.main(settings)
 
 
+def test_what_nobody_foresaw_is_left_out_of_shards(manifest, tmp_path, monkeypatch):
+    """Whatever its type; what is no row's fault ends the run."""
+    pytest.importorskip("grain")
+    from train import shard
+
+    class Refused(Exception):
+        """As gcsfs has its own."""
+
+    def failing(*errors):
+        errors = iter(errors)
+
+        def embed(row, audio):
+            raise next(errors)
+
+        monkeypatch.setattr(sources, "embed", embed)
+
+    settings = shard.Settings(manifest=str(manifest), out=tmp_path / "out", workers=0)
+    failing(Refused("503"), RuntimeError("cut"), StopIteration())
+    shard.main(settings)
+    told = (settings.out / "left_out.jsonl").read_text().splitlines()
+    told = [(row["line"], row["reason"]) for row in map(json.loads, told)]
+    assert told == [(n, "unforeseen") for n in (1, 3, 4)] + [(5, "bad row"), (6, "bad row")]
+    for error in (ImportError("gcsfs"), MemoryError()):
+        failing(error)
+        with pytest.raises(type(error)):
+            shard.main(dataclasses.replace(settings, out=tmp_path / type(error).__name__))
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, chirp):
     """The folder of a data set that tensorflow-datasets wrote, and its rows as that reads them."""
@@ -325,9 +417,42 @@ def test_tfds_without_tensorflow(made, monkeypatch):
     assert "tensorflow" not in sys.modules
 
 
-def test_tfds_says_what_is_missing(made, monkeypatch, tmp_path):
-    """The data set, the split, or the rate."""
+def test_a_corrupt_record_of_tfds_is_a_bad_sample(made, monkeypatch, tmp_path):
+    """On the disk, or in what was written; its neighbours are read."""
     folder, _ = made
+    shutil.copytree(folder, tmp_path / "copy")
+    [path] = (tmp_path / "copy").rglob("*train*array_record*")
+    content = bytearray(path.read_bytes())
+    content[content.index("wörd 0".encode())] ^= 1
+    path.write_bytes(content)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "copy"))
+    source = open_source("tfds:made_speech/en:train")
+    bad = []
+    for index in range(len(source)):
+        try:
+            assert source[index]["text"].startswith("wörd")
+        except BadSample as error:
+            bad.append(error)
+    assert [error.reason for error in bad] == ["bad row"]
+    assert str(path.parent) in str(bad[0]) and "record " in str(bad[0])
+
+    monkeypatch.setattr(source, "_records", {0: b"no protobuf"})
+    with pytest.raises(BadSample, match=r"bad row: .*made_speech.*, train, record 0: "):
+        source[0]
+    monkeypatch.setattr(source._features, "deserialize_example_np", __import__)
+    monkeypatch.setattr(source, "_records", {0: "no_such_package"})
+    with pytest.raises(ImportError, match="no_such_package"):  # no record's fault
+        source[0]
+
+
+def test_tfds_says_what_is_missing(made, monkeypatch, tmp_path):
+    """The data set, the split, the rate, or a disk that holds it."""
+    folder, _ = made
+    monkeypatch.setenv("TFDS_DATA_DIR", "gs://bucket/tfds")
+    with pytest.raises(
+        ValueError, match=r"wanted TFDS_DATA_DIR on a disk .*, got gs://bucket/tfds$"
+    ):
+        open_source("tfds:made_speech/en:train")
     monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
     with pytest.raises(FileNotFoundError, match="tfds build fleurs/de_de --file_format=array_rec"):
         open_source("tfds:fleurs/de_de:train")

@@ -134,7 +134,7 @@ def parameters(folder):
     return Qwen2Audio.from_pretrained(folder, dtype="float32")
 
 
-def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, capsys, caplog):
+def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, data, capsys, caplog):
     """LoRA on a mesh, in parts: adapter, merged model, figures, and a run that is done."""
     out = tmp_path / "run"
     args = ["--optimizer.steps", 3, "--loop.evaluate-every", 2, "--lora.r", 2, "--tensorboard"]
@@ -150,10 +150,10 @@ def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, capsys, caplog):
     told = (out / "summary.md").read_text()
     assert "| exact_match |" in told and "| held out | step 0 | step 2 | step 3 |" in told
     for reason in (*BAD, "bad row"):  # nothing is dropped in silence
-        assert re.search(rf"chats.jsonl:train: \d+ {reason}, the last: row ", told), reason
+        assert re.search(rf"chats.jsonl:train: \d+ {reason}, the last: line ", told), reason
     bad = [row.get("eval/bad_samples") for row in log.read(out / log.LOG) if "loss" not in row]
     assert bad == [1, 1, 1]
-    assert re.search(r"chats.jsonl:test: 1 bad row, the last: row 3: .*, line 14: ", caplog.text)
+    assert re.search(r"chats.jsonl:test: 1 bad row, the last: line 14 of .*: bad ", caplog.text)
     config, adapters = peft.load(out / "adapter", parameters(base))
     merged = lora.merge(parameters(base), adapters, config)
     ids = np.array([[1, 20, 30, 40]])
@@ -176,8 +176,17 @@ def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, capsys, caplog):
     more = ("--optimizer.steps", 4, "--optimizer.learning-rate", 1e-4)
     assert run("sft", "chats", out, *args, *more, "--changing", "optimizer.steps") == 2
     assert "optimizer.learning_rate was" in capsys.readouterr().err
+    moved = shutil.copytree(data, tmp_path / "moved")
+    more += ("--data.train", moved / "chats.jsonl:train", "--data.held-out")  # nothing, any more
     changing = ("--changing", "optimizer.steps", "optimizer.learning_rate")
-    assert run("sft", "chats", out, *args, *more, *changing) == 0
+    assert run("sft", "chats", out, *args, *more, *changing) == 2
+    assert re.search(r"settings: data.train was \S+, now \S+$", capsys.readouterr().err.strip())
+    others = moved / "others.jsonl"
+    others.write_text((data / "chats.jsonl").read_text())
+    wrong = ("--data.train", f"{others}:train", *changing, "data.train")
+    assert run("sft", "chats", out, *args, *more, *wrong) == 2
+    assert "cannot resume: parts was {'chats.jsonl:train': [" in capsys.readouterr().err
+    assert run("sft", "chats", out, *args, *more, *changing, "data.train") == 0
     assert [row["step"] for row in rows_of(out)] == [1, 2, 3, 4]
     assert run("sft", "chats", out, *args, "--changing", "seed") == 2
     assert "wanted changing of optimizer.learning_rate, " in capsys.readouterr().err
@@ -222,9 +231,11 @@ def test_pretraining_begins_from_nothing(run, tmp_path, base, everywhere):
     new, old = parameters(out / "model"), parameters(base)
     assert not np.allclose(new.projector.kernel[...], old.projector.kernel[...], atol=0.01)
     told = (out / "summary.md").read_text()
-    for source in everywhere:
+    names = ("all.jsonl", "shards", everywhere[-1])
+    for source, row in zip(names, ("line", "row", "row"), strict=True):
         for reason in BAD:
-            assert re.search(rf"{source}: \d+ {reason}, the last: row ", told), (source, reason)
+            line = rf"\n\W*{source}: \d+ {reason}, the last: {row} "
+            assert re.search(line, told), (source, reason)
 
 
 def test_dpo_has_the_same_reference_in_memory_and_beforehand(run, tmp_path):
@@ -251,9 +262,11 @@ def test_dpo_from_adapters_is_compared_with_them(run, tmp_path, base, capsys):
     sft, losses, lora = tmp_path / "sft", [], ("--lora.r", 2)
     assert run("sft", "chats", sft, "--optimizer.steps", 3, *lora) == 0
     start = ("--lora.start", sft / "adapter")
-    for name, how in (("memory", ()), ("file", ("--precompute-ref-log-probs",))):
-        args = ("--optimizer.steps", 3, *lora, *start, *how)
+    for name, how in (("memory", lora), ("file", ("--precompute-ref-log-probs",))):
+        args = ("--optimizer.steps", 3, *start, *how)
         assert run("dpo", "pairs", tmp_path / name, *args) == 0
+        kept = json.loads((tmp_path / name / "run.json").read_text())["lora"]
+        assert (kept["r"], kept["lora_alpha"]) == (2, 32)  # said, and as the adapter's
         losses.append([row["loss"] for row in rows_of(tmp_path / name)])
         assert losses[-1][0] == pytest.approx(np.log(2), abs=1e-5)
     np.testing.assert_allclose(*losses, atol=1e-5)
@@ -262,6 +275,11 @@ def test_dpo_from_adapters_is_compared_with_them(run, tmp_path, base, capsys):
     weights.save(Qwen2Audio(parameters(base).config, rngs=nnx.Rngs(7)), other)
     assert run("dpo", "pairs", tmp_path / "file", *args, "--model", other) == 2
     assert "holds a run whose reference is another model than --model" in capsys.readouterr().err
+    other = ("--lora.r", 2, *start, "--lora.lora-alpha", 8)
+    assert run("dpo", "pairs", tmp_path / "other_scale", "--optimizer.steps", 3, *other) == 2
+    assert "wanted adapters with lora_alpha 8, got 32" in capsys.readouterr().err
+    assert run("dpo", "pairs", tmp_path / "base", *args, "--model", sft / "adapter") == 2
+    assert f"wanted a model, got the adapter {sft / 'adapter'}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -277,7 +295,7 @@ def test_dpo_from_adapters_is_compared_with_them(run, tmp_path, base, capsys):
         ("sft", ["--model", "absent"], "wanted 'tiny', a folder or a hub id"),
         (
             "sft",
-            ["--data.buckets.0.tokens", "161", "--mesh.ici-context-parallelism", "2"],
+            ["--data.buckets", "8x161,8x1000", "--mesh.ici-context-parallelism", "2"],
             "161 tokens of a row do not split over the 2 devices",
         ),
         ("sft", ["--mesh.ici-tensor-parallelism", "3"], "a mesh of .* needs 6 devices"),
@@ -297,6 +315,22 @@ def test_mistakes_are_one_line(run, tmp_path, monkeypatch, capsys, stage, args, 
     assert error.count("\n") == 1 and error.startswith(f"train.{stage}: error: ")
     assert re.search(message, error)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_preset_gives_way_to_what_is_told(monkeypatch):
+    """Its world is measured beside somebody's data, whose lines are not its own; adapters that are
+    begun with say what they are."""
+
+    def told(stage, *args):
+        monkeypatch.setattr(sys, "argv", ["x", *args])
+        return launch._parse(stage, "about")
+
+    tasks = ("--data.tasks", "", TASK)
+    data = told("pretrain", "tiny", "--data.train", "world:small/tasks", "a.jsonl", *tasks).data
+    assert data.held_out == ("world:small/tasks:test",) and data.lines_held_out == ("",)
+    lora = told("dpo", "7b", "--lora.start", "adapter", "--lora.lora-alpha", "32").lora
+    assert (lora.r, lora.lora_alpha, lora.target_modules) == (0, 32, None)
+    assert told("dpo", "7b", "--lora.r", "4").lora.config.lora_alpha == 32
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])

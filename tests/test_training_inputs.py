@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import pathlib
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from qwen2audio_jax import Processor
 from qwen2audio_jax.data.example import from_preference
 from qwen2audio_jax.data.instruction import Task
 from qwen2audio_jax.data.mixture import Mixture, Part
-from qwen2audio_jax.data.sources import Made
+from qwen2audio_jax.data.sources import Made, where
 from qwen2audio_jax.training import inputs, reference
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.settings import DataConfig
@@ -106,7 +109,7 @@ def test_a_reference_answers_pairs_in_a_file_however_many(tmp_path, monkeypatch)
     monkeypatch.setattr(reference, "_identity", lambda learner: "the same")
     monkeypatch.setattr(reference, "_read", known)
     nobody, made = (object.__new__(Learner), object.__new__(Mixture)), Made(lambda i: {}, 5)
-    for source in (range(10**6), inputs.Head(made, 2)):
+    for source in (range(10**6), inputs.Drawn(made, 2)):
         part = Part(name="pairs", source=source, compile=from_preference)
         (answered,) = reference.precompute(*nobody, [part], tmp_path)
         assert len(answered.source) == len(source)
@@ -141,6 +144,89 @@ def test_what_a_reference_has_answered_is_not_asked_again(tmp_path, monkeypatch)
     wanted = np.array([[0, -1, -2, -3, -4, np.nan]] * 2, np.float32).T
     for each in (answered, again):
         np.testing.assert_array_equal(each.source.logps, wanted)
+
+
+@pytest.mark.parametrize("kind", [lambda i: i // 10, lambda i: i % 6])
+def test_of_what_is_measured_there_is_some_of_every_kind(rows, processor, kind):
+    """Whether rows are sorted or recur; always the same ones, each with its line."""
+    path = rows(*({"speech": "0.wav", "text": f"{kind(i)}", "number": i} for i in range(60)))
+    data = DataConfig(held_out=(path,), held_out_tasks=(ASR,))
+    (kept,), (again,) = (inputs.held_out(data, 30) for _ in range(2))
+    found = list(kept.part.source)
+    assert found == list(again.part.source) and len(found) == 30
+    numbers = [row["number"] for row in found]
+    assert numbers == sorted(set(numbers)) and {row["text"] for row in found} == set("012345")
+    assert where(kept.part.source, 29) == f"line {numbers[-1] + 1} of rows.jsonl"
+    (whole,) = inputs.held_out(data, 99)
+    assert [row["number"] for row in whole.part.source] == [*range(60)]
+
+
+@pytest.fixture
+def named(rows, tmp_path, monkeypatch):
+    """Names that sources have: `named(sources)`; a/ and b/ hold rows.jsonl too."""
+    row = {"speech": "0.wav", "text": "yes"}
+    path = pathlib.Path(rows(*(row | {"split": split} for split in ("train", "test"))))
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        shutil.copy(path, folder)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*sources):
+        here = [source.replace("HERE", str(tmp_path)) for source in sources]
+        data = DataConfig(train=tuple(here), tasks=(ASR,))
+        kept = DataConfig(held_out=tuple(here), held_out_tasks=(ASR,))
+        names = [part.name for part in inputs.training(data)]
+        assert [each.part.name for each in inputs.held_out(kept, 1)] == names
+        return names
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [
+        (["rows.jsonl"], ["rows.jsonl"]),
+        (["./rows.jsonl"], ["rows.jsonl"]),
+        (["HERE/a/../rows.jsonl:train"], ["rows.jsonl:train"]),
+        (["a/rows.jsonl:train", "a/rows.jsonl:test"], ["rows.jsonl:train", "rows.jsonl:test"]),
+        (
+            ["a/rows.jsonl:train", "HERE/b/rows.jsonl:train", "b/rows.jsonl"],
+            ["a/rows.jsonl:train", "b/rows.jsonl:train", "rows.jsonl"],
+        ),
+        (
+            ["a/rows.jsonl", "HERE/a/rows.jsonl", "b/rows.jsonl"],
+            ["a/rows.jsonl", "a/rows.jsonl (2)", "b/rows.jsonl"],
+        ),
+    ],
+)
+def test_sources_are_called_by_as_little_of_their_paths_as_tells_them_apart(named, sources, names):
+    """So that rows are in the same order wherever they lie, and however that is written."""
+    assert named(*sources) == names
+
+
+def test_what_is_no_path_keeps_its_name():
+    """And so does a path that is the end of another."""
+    sources = ("world:small/tasks", "tfds:a/b:train[:1%]", "/b/rows.jsonl", "gs://a/b/rows.jsonl")
+    wanted = (*sources[:3], "a/b/rows.jsonl")
+    assert inputs.names(sources) == dict(zip(sources, wanted, strict=True))
+
+
+def test_what_a_reference_says_of_other_rows_has_a_file_of_its_own(rows):
+    """What is held out may change from start to start of a run."""
+    row = {"messages": [], "chosen": "a", "rejected": "b"}
+    one = DataConfig(held_out=(rows(row, row, row),))
+    known = {inputs.held_out(one, samples, pairs=True)[0].rows for samples in (1, 2, 3, 9)}
+    assert len(known) == 3
+    rows(row, row, row, row)
+    assert inputs.held_out(one, 2, pairs=True)[0].rows not in known
+
+
+def test_a_mistake_in_a_line_says_in_which(rows):
+    """Where several sources have one each."""
+    path = rows({"speech": "0.wav", "text": "yes"})
+    wrong = "[AUDIO:speech] What? -> [TEXT:text,loud]"
+    with pytest.raises(ValueError, match=re.escape(f"task {wrong!r}: column 36: wanted an attri")):
+        inputs.training(DataConfig(train=(path, path), tasks=(ASR, wrong)))
 
 
 def test_a_rate_of_nothing_is_refused():

@@ -1,9 +1,13 @@
 """Settings of a run that mean nothing are refused in one line, before anything is read."""
 
+import dataclasses
 import re
 
+import numpy as np
 import pytest
 
+from qwen2audio_jax.processor import count_tokens
+from qwen2audio_jax.training.lora import LoraConfig
 from qwen2audio_jax.training.settings import (
     DataConfig,
     EvaluationConfig,
@@ -12,6 +16,7 @@ from qwen2audio_jax.training.settings import (
     PreferenceSettings,
     Settings,
 )
+from train.configs import dpo_7b, dpo_7b_full, pretrain_7b, sft_7b, sft_7b_full
 
 
 @pytest.mark.parametrize(
@@ -41,10 +46,47 @@ def test_splits_are_told_apart():
 
 def test_lines_and_weights_are_counted_by_name():
     sources = ("a.jsonl", "b.jsonl")
+    with pytest.raises(ValueError, match="wanted weights for 2 sources, got 1"):
+        DataConfig(train=sources, weights=(1.0,))
     with pytest.raises(ValueError, match="wanted tasks for 2 sources, got 3"):
         DataConfig(train=sources, tasks=("x",) * 3)
     with pytest.raises(ValueError, match="wanted held_out_tasks for 1 sources, got 2"):
         DataConfig(train=sources, tasks=("x", "y"), held_out=("c.jsonl",))
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"tasks": ("", "x"), "held_out": ("world:small/tasks:test",)}, ("",)),
+        ({"tasks": ("", "x"), "held_out": ("world:small/chat:test", "b.jsonl")}, ("", "x")),
+        ({"tasks": ("", "x"), "held_out": ("b.jsonl", "world:small/chat:test")}, ("x", "")),
+        ({"tasks": ("", "x"), "held_out": ("b.jsonl", "c.jsonl")}, ("x", "x")),
+        ({"tasks": ("x",), "held_out": ("world:small/chat:test", "b.jsonl")}, ("", "x")),
+        ({"held_out_tasks": ("y",), "held_out": ("b.jsonl", "c.jsonl")}, ("y", "y")),
+        ({"tasks": ("", "x"), "held_out_tasks": ("y", "z"), "held_out": ("b", "c")}, ("y", "z")),
+        ({"held_out": ("b.jsonl",)}, ("",)),
+        ({"tasks": ("", "x")}, ()),
+    ],
+)
+def test_what_is_made_takes_no_lines_of_what_is_learned(given, wanted):
+    """Worlds have lines of their own, as a preset's does that stays beside somebody's data."""
+    data = DataConfig(train=("world:small/tasks", "a.jsonl"), **given)
+    assert data.lines_held_out == wanted
+    tags = {name.replace("tasks", "tags"): words for name, words in given.items()}
+    assert DataConfig(train=data.train, **tags).tags_held_out == wanted
+
+
+def test_adapters_are_like_those_that_they_begin_with():
+    """In what is not said of them; without any, PEFT's usual ones."""
+    theirs = LoraConfig(r=3, lora_alpha=5, target_modules=("q_proj",), lora_dropout=0.5)
+    assert Lora(start="a", lora_dropout=0.1).like(theirs).config == dataclasses.replace(
+        theirs, lora_dropout=0.1
+    )
+    stated = Lora(start="a", r=8, lora_alpha=16, target_modules="all-linear")
+    assert stated.like(theirs) == stated
+    assert Lora(r=8).config == LoraConfig(r=8) and Lora().config is None
+    with pytest.raises(ValueError, match=r"wanted lora.r beside lora.start a, got 0"):
+        Lora(start="a").config  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -56,7 +98,7 @@ def test_lines_and_weights_are_counted_by_name():
         (EvaluationConfig, {"rows": 0}, "rows of at least 1, got 0"),
         (LoopConfig, {"profile": (9, 3)}, r"a first and a last step to profile, got \(9, 3\)"),
         (LoopConfig, {"best": "colour"}, "wanted a best of .*, got 'colour'"),
-        (Lora, {"start": "adapter"}, "wanted lora.r beside lora.start adapter, got 0"),
+        (Lora, {"r": -1}, "wanted r of at least 1, got -1"),
         (Settings, {"gradient_accumulation_steps": 0}, "at least 1, got 0"),
         (Settings, {"ctc": -1.0}, "ctc from 0, got -1.0"),
         (PreferenceSettings, {"ctc": 0.3}, "ctc is for pretraining and SFT"),
@@ -75,3 +117,15 @@ def test_errors_are_best_low(best):
 @pytest.mark.parametrize("best", ["accuracy", "chat/exact_match", "rewards/margins"])
 def test_successes_are_best_high(best):
     assert LoopConfig(best=best).mode == "max"
+
+
+@pytest.mark.parametrize("preset", [pretrain_7b, sft_7b, sft_7b_full, dpo_7b, dpo_7b_full])
+def test_short_clips_cost_a_pod_what_they_last(preset):
+    """A clip of 4 s goes where clips have 5 s; one of 30 s fits, too."""
+    buckets = preset.SETTINGS.data.buckets
+    frames = lambda seconds: next(
+        bucket.frames
+        for bucket in buckets
+        if bucket.fits(count_tokens(np.zeros(16_000 * seconds)) + 60, [100 * seconds])
+    )
+    assert (frames(4), frames(9), frames(30)) == (500, 1000, 3000)

@@ -49,7 +49,7 @@ STAGES = ("pretrain", "sft", "dpo")
 VOCABULARY = {"small": 576, "full": 1280}
 STEPS = {"small": (800, 440, 60), "full": (16_000, 4000, 160)}
 # Learning rates: a high one forgets what a longer pretraining has learned.
-PEAKS = {"small": (1e-3, 7e-4, 1e-4), "full": (1e-3, 4e-4, 7e-5)}
+PEAKS = {"small": (1e-3, 7e-4, 1e-4), "full": (1e-3, 4e-4, 4.5e-5)}
 SIZES = {"small": (100, 190, 340), "full": (100, 160, 220, 340, 600)}  # mel frames of a batch
 RECORDED = (
     "[AUDIO:audio,words=text] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"

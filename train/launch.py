@@ -71,12 +71,26 @@ def launch(stage: str, train: Callable[[Any], int | None], about: str) -> None:
 
 
 def _parse(stage: str, about: str) -> Any:
-    """The settings; what is wrong with the flags is said in one line rather than in tyro's box."""
+    """The settings: those of a preset, and what the command line says."""
+    known = presets(stage)
+    settings = _read(stage, known, about)
+    if settings.lora.start is None:
+        return settings
+    # What is not said of adapters is as in those that are begun with, rather than as in the preset.
+    silent = {"r": 0, "lora_alpha": None, "target_modules": None, "start": settings.lora.start}
+    for name, (doc, each) in known.items():
+        lora = dataclasses.replace(each.lora, **silent)
+        known[name] = (doc, dataclasses.replace(each, lora=lora))
+    return _read(stage, known, about)
+
+
+def _read(stage: str, known: dict[str, tuple[str, Any]], about: str) -> Any:
+    """What is wrong with the flags is said in one line rather than in tyro's box."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.extras.overridable_config_cli(
-                presets(stage), prog=f"python -m train.{stage}", description=about
+                known, prog=f"python -m train.{stage}", description=about
             )
     except SystemExit as end:
         if not end.code:  # --help

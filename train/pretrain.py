@@ -1,13 +1,14 @@
 """Pretrains on declared tasks: audio and a prompt in, what follows the arrow is learned.
 
     python -m train.pretrain tiny                                 # made sound, from nothing
-    python -m train.pretrain tiny --data.train rows.jsonl \\
-        --data.tasks "[AUDIO:audio] Detect the language and recognize the speech: -> [TEXT:text]"
+    python -m train.pretrain tiny --data.train rows.jsonl --data.tasks \\
+        "[AUDIO:audio,words=text] Detect the language and recognize the speech: -> [TEXT:text]"
     python -m train.pretrain 7b --data.train shards/speech tfds:librispeech:train_clean100 \\
         --data.weights 3 1 --data.tasks "..." "..." --mesh.ici-fsdp-parallelism 64
 
-Every setting is a flag. The folder --out holds all of a run: the same command goes on where it
-was killed, to the bit.
+`words=text` says that the text is what is spoken, word by word: with --ctc, the encoder learns to
+spell it too. Every setting is a flag. The folder --out holds all of a run: the same command goes on
+where it was killed, to the bit.
 """
 
 from qwen2audio_jax.training.settings import Settings

@@ -9,6 +9,9 @@ A line of chats.jsonl, with clips as paths, relative to it, or URLs:
     {"messages": [{"role": "user", "content": [{"type": "audio", "audio": "dog.wav"},
      {"type": "text", "text": "What is that?"}]}, {"role": "assistant", "content": "A dog."}]}
 
+or, as ms-swift has it, {"messages": [{"role": "user", "content": "<audio>What is that?"}, ...],
+"audios": ["dog.wav"]}.
+
 Every setting is a flag. The folder --out holds all of a run: the same command goes on where it
 was killed, to the bit.
 """

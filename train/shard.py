@@ -24,7 +24,7 @@ import tyro
 from etils import epath
 
 from qwen2audio_jax.data import sources
-from qwen2audio_jax.data.example import UNFORESEEN
+from qwen2audio_jax.data.example import FATAL
 from qwen2audio_jax.data.workers import settle
 from qwen2audio_jax.progress import Progress
 
@@ -40,7 +40,7 @@ class Settings:
     rows: int = 1000
     """Of the manifest, in a shard."""
     audio: tuple[str, ...] = ("audio",)
-    """The fields that name clips, beside the parts of conversations."""
+    """The fields that name clips, beside those of conversations."""
     workers: int = os.cpu_count() or 1
     """Processes; 0 to work in this one."""
     fatal: bool = False
@@ -130,7 +130,9 @@ def write(settings: Settings, source: sources.Manifest, shards: int, shard: int)
         for index in range(first, min(first + settings.rows, len(source))):
             try:
                 yield sources.packed(sources.embed(source[index], settings.audio))
-            except UNFORESEEN as error:
+            except FATAL:
+                raise
+            except Exception as error:
                 if settings.fatal:
                     raise
                 reason = getattr(error, "reason", "unforeseen")

@@ -125,18 +125,18 @@ def preference(
 ) -> dict[str, Any]:
     """Asks what is said: where nobody speaks, "I hear no speech." is better than invented words.
 
-    Two pairs of five ask for something else, where the right answer is better than that to another
-    clip: what preferences do not speak of is forgotten.
+    Of five pairs nobody speaks in two, somebody in one; two ask for something else, where the right
+    answer is better than that to another clip: what preferences do not speak of is forgotten.
 
     Args:
       recognition: the task whose question is asked, and that says what could be invented.
       tasks: what else is asked for.
       silent: makes a clip, with its rate, in which nobody speaks.
     """
-    if rng.random() < 0.4:
+    kind = ("silence", "silence", "speech", "other", "other")[rng.integers(5)]
+    if kind == "other":
         return _right_or_wrong(tasks, rng, held_out)
-    sample = recognition.draw(rng, held_out)
-    speaks = bool(rng.random() < 0.5)
+    sample, speaks = recognition.draw(rng, held_out), kind == "speech"
     answers = [recognition.reply_to(sample), NO_SPEECH]
     chosen, rejected = answers if speaks else reversed(answers)
     heard = sample["audio"] if speaks else silent(rng)

@@ -4,6 +4,7 @@ What cannot be used is a `BadSample` that says why, for whoever counts them to d
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,10 +31,10 @@ STORAGE = re.compile(r"(?!https?|file|data)\w+://")  # what epath reaches and au
 CONTROL = re.compile("|".join(map(re.escape, (PAD, IM_START, IM_END, AUDIO, AUDIO_BOS, AUDIO_EOS))))
 # How audio.load says that there is nothing, rather than something broken.
 ABSENT = ("there is no such file", "the server answered", "cannot be fetched")
-
-
-# What else a sample may raise that nobody foresaw. An ImportError is not its fault: it ends a run.
-UNFORESEEN = (ValueError, LookupError, TypeError, OSError, AttributeError, ArithmeticError)
+# No sample's fault: they end a run. Whatever else a sample raises is counted, foreseen or not.
+FATAL = (ImportError, MemoryError)
+AUDIOS, PLACE = "audios", "<audio>"  # ms-swift's clips beside a conversation, and where each goes
+SOUNDS = ("audio", "audio_url", "input_audio", AUDIOS)  # the names of what is to be heard
 
 
 class BadSample(ValueError):
@@ -133,6 +134,16 @@ def _stored(path: str) -> bytes:
         raise BadSample("missing audio", f"{path}: {reason}") from None
 
 
+def on_disk(path: str | os.PathLike, wanted: str = "a folder on a disk to write to") -> None:
+    """Refuses storage elsewhere for what is read or written with the disk's own calls.
+
+    Raises:
+      ValueError: the path was given as gs://..., say.
+    """
+    if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", os.fspath(path)):
+        raise ValueError(f"wanted {wanted}, got {found[1]}://{found[2]}")
+
+
 def plain(text: str, where: str) -> str:
     """The text, which is only said.
 
@@ -150,11 +161,14 @@ def from_messages(record: Mapping, processor: Processor) -> Example:
     What is said in a clip may stand beside it, for CTC to learn from:
     {"type": "audio", "audio": "a.wav", "words": "what is that"}.
 
+    Clips are parts of a content or, as ms-swift writes them, in a list beside the messages, with
+    an `<audio>` for each in texts that are no answers: {"messages": [...], "audios": ["a.wav"]}.
+
     Raises:
       BadSample: a clip's reason, "missing field", "empty text", "special token in text" or "bad
         conversation".
     """
-    messages = _listen(_conversation(_field(record, "messages")))
+    messages = _listen(_conversation(_field(record, "messages"), _beside(record)))
     _check_answers(messages)
     prompt, waves = _compile(processor, messages, learn=True)
     parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
@@ -166,17 +180,19 @@ def from_preference(record: Mapping, processor: Processor) -> Pair:
     """Compiles {"messages": [...], "chosen": ..., "rejected": ...}.
 
     Answers are texts, messages, or lists of messages. TRL's conversational form has the messages
-    under "prompt", or at the head of both lists of answers.
+    under "prompt", or at the head of both lists of answers. Clips are as in `from_messages`.
 
     Raises:
       BadSample: as in `from_messages`; "equal answers" where there is nothing to prefer.
     """
     chosen, rejected = (_turns(_field(record, name)) for name in ("chosen", "rejected"))
+    clips = _beside(record)
     given = next((record[key] for key in ("messages", "prompt") if record.get(key)), None)
     if given is None:
-        shared = _shared(chosen, rejected)
+        chosen, rejected = _placed(chosen, clips), _placed(rejected, clips)
+        shared, clips = _shared(chosen, rejected), ()
         given, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    messages = _listen(_conversation(given))
+    messages = _listen(_conversation(given, clips))
     prompt, waves = _compile(processor, messages, learn=False)
     chosen, rejected = (_answer(processor, messages, turns) for turns in (chosen, rejected))
     if chosen == rejected:
@@ -190,20 +206,68 @@ def _field(record: Mapping, name: str) -> Any:
     return record[name]
 
 
-def _conversation(messages: Any) -> list[dict]:
-    if isinstance(messages, str) or not isinstance(messages, Sequence):
-        got = type(messages).__name__
-        raise BadSample("bad conversation", f"wanted a list of messages, got {got}")
+def _beside(record: Mapping) -> Sequence:
+    """The clips beside a conversation."""
+    _check_heard({**record, AUDIOS: None}, "the row")
+    return _list([] if record.get(AUDIOS) is None else record[AUDIOS], "clips")
+
+
+def _list(value: Any, of: str) -> Sequence:
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        got = type(value).__name__
+        raise BadSample("bad conversation", f"wanted a list of {of}, got {got}")
+    return value
+
+
+def _placed(messages: Any, clips: Sequence) -> list:
+    """The messages with the clips in their places; an `<audio>` in an answer is text."""
+    messages, left = _list(messages, "messages"), iter(clips)
+    texts = [_asked(message) for message in messages]
+    if (count := sum(text.count(PLACE) for text in texts)) != len(clips):
+        wanted = f"a clip in {AUDIOS!r} for each of {count} {PLACE}"
+        raise BadSample("bad conversation", f"wanted {wanted}, got {len(clips)}")
+    part = lambda piece: {"audio": next(left)} if piece == PLACE else {"text": piece}
+    parts = lambda text: [part(piece) for piece in re.split(f"({PLACE})", text) if piece]
+    return [
+        {**message, "content": parts(text)} if PLACE in text else message
+        for message, text in zip(messages, texts, strict=True)
+    ]
+
+
+def _asked(message: Any) -> str:
+    """A message's text, if it is no answer and has no parts."""
+    asks = isinstance(message, Mapping) and message.get("role") != "assistant"
+    text = message.get("content") if asks else None
+    return text if isinstance(text, str) else ""
+
+
+def _conversation(messages: Any, clips: Sequence = ()) -> list[dict]:
+    given = _placed(messages, clips)
     try:
-        messages = parse(messages)
+        messages = parse(given)
     except ValueError as error:
         raise BadSample("bad conversation", str(error)) from None
-    for number, message in enumerate(messages, 1):
-        content = message["content"]
-        for part in [{"text": content}] if isinstance(content, str) else content:
+    for number, (message, raw) in enumerate(zip(messages, given, strict=True), 1):
+        content, where = message["content"], f"message {number}"
+        _check_heard(raw, where)
+        if isinstance(content, str):
+            plain(content, where)
+            continue
+        for part, raw_part in zip(content, raw["content"], strict=True):
+            _check_heard(raw_part, where, clips=part["type"] == "audio")
             for name in ("text", "words"):
-                plain(part.get(name, ""), f"message {number}")
+                plain(part.get(name, ""), where)
     return messages
+
+
+def _check_heard(fields: Mapping, where: str, *, clips: int = 0) -> None:
+    """Refuses sound of which nobody would hear anything."""
+    given = {name: fields.get(name) for name in SOUNDS}
+    empty = lambda value: value is None or (isinstance(value, Sequence) and not value)
+    found = [name for name, value in given.items() if not empty(value)]
+    if len(found) > clips:
+        wanted = f"each clip as a part of its own, or in a row's {AUDIOS!r}"
+        raise BadSample("bad conversation", f"{where}: wanted {wanted}, got {found[-1]!r}")
 
 
 def _listen(messages: list[dict]) -> list[dict]:

@@ -51,7 +51,8 @@ def read(path: epath.PathLike, *, split: str | None = None) -> list[Sample]:
     if not path.is_file():
         raise FileNotFoundError(f"no manifest at {path}")
     samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    text = path.read_text(encoding="utf-8").removeprefix("\ufeff")  # epath knows no utf-8-sig
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -11,9 +11,9 @@ import grain
 import numpy as np
 
 from qwen2audio_jax.data.batches import Batches
-from qwen2audio_jax.data.example import UNFORESEEN, BadSample, Example, Pair
+from qwen2audio_jax.data.example import FATAL, BadSample, Example, Pair
 from qwen2audio_jax.data.pack import ANSWERS, Bad, Bucket, Sample, draw
-from qwen2audio_jax.data.sources import RandomAccess
+from qwen2audio_jax.data.sources import RandomAccess, where
 from qwen2audio_jax.processor import Processor
 
 MEASURED = 200  # samples that tell how often each bucket is needed
@@ -145,10 +145,13 @@ def _make(
         )
         reference = _reference(record)
     except BadSample as error:
-        return Bad(part=part.name, reason=error.reason, message=f"row {row}: {error}")
-    except UNFORESEEN as error:  # a night's run goes on
-        kind = type(error).__name__
-        return Bad(part=part.name, reason="unforeseen", message=f"row {row}: {kind}: {error}")
+        message = f"{where(part.source, row)}: {error}"
+        return Bad(part=part.name, reason=error.reason, message=message)
+    except FATAL:
+        raise
+    except Exception as error:  # a night's run goes on
+        message = f"{where(part.source, row)}: {type(error).__name__}: {error}"
+        return Bad(part=part.name, reason="unforeseen", message=message)
     return dataclasses.replace(sample, part=part.name, row=row, reference=reference)
 
 

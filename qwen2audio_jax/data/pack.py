@@ -6,6 +6,7 @@ of its samples; clip rows that are left over hear nothing: their masks are zero 
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,6 +41,24 @@ class Bucket:
             raise ValueError(f"wanted positive sizes and a positive weight, got {self}")
         if self.clips and (self.frames % 2 or not 4 <= self.frames <= 3000):
             raise ValueError(f"wanted an even number of 4 to 3000 frames, got {self.frames}")
+
+    @classmethod
+    def parse(cls, text: str) -> "Bucket":
+        """Sizes as the command line has them: rows x tokens, clips x frames, "8x4096,40x3000".
+
+        Raises:
+          ValueError: it is not written so, or a size cannot be.
+        """
+        found = re.fullmatch(r"(\d+)x(\d+),(\d+)x(\d+)(?:@([\d.]+))?", text)
+        if not found:
+            raise ValueError(f"wanted a bucket as 8x4096,40x3000, got {text!r}")
+        rows, tokens, clips, frames = map(int, found.groups()[:4])
+        weight = float(found[5]) if found[5] else None
+        return cls(rows=rows, tokens=tokens, clips=clips, frames=frames, weight=weight)
+
+    def __str__(self) -> str:
+        weight = "" if self.weight is None else f"@{self.weight:g}"
+        return f"{self.rows}x{self.tokens},{self.clips}x{self.frames}{weight}"
 
     def fits(self, tokens: int, clips: Sequence[int]) -> bool:
         """Whether a sample fits, of so many tokens and of clips of so many valid mel frames."""
@@ -117,12 +136,12 @@ def draw(
       BadSample: "too long": it fits none of the buckets.
     """
     waves = [_augmented(wave, rng, augmented) for wave in example.waves]
-    prompts = [example.prompt]
-    if isinstance(example, Pair):
-        prompts = [example.prompt + example.chosen, example.prompt + example.rejected]
-    texts = tuple(_text(prompt, waves) for prompt in prompts)
+    try:
+        texts, bucket = _laid_out(example, waves, buckets)
+    except BadSample:  # drawn out, they have outgrown the buckets; as they were, they may fit
+        waves = example.waves
+        texts, bucket = _laid_out(example, waves, buckets)
     valid = tuple(mel.frames(len(wave)) for wave in waves)
-    bucket = _bucket(max(len(text.ids) for text in texts), valid, buckets)
     return Sample(
         texts=texts,
         pictures=tuple(_picture(wave, rng, mels, masked) for wave in waves),
@@ -131,6 +150,18 @@ def draw(
         bucket=bucket,
         seconds=sum(map(len, waves)) / audio.SAMPLE_RATE,
     )
+
+
+def _laid_out(
+    example: Example | Pair, waves: Sequence[Wave], buckets: Sequence[Bucket]
+) -> tuple[tuple[Text, ...], int]:
+    """An example's texts with such clips, and its bucket."""
+    prompts = [example.prompt]
+    if isinstance(example, Pair):
+        prompts = [example.prompt + example.chosen, example.prompt + example.rejected]
+    texts = tuple(_text(prompt, waves) for prompt in prompts)
+    tokens, valid = max(len(text.ids) for text in texts), [mel.frames(len(w)) for w in waves]
+    return texts, _bucket(tokens, valid, buckets)
 
 
 def _augmented(wave: Wave, rng: np.random.Generator, chance: float) -> Wave:

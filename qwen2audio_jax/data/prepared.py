@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from qwen2audio_jax.data.example import FATAL, BadSample, on_disk
+
 # As tensorflow-datasets names the types of what it stores.
 AUDIO = "tensorflow_datasets.core.features.audio_feature.Audio"
 TENSOR = "tensorflow_datasets.core.features.tensor_feature.Tensor"
@@ -19,7 +21,8 @@ def open_split(name: str, *, rate: int | None = None) -> "Prepared":
     Raises:
       ImportError: tensorflow-datasets is not installed.
       FileNotFoundError: it is not prepared on this disk as ArrayRecord; the message says how.
-      ValueError: there is no such split, or it holds audio without a sampling rate.
+      ValueError: there is no such split, it holds audio without a sampling rate, or TFDS_DATA_DIR
+        is no disk's.
     """
     data_set, _, split = name.partition(":")
     if not split:
@@ -28,7 +31,9 @@ def open_split(name: str, *, rate: int | None = None) -> "Prepared":
 
 
 def _folder(data_set: str) -> epath.Path:
-    root = epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    folder = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    on_disk(folder, "TFDS_DATA_DIR on a disk (mount the bucket)")
+    root = epath.Path(folder).expanduser()
     infos = (root / data_set).glob("*/dataset_info.json")
     versions = [
         path.parent for path in infos if _info(path.parent).get("fileFormat") == "array_record"
@@ -66,8 +71,14 @@ class Prepared:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._features.deserialize_example_np(self._records[index])
-        return {name: self._plain(name, value) for name, value in row.items()}
+        try:
+            row = self._features.deserialize_example_np(self._records[index])
+            return {name: self._plain(name, value) for name, value in row.items()}
+        except FATAL:
+            raise
+        except Exception as error:  # ArrayRecord's, protobuf's, tfds's own
+            message = f"{self.folder}, {self.split}, record {index}: {error}"
+            raise BadSample("bad row", message) from None
 
     def _plain(self, name: str, value: Any) -> Any:
         if name in self._audio:

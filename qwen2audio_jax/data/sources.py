@@ -4,6 +4,7 @@ A source is anything with `len(source)` and `source[i] -> dict`; worker processe
 copy. Audio stays what a row says (a path, a URL, bytes, samples) until a sample is compiled.
 """
 
+import codecs
 import collections
 import dataclasses
 import functools
@@ -19,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from qwen2audio_jax.data import prepared
-from qwen2audio_jax.data.example import BadSample, hear, reachable
+from qwen2audio_jax.data.example import AUDIOS, BadSample, hear, on_disk, reachable
 from qwen2audio_jax.prompt import unwrap
 
 MESSAGES = ("messages", "prompt", "chosen", "rejected")  # fields whose parts name clips
@@ -47,21 +48,19 @@ class Made:
 
 @runtime_checkable
 class RandomAccess(Protocol):
-    """What a mixture draws from."""
+    """What a mixture draws from.
+
+    One whose rows have better names than their numbers has a method `where(index) -> str`, too.
+    """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
 
-def on_disk(folder: os.PathLike) -> None:
-    """Refuses storage elsewhere for what is written with the disk's own calls.
-
-    Raises:
-      ValueError: the folder was given as gs://..., say.
-    """
-    if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", os.fspath(folder)):
-        raise ValueError(f"wanted a folder on a disk to write to, got {found[1]}://{found[2]}")
+def where(source: RandomAccess, row: int) -> str:
+    """What to call a row in messages: "line 54 of rows.jsonl", or "row 53"."""
+    return source.where(row) if hasattr(source, "where") else f"row {row}"
 
 
 def open_source(
@@ -71,8 +70,8 @@ def open_source(
 
     Args:
       spec: `rows.jsonl`, or `rows.jsonl:test` for the rows whose "split" is test, on this disk or
-        any storage that etils.epath reaches (gs://, s3://); ArrayRecord shards: one, a pattern
-        (`train-*.array_record`) or a folder of them; or `tfds:name/config:split`, as
+        any storage that etils.epath reaches (gs://, s3://); ArrayRecord shards on a disk: one, a
+        pattern (`train-*.array_record`) or a folder of them; or `tfds:name/config:split`, as
         tensorflow-datasets prepared it (`tfds:librispeech:train_clean100[:10%]`).
       audio: a manifest's fields that name clips: relative paths start at the manifest's folder,
         as those in conversations do.
@@ -122,6 +121,18 @@ class Manifest:
         return len(self.lines)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        folder = epath.Path(self.path).parent
+        return each_clip(self._written(index), self.audio, lambda clip: _rooted(clip, folder))
+
+    def line(self, index: int) -> int:
+        """The number of a row's line in the file."""
+        return int(self.lines[index, 0])
+
+    def where(self, index: int) -> str:
+        return f"line {self.line(index)} of {os.path.basename(self.path)}"
+
+    def _written(self, index: int) -> dict[str, Any]:
+        """The row as it is written."""
         number, start, stop = self.lines[index]
         try:
             row = json.loads(self._data[start:stop].decode("utf-8"))
@@ -129,12 +140,7 @@ class Manifest:
                 raise ValueError(f"wanted an object, got {type(row).__name__}")
         except ValueError as error:
             raise BadSample("bad row", f"{self.path}, line {number}: {error}") from None
-        folder = epath.Path(self.path).parent
-        return each_clip(row, self.audio, lambda clip: _rooted(clip, folder))
-
-    def line(self, index: int) -> int:
-        """The number of a row's line in the file."""
-        return int(self.lines[index, 0])
+        return row
 
     def _bad(self, index: int) -> str | None:
         try:
@@ -149,7 +155,7 @@ class Manifest:
 
         def of(index: int) -> Any:
             try:
-                return self[index].get("split")
+                return self._written(index).get("split")
             except BadSample:
                 return nobody_knows
 
@@ -177,7 +183,8 @@ class Manifest:
 
 def _lines(data: mmap.mmap | bytes) -> np.ndarray:
     """Number, start and stop of each line that is not blank."""
-    lines, start, number = [], 0, 0
+    lines, number = [], 0
+    start = len(codecs.BOM_UTF8) if data[:3] == codecs.BOM_UTF8 else 0
     while start < len(data):
         number += 1
         stop = data.find(b"\n", start)
@@ -191,7 +198,10 @@ def _lines(data: mmap.mmap | bytes) -> np.ndarray:
 def each_clip(row: dict[str, Any], audio: Sequence[str], change: Callable) -> dict[str, Any]:
     """The row with `change(clip)` in place of each clip, in `audio` fields and in conversations."""
     row = {**row, **{name: change(row[name]) for name in audio if row.get(name) is not None}}
-    return row | {name: _in_messages(row[name], change) for name in MESSAGES if name in row}
+    told = {name: _in_messages(row[name], change) for name in MESSAGES if name in row}
+    if told and AUDIOS not in audio and isinstance(row.get(AUDIOS), list):
+        told[AUDIOS] = [change(clip) for clip in row[AUDIOS]]
+    return row | told
 
 
 def _in_messages(messages: Any, change: Callable) -> Any:
@@ -242,6 +252,7 @@ class Shards:
     """ArrayRecord files whose records are samples, in msgpack or JSON; `write` makes them."""
 
     def __init__(self, spec: str):
+        on_disk(spec, "shards on a disk (mount the bucket)")
         import grain  # an extra
 
         folder, pattern = epath.Path(spec), f"*{SUFFIX}*"

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
-from qwen2audio_jax.data.example import UNFORESEEN, BadSample, Example, Pair
+from qwen2audio_jax.data.example import FATAL, BadSample, Example, Pair
 from qwen2audio_jax.data.mixture import Mixture
+from qwen2audio_jax.data.sources import where
 from qwen2audio_jax.evaluation import answering, metrics
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
@@ -103,10 +104,13 @@ def _samples(
             if tokens > room:
                 raise BadSample("too long", f"wanted a prompt of {room} tokens, got {tokens}")
         except BadSample as error:
-            told[error.reason].append(f"row {row}: {error}")
+            told[error.reason].append(f"{where(each.part.source, row)}: {error}")
             continue
-        except UNFORESEEN as error:  # as when it is trained on
-            told["unforeseen"].append(f"row {row}: {type(error).__name__}: {error}")
+        except FATAL:
+            raise
+        except Exception as error:  # as when it is trained on
+            message = f"{where(each.part.source, row)}: {type(error).__name__}: {error}"
+            told["unforeseen"].append(message)
             continue
         rejected = None
         if isinstance(example, Pair):

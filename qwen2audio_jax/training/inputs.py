@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,10 +11,10 @@ import numpy as np
 from qwen2audio_jax.data.example import Example, Pair, from_messages, from_preference
 from qwen2audio_jax.data.instruction import Task
 from qwen2audio_jax.data.mixture import Mixture, Part
-from qwen2audio_jax.data.sources import RandomAccess, open_source
+from qwen2audio_jax.data.sources import RandomAccess, open_source, where
 from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.prompt import IM_END, PAD
-from qwen2audio_jax.training.settings import WORLD, DataConfig
+from qwen2audio_jax.training.settings import TFDS, WORLD, DataConfig, each_of
 
 MADE = 10**6  # samples that a made world tells apart
 
@@ -26,20 +27,29 @@ class HeldOut:
 
     part: Part
     choices: Choices
+    rows: str = ""  # which they are: another choice of a source is called otherwise
 
 
 @dataclasses.dataclass(frozen=True)
-class Head:
-    """The first samples of a source."""
+class Drawn:
+    """Some samples of a source, always the same, in its order: rows may be sorted, or recur."""
 
     source: RandomAccess
-    count: int
+    count: int  # at most
 
     def __len__(self) -> int:
         return min(self.count, len(self.source))
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return self.source[index]
+        return self.source[self._rows[index]]
+
+    def where(self, index: int) -> str:
+        return where(self.source, self._rows[index])
+
+    @functools.cached_property
+    def _rows(self) -> list[int]:
+        rng = np.random.default_rng(0)
+        return sorted(rng.choice(len(self.source), len(self), replace=False).tolist())
 
 
 def training(data: DataConfig, *, pairs: bool = False) -> tuple[Part, ...]:
@@ -55,7 +65,7 @@ def training(data: DataConfig, *, pairs: bool = False) -> tuple[Part, ...]:
         raise ValueError("nothing to train on: wanted --data.train SOURCE")
     weights = data.weights or [1.0] * len(data.train)
     found = []
-    given = (_for_each(words, data.train) for words in (data.tasks, data.tags))
+    given = (each_of(data.train, words) for words in (data.tasks, data.tags))
     for spec, line, tags, weight in zip(data.train, *given, weights, strict=True):
         parts = [each.part for each in _open(spec, line, tags, data, pairs)]
         share = weight / sum(part.weight for part in parts)
@@ -68,25 +78,21 @@ def training(data: DataConfig, *, pairs: bool = False) -> tuple[Part, ...]:
             )
             for part in parts
         ]
-    return _named_apart(found)
+    return _named(found, data.train)
 
 
 def held_out(data: DataConfig, samples: int, *, pairs: bool = False) -> list[HeldOut]:
-    """What is measured: the first samples of each source, as they are."""
+    """What is measured: at most so many samples of each source, as they are."""
     found = []
-    given = (_for_each(words, data.held_out) for words in (data.lines_held_out, data.tags_held_out))
+    given = (data.lines_held_out, data.tags_held_out)
     for spec, line, tags in zip(data.held_out, *given, strict=True):
         for each in _open(spec, line, tags, data, pairs):
-            source = Head(each.part.source, samples)
+            source = Drawn(each.part.source, samples)
             part = dataclasses.replace(each.part, source=source, weight=1.0, augmented=0.0)
-            found.append(dataclasses.replace(each, part=part))
-    parts = _named_apart([each.part for each in found])
+            rows = f"{len(source)} of {len(source.source)} of {spec}"
+            found.append(dataclasses.replace(each, part=part, rows=rows))
+    parts = _named([each.part for each in found], data.held_out)
     return [dataclasses.replace(e, part=part) for e, part in zip(found, parts, strict=True)]
-
-
-def _for_each(words: Sequence[str], sources: Sequence[str]) -> Sequence[str]:
-    """Lines or tags of sources: each has its own, all have one, or there are none."""
-    return [""] * len(sources) if not words else [*words] * (len(sources) // len(words))
 
 
 def _open(spec: str, line: str, tags: str, data: DataConfig, pairs: bool) -> list[HeldOut]:
@@ -97,7 +103,10 @@ def _open(spec: str, line: str, tags: str, data: DataConfig, pairs: bool) -> lis
         source = open_source(spec, rate=data.rate)
         part = Part(name=spec, source=source, compile=compile, augmented=1.0)
         return [HeldOut(part=part, choices=_anything)]
-    task = Task.parse(line, tags=tags or None, style=data.style)
+    try:
+        task = Task.parse(line, tags=tags or None, style=data.style)
+    except ValueError as error:
+        raise ValueError(f"task {line!r}: {error}") from None
     source = open_source(spec, audio=task.clips, rate=data.rate)
     part = Part(name=spec, source=source, compile=task.compile, augmented=1.0)
     return [HeldOut(part=part, choices=task.choices)]
@@ -137,14 +146,37 @@ def _anything(sample: Mapping) -> None:
     return None
 
 
-def _named_apart(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """A source may be there twice, with two tasks."""
-    names = [part.name for part in parts]
-    seen = [names[:i].count(name) for i, name in enumerate(names)]
+def _named(parts: Sequence[Part], specs: Sequence[str]) -> tuple[Part, ...]:
+    """Parts by their sources' names; a source may be there twice, with two tasks."""
+    short = names(specs)
+    called = [short.get(part.name, part.name) for part in parts]
+    seen = [called[:i].count(name) for i, name in enumerate(called)]
     return tuple(
-        dataclasses.replace(part, name=f"{part.name} ({n + 1})") if n else part
-        for part, n in zip(parts, seen, strict=True)
+        dataclasses.replace(part, name=f"{name} ({n + 1})" if n else name)
+        for part, name, n in zip(parts, called, seen, strict=True)
     )
+
+
+def names(specs: Sequence[str]) -> dict[str, str]:
+    """Names of sources: of paths the shortest tail that is no other one's, or all of it.
+
+    The order of samples depends on them: neither where data lie nor how a path is written may.
+    """
+    paths = {spec: _path(spec) for spec in specs}
+    found = {}
+    for spec, path in paths.items():
+        others = {other for other in paths.values() if other != path}
+        tails = (path[-size:] for size in range(1, len(path)))
+        alone = (tail for tail in tails if all(o[-len(tail) :] != tail for o in others))
+        found[spec] = "/".join(next(alone, path))
+    return found
+
+
+def _path(spec: str) -> tuple[str, ...]:
+    """The words of a path, from the root; what is none is one word."""
+    if spec.startswith((WORLD, TFDS)):
+        return (spec,)
+    return tuple((spec if "://" in spec else os.path.abspath(spec)).split("/"))
 
 
 def once(part: Part, mixture: Mixture) -> Iterator[dict[str, np.ndarray]]:

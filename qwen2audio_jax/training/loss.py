@@ -136,6 +136,8 @@ def words_loss(
 ) -> Float[Array, ""]:
     """CTC's loss, summed over clips: what their valid states cost that should spell their words.
 
+    Of a clip without words it is not known whether anybody speaks: it costs nothing.
+
     CTC asks for the blank and for a clip's own words. These are the classes, with one more for all
     others together, so that [C A V] is never held.
     """
@@ -150,12 +152,13 @@ def words_loss(
     first = spelt & (classes == jnp.arange(words.shape[1]))
     own = jnp.concatenate([blanks[..., None], jnp.where(first[:, None], logps, _NEVER)], axis=2)
     rest = jnp.log(jnp.maximum(1 - jnp.exp(own).sum(axis=2, keepdims=True), _LEAST))
-    return optax.ctc_loss(
+    losses = optax.ctc_loss(
         jnp.concatenate([own, rest], axis=2),
         (~valid).astype(jnp.float32),
         jnp.where(spelt, classes + 1, 0),
         (~spelt).astype(jnp.float32),
-    ).sum()
+    )
+    return jnp.where(spelt.any(axis=1), losses, 0).sum()
 
 
 def _over_learned(model, x, batch):

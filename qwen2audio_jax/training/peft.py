@@ -1,19 +1,25 @@
 """LoRA adapters in PEFT's folders: adapter_config.json and adapter_model.safetensors."""
 
 import dataclasses
+import functools
 import json
+import os
 import pathlib
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from jaxtyping import Float
 
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.training import lora
 from qwen2audio_jax.training.lora import Adapters, LoraConfig
 from qwen2audio_jax.weights import huggingface, table
+from qwen2audio_jax.weights import settings as model_settings
+from qwen2audio_jax.weights.source import locate
 
-SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SETTINGS, WEIGHTS = model_settings.ADAPTER, "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 # PEFT's settings that do not change what an adapter computes
@@ -67,15 +73,63 @@ def _exported(name: str) -> str:
     return name if name.startswith("language_model.") else f"model.{name}"
 
 
-def load(folder: str | pathlib.Path, model: Qwen2Audio) -> tuple[LoraConfig, Adapters]:
-    """Reads a folder that `save` or PEFT wrote, for adapters of this model.
+def load(source: str | os.PathLike, model: Qwen2Audio) -> tuple[LoraConfig, Adapters]:
+    """Reads what `save` or PEFT wrote, for adapters of this model.
+
+    Args:
+      source: a folder, or a hub id as "owner/name".
 
     Raises:
       ValueError: it is none, asks for what is not supported, or its tensors are not those that
         its `target_modules` have in this model; the message names them all.
     """
-    folder = pathlib.Path(folder)
-    config = _read_settings(folder / SETTINGS)
+    config, pairs = _read(source, model)
+    ours = []
+    for entry, pair in pairs:
+        rows = lora.matrices(entry, config.r)
+        kept = {name: np.array(rows[name].to_ours(x), order="C") for name, x in pair.items()}
+        ours.append((entry, {name: jnp.asarray(x) for name, x in kept.items()}))
+    return config, lora.stacked(ours, model)
+
+
+def read_config(source: str | os.PathLike) -> LoraConfig:
+    """How the adapters of a folder, or of a hub id, adapt.
+
+    Raises:
+      ValueError: there are none, or they ask for what is not supported.
+    """
+    return _read_settings(_located(source))
+
+
+def added(
+    source: str | os.PathLike, model: Qwen2Audio
+) -> dict[str, Callable[[], Float[np.ndarray, "outputs inputs"]]]:
+    """What adapters add to weights, made when it is called for: lora_alpha / r * B A, in float32.
+
+    Args:
+      source, model: as in `load`; the model may be of shapes alone.
+
+    Returns:
+      by the weights' names in Hugging Face's files, and in their axes.
+
+    Raises:
+      ValueError: as in `load`.
+    """
+    config, pairs = _read(source, model)
+    product = lambda pair: config.scale * (pair[lora.B] @ pair[lora.A])
+    return {entry.name: functools.partial(product, pair) for entry, pair in pairs}
+
+
+def _located(source: str | os.PathLike) -> pathlib.Path:
+    return locate(os.fspath(source), (SETTINGS, WEIGHTS))
+
+
+def _read(
+    source: str | os.PathLike, model: Qwen2Audio
+) -> tuple[LoraConfig, list[tuple[table.Entry, dict[str, np.ndarray]]]]:
+    """The weights that are adapted, each with its two matrices as PEFT has them, in float32."""
+    folder = _located(source)
+    config = _read_settings(folder)
     found = _read_tensors(folder / WEIGHTS)
     pairs, problems = [], []
     for entry in lora.targets(config, model):
@@ -87,16 +141,18 @@ def load(folder: str | pathlib.Path, model: Qwen2Audio) -> tuple[LoraConfig, Ada
             elif tensor.shape != row.their_shape:
                 problems.append(f"{row.name} has shape {tensor.shape}, wanted {row.their_shape}")
             else:
-                ours = np.array(row.to_ours(tensor), np.float32, order="C")
-                pair[name] = jnp.asarray(ours)
+                pair[name] = np.asarray(tensor, np.float32)
         pairs.append((entry, pair))
     problems += [f"{key} is unknown" for key in found]
     if problems:
         raise ValueError(f"{folder} has no adapters of this model: {'; '.join(problems)}")
-    return config, lora.stacked(pairs, model)
+    return config, pairs
 
 
-def _read_settings(path: pathlib.Path) -> LoraConfig:
+def _read_settings(folder: pathlib.Path) -> LoraConfig:
+    path = folder / SETTINGS
+    if not path.is_file():
+        raise ValueError(f"wanted an adapter in {folder}, got a folder without {SETTINGS}")
     try:
         settings = json.loads(path.read_text("utf-8"))
         if settings["peft_type"] != "LORA":

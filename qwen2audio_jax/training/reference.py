@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 
 from qwen2audio_jax.data.example import BadSample, Pair, from_preference
 from qwen2audio_jax.data.mixture import Mixture, Part
-from qwen2audio_jax.data.sources import Made, RandomAccess
+from qwen2audio_jax.data.sources import Made, RandomAccess, where
 from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.progress import Progress
 from qwen2audio_jax.training import checksum, inputs, run
@@ -39,6 +39,9 @@ class WithReference:
     def __getitem__(self, index: int) -> dict[str, Any]:
         known = zip(REFERENCE, self.logps[index].tolist(), strict=True)
         return {**self.source[index], **dict(known)}
+
+    def where(self, index: int) -> str:
+        return where(self.source, index)
 
 
 def compile(record: Mapping, processor: Processor) -> Pair:

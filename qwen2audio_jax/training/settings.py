@@ -7,9 +7,10 @@ import pathlib
 import re
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
+import tyro
 from jax.sharding import Mesh
 
 from qwen2audio_jax import sharding
@@ -22,10 +23,19 @@ from qwen2audio_jax.training.optimizer import ADJUSTABLE, OptimizerConfig
 from qwen2audio_jax.training.preference import PreferenceConfig
 from qwen2audio_jax.training.run import MAY_CHANGE
 
-WORLD = "world:"  # begins the names of sources that are made
+# Begin the names of sources that are made, and of those that tfds prepared.
+WORLD, TFDS = "world:", "tfds:"
 # Ends of the names of figures of what is held out, and which of them are better low.
 LOW = ("loss", "wer", "nll", "ctc", "rejected_match")
 HIGH = ("accuracy", "exact_match", "margins")
+# A bucket as one word of the command line.
+BUCKET = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="ROWSxTOKENS,CLIPSxFRAMES",
+    instance_from_str=lambda words: Bucket.parse(words[0]),
+    is_instance=lambda value: isinstance(value, Bucket),
+    str_from_instance=lambda bucket: [str(bucket)],
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,9 +124,20 @@ def _share_rows(one: str, other: str) -> bool:
 
 def _file_and_split(source: str) -> tuple[str, str]:
     found = re.fullmatch(r"(.+\.jsonl?)(?::([^:/]+))?", source)
-    if found is None and source.startswith("tfds:"):
+    if found is None and source.startswith(TFDS):
         found = re.fullmatch(r"(tfds:[^:]+)(?::(.+))?", source)
     return (found[1], found[2] or "") if found else (source, "")
+
+
+def each_of(sources: Sequence[str], words: Sequence[str], name: str = "words") -> tuple[str, ...]:
+    """Lines or tags of sources: each has its own, all have one, or there are none.
+
+    Raises:
+      ValueError: there are more or fewer; the message says of what, by `name`.
+    """
+    if sources and len(words) not in (0, 1, len(sources)):
+        raise ValueError(f"wanted {name} for {len(sources)} sources, got {len(words)}")
+    return tuple(words) if len(words) == len(sources) else (*words, "")[:1] * len(sources)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,14 +158,18 @@ class DataConfig:
     """Sampling rate of tfds: sources that state none; whatever states one keeps its own."""
     weights: tuple[float, ...] = ()
     """How often samples come from each source, relative to the others; without, all alike."""
-    held_out: tuple[str, ...] = ()
-    """Sources that are measured and never learned."""
-    held_out_tasks: tuple[str, ...] = ()
-    """Their lines; without, those of --data.tasks."""
-    held_out_tags: tuple[str, ...] = ()
-    """Their tags; without, those of --data.tags."""
-    buckets: tuple[Bucket, ...] = (Bucket(rows=8, tokens=160, clips=8, frames=1000),)
-    """The shapes of each feed's batches; a sample goes to the first that it fits."""
+    held_out: tuple[str, ...] = field(default=(), metadata=MAY_CHANGE)
+    """Sources that are measured and never learned. A run may go on with others; its best checkpoint
+    is then still the best of all, whatever each was measured with."""
+    held_out_tasks: tuple[str, ...] = field(default=(), metadata=MAY_CHANGE)
+    """Their lines; without, those of --data.tasks, but for what is made."""
+    held_out_tags: tuple[str, ...] = field(default=(), metadata=MAY_CHANGE)
+    """Their tags; without, those of --data.tags, but for what is made."""
+    buckets: tuple[Annotated[Bucket, BUCKET], ...] = (
+        Bucket(rows=4, tokens=360, clips=8, frames=1000),
+    )
+    """The shapes of each feed's batches: rows of tokens, clips of mel frames (10 ms each). A sample
+    goes to the first that it fits."""
     feeds: int = 0
     """Of which a global batch is made, each with samples of its own; a host has one or several, and
     a run can go on with as many hosts as divide them. 0: one for each host that it begins with."""
@@ -164,15 +189,14 @@ class DataConfig:
             raise ValueError(f"wanted feeds from 0, got {self.feeds}")
         if self.rate is not None and self.rate < 1:
             raise ValueError(f"wanted a sampling rate of at least 1, got {self.rate}")
-        for name, given, sources, one_for_all in (
-            ("tasks", self.tasks, self.train, True),
-            ("tags", self.tags, self.train, True),
-            ("weights", self.weights, self.train, False),
-            ("held_out_tasks", self.lines_held_out, self.held_out, True),
-            ("held_out_tags", self.tags_held_out, self.held_out, True),
-        ):
-            if sources and len(given) not in {0, len(sources), *[1] * one_for_all}:
-                raise ValueError(f"wanted {name} for {len(sources)} sources, got {len(given)}")
+        each_of(self.train, self.tasks, "tasks")
+        each_of(self.train, self.tags, "tags")
+        self._each_held_out("held_out_tasks", self.tasks)
+        self._each_held_out("held_out_tags", self.tags)
+        if self.train and len(self.weights) not in (0, len(self.train)):
+            raise ValueError(
+                f"wanted weights for {len(self.train)} sources, got {len(self.weights)}"
+            )
         for source in self.held_out:
             for learned in self.train:
                 if _share_rows(source, learned):
@@ -186,12 +210,26 @@ class DataConfig:
             raise ValueError(f"wanted workers from 0, got {self.workers}")
 
     @property
-    def tags_held_out(self) -> tuple[str, ...]:
-        return self.held_out_tags or self.tags
+    def lines_held_out(self) -> tuple[str, ...]:
+        """Of each source that is held out."""
+        return self._each_held_out("held_out_tasks", self.tasks)
 
     @property
-    def lines_held_out(self) -> tuple[str, ...]:
-        return self.held_out_tasks or self.tasks
+    def tags_held_out(self) -> tuple[str, ...]:
+        """Likewise."""
+        return self._each_held_out("held_out_tags", self.tags)
+
+    def _each_held_out(self, name: str, learned: Sequence[str]) -> tuple[str, ...]:
+        """Their own, or those of what is learned, of which what is made takes none."""
+        if own := getattr(self, name):
+            return each_of(self.held_out, own, name)
+        made = lambda source: source.startswith(WORLD)
+        if len(learned) > 1:
+            both = zip(self.train, learned, strict=False)
+            learned = [words for source, words in both if not made(source)]
+        others = [source for source in self.held_out if not made(source)]
+        words = iter(each_of(others, learned, name))
+        return tuple("" if made(source) else next(words) for source in self.held_out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,7 +237,7 @@ class EvaluationConfig:
     """How what is held out is measured."""
 
     samples: int = field(default=200, metadata=MAY_CHANGE)
-    """The first so many of each source."""
+    """At most so many of each source, drawn once."""
     rows: int = field(default=20, metadata=MAY_CHANGE)
     """Prompts that are answered at the same time."""
     max_new_tokens: int = field(default=64, metadata=MAY_CHANGE)
@@ -255,21 +293,43 @@ class Lora(LoraConfig):
     """Narrow matrices that are learned beside the parameters, or nothing."""
 
     r: int = 0
-    """Width of the narrow matrices; 0: the parameters themselves are trained."""
+    """Width of the narrow matrices; 0: that of --lora.start or, without it, the parameters
+    themselves are trained."""
+    lora_alpha: int | None = None
+    """What the adapters add is scaled by lora_alpha / r; without, that of --lora.start, or 32."""
+    target_modules: str | tuple[str, ...] | None = None
+    """Ends of transformers' module names, or a regex for whole names, or "all-linear"; without,
+    those of --lora.start, or all linear layers of the decoder."""
     start: str | None = None
-    """A folder in PEFT's format, of the same r, lora_alpha and target_modules, to begin with."""
+    """An adapter in PEFT's format to begin with, a folder or a hub id; what else is said of r,
+    lora_alpha and target_modules has to agree."""
 
     def __post_init__(self):
+        if self.start is None:
+            for name in ("lora_alpha", "target_modules"):
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, getattr(LoraConfig, name))
         if self.r:
             super().__post_init__()
-        elif self.start is not None:
-            raise ValueError(f"wanted lora.r beside lora.start {self.start}, got 0")
+
+    def like(self, theirs: LoraConfig) -> "Lora":
+        """The same; what is not said is as in the adapters that are begun with."""
+        nothing = {"r": 0, "lora_alpha": None, "target_modules": None}
+        left = {n: getattr(theirs, n) for n, none in nothing.items() if getattr(self, n) == none}
+        return dataclasses.replace(self, **left)
 
     @property
     def config(self) -> LoraConfig | None:
-        """What PEFT knows of it; None: nothing is adapted."""
-        names = [each.name for each in dataclasses.fields(LoraConfig)]
-        return LoraConfig(**{name: getattr(self, name) for name in names}) if self.r else None
+        """What PEFT knows of it; None: nothing is adapted.
+
+        Raises:
+          ValueError: there is a start, and nobody has said yet what it is `like`.
+        """
+        if not self.r and self.start is not None:
+            raise ValueError(f"wanted lora.r beside lora.start {self.start}, got 0")
+        said = {each.name: getattr(self, each.name) for each in dataclasses.fields(LoraConfig)}
+        said = {name: value for name, value in said.items() if value is not None}
+        return LoraConfig(**said) if self.r else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -315,11 +375,11 @@ class Settings:
     wandb: str | None = field(default=None, metadata=MAY_CHANGE)
     """A project at Weights & Biases to log to as well (extra: wandb)."""
     changing: tuple[str, ...] = field(default=(), metadata=MAY_CHANGE)
-    """Settings that this run is to go on with otherwise, as optimizer.learning_rate after NaN, or
-    optimizer.steps for more of them."""
+    """Settings that this run is to go on with otherwise, as optimizer.learning_rate after NaN,
+    optimizer.steps for more of them, or data.train for the same rows in another place."""
 
     def __post_init__(self):
-        known = [f"optimizer.{name}" for name in ADJUSTABLE]
+        known = [*(f"optimizer.{name}" for name in ADJUSTABLE), "data.train"]
         if wrong := [name for name in self.changing if name not in known]:
             raise ValueError(f"wanted changing of {', '.join(known)}, got {', '.join(wrong)}")
         if self.gradient_accumulation_steps < 1:

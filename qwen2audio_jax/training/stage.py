@@ -56,11 +56,12 @@ def train(settings: Settings) -> int | None:
     pairs = isinstance(settings, PreferenceSettings)
     mesh = settings.mesh.make()
     sharding.check_hosts(mesh.devices)
-    settings = run.fed(settings)
+    settings = _with_start(run.fed(settings))
     placement.check((bucket.tokens for bucket in settings.data.buckets), mesh)
     parts = inputs.training(settings.data, pairs=pairs)
     kept = inputs.held_out(settings.data, settings.evaluation.samples, pairs=pairs)
-    sizes = model_settings.read(locate(settings.model, huggingface.PATTERNS))
+    base = locate(settings.model, huggingface.PATTERNS)
+    sizes = model_settings.read(base)
     processor = Processor.from_pretrained(settings.model)
     run.begin(settings.out, settings, model=sizes, processor=processor)
     trainee = _learner(settings, sizes, mesh)
@@ -78,10 +79,23 @@ def train(settings: Settings) -> int | None:
     )
     if pairs and settings.precompute_ref_log_probs and settings.preference.wants_reference:
         known = partial(precompute, trainee, mixture, folder=settings.out)
-        kept_parts = known([each.part for each in kept])
+        # by their rows, which a run may go on with otherwise
+        kept_parts = known([dataclasses.replace(each.part, name=each.rows) for each in kept])
+        kept_parts = (
+            dataclasses.replace(part, name=each.part.name)
+            for part, each in zip(kept_parts, kept, strict=True)
+        )
         kept = [dataclasses.replace(e, part=p) for e, p in zip(kept, kept_parts, strict=True)]
         mixture = dataclasses.replace(mixture, parts=known(parts))
     return _run(settings, trainee, mixture, processor, kept)
+
+
+def _with_start(settings: Settings) -> Settings:
+    """Settings of the adapters that they begin with, where they say nothing else."""
+    if settings.lora.start is None:
+        return settings
+    theirs = peft.read_config(settings.lora.start)
+    return dataclasses.replace(settings, lora=settings.lora.like(theirs))
 
 
 def _learner(settings: Settings, sizes: Config, mesh: Mesh) -> Learner:

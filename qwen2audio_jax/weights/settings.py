@@ -13,6 +13,7 @@ from typing import Any
 from qwen2audio_jax.config import Config, DecoderConfig, EncoderConfig
 
 PATTERNS = ("config.json", "generation_config.json")
+ADAPTER = "adapter_config.json"  # which a folder of PEFT's has in their place
 
 # What these fields must say where they are there: nothing else is implemented.
 ONLY = {
@@ -29,6 +30,11 @@ def read(folder: pathlib.Path) -> Config:
         is not implemented; the message names the field and its value.
     """
     path = folder / "config.json"
+    if not path.is_file() and (folder / ADAPTER).is_file():
+        raise ValueError(
+            f"wanted a model, got the adapter {folder}: convert.to_hf BASE DST --adapter {folder} "
+            "makes one of it and its base, and training begins with it by --lora.start"
+        )
     if not path.is_file():
         raise ValueError(f"wanted a checkpoint in {folder}, got a folder without config.json")
     generation = folder / "generation_config.json"

@@ -10,3 +10,15 @@ def laptop(*frames: int) -> tuple[Bucket, ...]:
         Bucket(rows=1320 // room[most], tokens=room[most], clips=3000 // most, frames=most)
         for most in frames
     )
+
+
+def pod(*, rows: int, tokens: int, clips: int) -> tuple[Bucket, ...]:
+    """Packed rows with as much sound a batch, whether in clips of up to 5, 10 or 30 s.
+
+    Args:
+      clips: of 30 s.
+    """
+    return tuple(
+        Bucket(rows=rows, tokens=tokens, clips=clips * 3000 // most, frames=most)
+        for most in (500, 1000, 3000)
+    )

@@ -23,7 +23,15 @@ SETTINGS = PreferenceSettings(
     remat_policy=_SFT.remat_policy,
     lora=_SFT.lora,
     gradient_accumulation_steps=4,
-    data=DataConfig(buckets=(Bucket(rows=8, tokens=1536, clips=8, frames=3000),), workers=8),
+    data=DataConfig(
+        # a pair has a row to itself
+        buckets=(
+            Bucket(rows=8, tokens=256, clips=8, frames=500),
+            Bucket(rows=8, tokens=512, clips=8, frames=1000),
+            Bucket(rows=8, tokens=1536, clips=8, frames=3000),
+        ),
+        workers=8,
+    ),
     optimizer=dataclasses.replace(_SFT.optimizer, learning_rate=5e-5),
     loop=dataclasses.replace(_SFT.loop, best="accuracy"),
     evaluation=_SFT.evaluation,

@@ -2,6 +2,14 @@
 
     python -m train.pretrain 7b --data.train ... --data.tasks ... --distributed
 
+To begin where the reference began, with Whisper's encoder and a decoder of text alone:
+
+    python -m convert.from_parts openai/whisper-large-v3 Qwen/Qwen2-7B start \\
+        --tokenizer Qwen/Qwen2-Audio-7B
+    python -m train.pretrain 7b --model start --data.train ... --data.tasks ... --distributed
+
+Its projector has learned nothing yet: the loss begins high, and 20 000 steps are few.
+
 The report gives no learning rate, batch size or schedule; these are what is usual at this size:
 a global batch of some 64 rows of 4096 tokens, packed, a peak of 2e-5, SpecAugment as Qwen-Audio
 had. Expected: on tasks that the model knows, recognition of LibriSpeech among them, a loss that
@@ -10,9 +18,9 @@ stays level; with --from-scratch nothing useful in so few steps.
 
 import pathlib
 
-from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.settings import DataConfig, EvaluationConfig, LoopConfig, Settings
+from train.configs import pod
 
 SETTINGS = Settings(
     out=pathlib.Path("runs/pretrain-7b"),
@@ -21,10 +29,7 @@ SETTINGS = Settings(
     remat_policy="full",
     data=DataConfig(
         # of each host, here of eight with eight devices
-        buckets=(
-            Bucket(rows=8, tokens=4096, clips=96, frames=1000),
-            Bucket(rows=8, tokens=4096, clips=40, frames=3000),
-        ),
+        buckets=pod(rows=8, tokens=4096, clips=40),
         masked=0.5,
         workers=16,
     ),

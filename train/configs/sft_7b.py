@@ -9,7 +9,6 @@ answer style from a thousand conversations in an epoch or two.
 
 import pathlib
 
-from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.settings import (
     DataConfig,
@@ -18,6 +17,7 @@ from qwen2audio_jax.training.settings import (
     Lora,
     Settings,
 )
+from train.configs import pod
 
 SETTINGS = Settings(
     out=pathlib.Path("runs/sft-7b"),
@@ -27,7 +27,7 @@ SETTINGS = Settings(
     remat_policy="full",
     lora=Lora(r=8, lora_alpha=32),
     gradient_accumulation_steps=4,
-    data=DataConfig(buckets=(Bucket(rows=8, tokens=4096, clips=40, frames=3000),), workers=8),
+    data=DataConfig(buckets=pod(rows=8, tokens=4096, clips=40), workers=8),
     optimizer=OptimizerConfig(
         learning_rate=1e-4, steps=1000, warmup_steps=50, weight_decay=0.0, b2=0.999
     ),
