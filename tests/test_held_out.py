@@ -12,7 +12,8 @@ from flax import nnx
 pytest.importorskip("grain")
 
 from qwen2audio_jax import Processor, Qwen2Audio
-from qwen2audio_jax.data.example import Example, from_messages
+from qwen2audio_jax.data.chats import from_messages
+from qwen2audio_jax.data.example import Example
 from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.data.sources import open_source

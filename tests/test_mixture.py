@@ -10,7 +10,8 @@ import words
 pytest.importorskip("grain")
 
 from qwen2audio_jax import mel
-from qwen2audio_jax.data.example import BadSample, from_messages, from_preference
+from qwen2audio_jax.data.chats import from_messages, from_preference
+from qwen2audio_jax.data.example import BadSample
 from qwen2audio_jax.data.feeds import Feeds
 from qwen2audio_jax.data.instruction import Task
 from qwen2audio_jax.data.mixture import Mixture, Part

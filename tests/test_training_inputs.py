@@ -14,7 +14,7 @@ import words
 pytest.importorskip("grain")
 
 from qwen2audio_jax import Processor
-from qwen2audio_jax.data.example import from_preference
+from qwen2audio_jax.data.chats import from_preference
 from qwen2audio_jax.data.instruction import Task
 from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.sources import Made, where

@@ -8,7 +8,7 @@ import pytest
 
 from qwen2audio_jax import Processor, preset
 from qwen2audio_jax.data import dialogue, lexicon, scenes, sounds, synth
-from qwen2audio_jax.data.example import from_messages, from_preference
+from qwen2audio_jax.data.chats import from_messages, from_preference
 from qwen2audio_jax.data.world import MODES, SPECIAL, World
 
 pytest.importorskip("espeakng_loader")

@@ -20,7 +20,8 @@ import numpy as np
 from etils import epath
 
 from qwen2audio_jax.data import prepared
-from qwen2audio_jax.data.example import AUDIOS, BadSample, hear, on_disk, reachable
+from qwen2audio_jax.data.chats import AUDIOS
+from qwen2audio_jax.data.example import BadSample, hear, on_disk, reachable
 from qwen2audio_jax.prompt import unwrap
 
 MESSAGES = ("messages", "prompt", "chosen", "rejected")  # fields whose parts name clips

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen2audio_jax.data.example import Example, Pair, from_messages, from_preference
+from qwen2audio_jax.data.chats import from_messages, from_preference
+from qwen2audio_jax.data.example import Example, Pair
 from qwen2audio_jax.data.instruction import Task
 from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.sources import RandomAccess, open_source, where

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
-from qwen2audio_jax.data.example import BadSample, Pair, from_preference
+from qwen2audio_jax.data.chats import from_preference
+from qwen2audio_jax.data.example import BadSample, Pair
 from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.sources import Made, RandomAccess, where
 from qwen2audio_jax.processor import Processor

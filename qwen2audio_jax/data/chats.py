@@ -1,0 +1,197 @@
+"""Rows of conversations, and of pairs of answers to them -> examples."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qwen2audio_jax import audio as sound
+from qwen2audio_jax.data.example import BadSample, Example, Pair, hear, plain
+from qwen2audio_jax.processor import Processor, Wave
+from qwen2audio_jax.prompt import Prompt, parse
+
+AUDIOS, PLACE = "audios", "<audio>"  # ms-swift's clips beside a conversation, and where each goes
+SOUNDS = ("audio", "audio_url", "input_audio", AUDIOS)  # the names of what is to be heard
+
+
+def from_messages(record: Mapping, processor: Processor) -> Example:
+    """Compiles {"messages": [...]}: a conversation whose assistant turns are learned.
+
+    What is said in a clip may stand beside it, for CTC to learn from:
+    {"type": "audio", "audio": "a.wav", "words": "what is that"}.
+
+    Clips are parts of a content or, as ms-swift writes them, in a list beside the messages, with
+    an `<audio>` for each in texts that are no answers: {"messages": [...], "audios": ["a.wav"]}.
+
+    Raises:
+      BadSample: a clip's reason, "missing field", "empty text", "special token in text" or "bad
+        conversation".
+    """
+    messages = _listen(_conversation(_field(record, "messages"), _beside(record)))
+    _check_answers(messages)
+    prompt, waves = _compile(processor, messages, learn=True)
+    parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
+    words = [part.get("words", "") for part in parts if part["type"] == "audio"]
+    return Example(prompt, waves, tuple(map(processor.tokenizer.encode, words)))
+
+
+def from_preference(record: Mapping, processor: Processor) -> Pair:
+    """Compiles {"messages": [...], "chosen": ..., "rejected": ...}.
+
+    Answers are texts, messages, or lists of messages. TRL's conversational form has the messages
+    under "prompt", or at the head of both lists of answers. Clips are as in `from_messages`.
+
+    Raises:
+      BadSample: as in `from_messages`; "equal answers" where there is nothing to prefer.
+    """
+    chosen, rejected = (_turns(_field(record, name)) for name in ("chosen", "rejected"))
+    clips = _beside(record)
+    given = next((record[key] for key in ("messages", "prompt") if record.get(key)), None)
+    if given is None:
+        chosen, rejected = _placed(chosen, clips), _placed(rejected, clips)
+        shared, clips = _shared(chosen, rejected), ()
+        given, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    messages = _listen(_conversation(given, clips))
+    prompt, waves = _compile(processor, messages, learn=False)
+    chosen, rejected = (_answer(processor, messages, turns) for turns in (chosen, rejected))
+    if chosen == rejected:
+        raise BadSample("equal answers", "wanted chosen and rejected to differ, got the same")
+    return Pair(prompt, chosen, rejected, waves)
+
+
+def _field(record: Mapping, name: str) -> Any:
+    if record.get(name) is None:
+        raise BadSample("missing field", f"no {name!r} among {', '.join(record) or 'no fields'}")
+    return record[name]
+
+
+def _beside(record: Mapping) -> Sequence:
+    """The clips beside a conversation."""
+    _check_heard({**record, AUDIOS: None}, "the row")
+    return _list([] if record.get(AUDIOS) is None else record[AUDIOS], "clips")
+
+
+def _list(value: Any, of: str) -> Sequence:
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        got = type(value).__name__
+        raise BadSample("bad conversation", f"wanted a list of {of}, got {got}")
+    return value
+
+
+def _placed(messages: Any, clips: Sequence) -> list:
+    """The messages with the clips in their places; an `<audio>` in an answer is text."""
+    messages, left = _list(messages, "messages"), iter(clips)
+    texts = [_asked(message) for message in messages]
+    if (count := sum(text.count(PLACE) for text in texts)) != len(clips):
+        wanted = f"a clip in {AUDIOS!r} for each of {count} {PLACE}"
+        raise BadSample("bad conversation", f"wanted {wanted}, got {len(clips)}")
+    part = lambda piece: {"audio": next(left)} if piece == PLACE else {"text": piece}
+    parts = lambda text: [part(piece) for piece in re.split(f"({PLACE})", text) if piece]
+    return [
+        {**message, "content": parts(text)} if PLACE in text else message
+        for message, text in zip(messages, texts, strict=True)
+    ]
+
+
+def _asked(message: Any) -> str:
+    """A message's text, if it is no answer and has no parts."""
+    asks = isinstance(message, Mapping) and message.get("role") != "assistant"
+    text = message.get("content") if asks else None
+    return text if isinstance(text, str) else ""
+
+
+def _conversation(messages: Any, clips: Sequence = ()) -> list[dict]:
+    given = _placed(messages, clips)
+    try:
+        messages = parse(given)
+    except ValueError as error:
+        raise BadSample("bad conversation", str(error)) from None
+    for number, (message, raw) in enumerate(zip(messages, given, strict=True), 1):
+        content, where = message["content"], f"message {number}"
+        _check_heard(raw, where)
+        if isinstance(content, str):
+            plain(content, where)
+            continue
+        for part, raw_part in zip(content, raw["content"], strict=True):
+            _check_heard(raw_part, where, clips=part["type"] == "audio")
+            for name in ("text", "words"):
+                plain(part.get(name, ""), where)
+    return messages
+
+
+def _check_heard(fields: Mapping, where: str, *, clips: int = 0) -> None:
+    """Refuses sound of which nobody would hear anything."""
+    given = {name: fields.get(name) for name in SOUNDS}
+    empty = lambda value: value is None or (isinstance(value, Sequence) and not value)
+    found = [name for name, value in given.items() if not empty(value)]
+    if len(found) > clips:
+        wanted = f"each clip as a part of its own, or in a row's {AUDIOS!r}"
+        raise BadSample("bad conversation", f"{where}: wanted {wanted}, got {found[-1]!r}")
+
+
+def _listen(messages: list[dict]) -> list[dict]:
+    """The same messages with every clip loaded."""
+    for message in messages:
+        if not isinstance(message["content"], str):
+            message["content"] = [
+                {**part, "audio": (hear(part["audio"]), sound.SAMPLE_RATE)}
+                if part["type"] == "audio"
+                else part
+                for part in message["content"]
+            ]
+    return messages
+
+
+def _compile(
+    processor: Processor, messages: list[dict], *, learn: bool
+) -> tuple[Prompt, tuple[Wave, ...]]:
+    try:
+        prompt, waves = processor.conversation(messages, learn=learn, long_audio="error")
+    except ValueError as error:
+        raise BadSample("bad conversation", str(error)) from None
+    return prompt, tuple(waves)
+
+
+def _turns(answer: Any) -> Any:
+    if isinstance(answer, str):
+        return [{"role": "assistant", "content": answer}]
+    return [answer] if isinstance(answer, Mapping) else answer
+
+
+def _shared(chosen: Any, rejected: Any) -> int:
+    """How many messages both begin with: their prompt."""
+    chosen, rejected = _conversation(chosen), _conversation(rejected)
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    try:
+        return next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+    except ValueError:  # arrays do not compare
+        wanted = "clips as paths, or the prompt by itself"
+        raise BadSample("bad conversation", f"wanted {wanted}, got arrays in both") from None
+
+
+def _answer(processor: Processor, messages: list[dict], turns: Any) -> Prompt:
+    """Compiles an answer by itself: its tokens are what would be generated behind the prompt."""
+    turns = _conversation(turns)
+    _check_answers(turns)
+    try:
+        given = processor.template.render(messages, add_generation_prompt=True)
+        text, spans = processor.template.learned([*messages, *turns])
+        spans = [(first - len(given), last - len(given)) for first, last in spans]
+        learned = [(first, last) for first, last in spans if first >= 0]
+        if not learned or learned[0][0] or turns[-1]["role"] != "assistant":
+            raise ValueError("wanted an answer that begins and ends with an assistant's turn")
+        answer = text[len(given) : len(given) + learned[-1][1]]
+        return processor.tokenizer.compile(answer, learned=learned)
+    except ValueError as error:
+        raise BadSample("bad conversation", str(error)) from None
+
+
+def _check_answers(messages: list[dict]) -> None:
+    for number, message in enumerate(messages, 1):
+        if message["role"] != "assistant":
+            continue
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if any(part["type"] == "audio" for part in parts):
+            raise BadSample("bad conversation", f"message {number}: an answer is text, got audio")
+        if not "".join(part["text"] for part in parts).strip():
+            raise BadSample("empty text", f"message {number}: the assistant says nothing")

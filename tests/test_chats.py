@@ -1,0 +1,201 @@
+"""Conversations and preferences are compiled as they are asked; what cannot be used says why."""
+
+import pickle
+
+import numpy as np
+import pytest
+import soundfile
+import words
+
+from qwen2audio_jax import Processor, prompt
+from qwen2audio_jax.data.chats import from_messages, from_preference
+from qwen2audio_jax.data.example import BadSample
+
+QUESTION = {"type": "text", "text": "What is that sound?"}
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    return Processor(words.made_tokenizer(tmp_path_factory.mktemp("words")))
+
+
+@pytest.fixture
+def heard(tmp_path, chirp):
+    """A user's turn with a recording."""
+    soundfile.write(tmp_path / "clip.wav", chirp(0.7), 16_000, "FLOAT")
+    part = {"type": "audio", "audio": str(tmp_path / "clip.wav")}
+    return {"role": "user", "content": [part, QUESTION]}
+
+
+def ids_of(compiled):
+    return [token for segment in compiled for token in segment.ids]
+
+
+def learned_of(processor, compiled):
+    ids = [token for segment in compiled if segment.learned for token in segment.ids]
+    return processor.decode(ids, skip_special_tokens=False)[0]
+
+
+def says(text):
+    return {"role": "assistant", "content": text}
+
+
+def test_conversations_are_learned_as_they_are_asked(processor, heard, chirp):
+    """The processor's tokens; every assistant's turn and its end is learned, and no more."""
+    messages = [heard, says("A dog."), heard, says("那是狗。")]
+    example = from_messages({"messages": messages, "source": "mine"}, processor)
+    assert learned_of(processor, example.prompt) == "A dog.<|im_end|>那是狗。<|im_end|>"
+    np.testing.assert_array_equal(
+        processor.batch([example.prompt], example.waves, labels=True)["labels"],
+        processor(messages, labels=True)["labels"],
+    )
+    asked = processor(messages[:3])["input_ids"][0].tolist()
+    assert ids_of(example.prompt)[: len(asked)] == asked
+    for wave in example.waves:
+        np.testing.assert_array_equal(wave, chirp(0.7))
+
+
+def test_what_is_said_may_stand_beside_a_clip(processor, heard):
+    """It goes with its clip, and changes nothing of what is read."""
+    silent, said = heard["content"][0], {**heard["content"][0], "words": "open the door"}
+    messages = [{"role": "user", "content": [silent, said, QUESTION]}, says("A dog.")]
+    example = from_messages({"messages": messages}, processor)
+    assert example.words == ([], processor.tokenizer.encode("open the door"))
+    messages[0]["content"][1] = silent
+    assert ids_of(example.prompt) == ids_of(from_messages({"messages": messages}, processor).prompt)
+
+
+def named(heard):
+    return heard["content"][0]["audio"]
+
+
+def test_clips_may_stand_beside_a_conversation(processor, heard, tmp_path, chirp):
+    """As ms-swift writes them: each is heard at its `<audio>`; one in an answer is only said."""
+    soundfile.write(tmp_path / "other.wav", chirp(0.4, 1), 16_000, "FLOAT")
+    clips = [named(heard), {"bytes": None, "path": str(tmp_path / "other.wav")}]
+    parts = lambda *some: {"role": "user", "content": list(some)}
+    clip, other = ({"type": "audio", "audio": each} for each in clips)
+    asked, answered = "<audio>What is that, and <audio>that?", "A dog and an <audio>."
+    record = {
+        "messages": [{"role": "user", "content": asked}, says(answered)],
+        "audios": clips,
+        "audio": None,  # as tables fill what is absent
+    }
+    first, second = {"text": "What is that, and "}, {"text": "that?"}
+    messages = [parts(clip, first, other, second), says(answered)]
+    wanted = from_messages({"messages": messages}, processor)
+    example = from_messages(record, processor)
+    assert example.prompt == wanted.prompt and example.words == ([], [])
+    for wave, seconds, seed in zip(example.waves, (0.7, 0.4), (0, 1), strict=True):
+        np.testing.assert_array_equal(wave, chirp(seconds, seed))
+    silent = {"messages": [{"role": "user", "content": "Hello."}, says("Hello.")]}
+    empty = from_messages({**silent, "audios": [], "audio_url": ""}, processor)
+    assert empty.prompt == from_messages(silent, processor).prompt
+
+
+@pytest.mark.parametrize("form", ["texts", "messages", "prompt", "implicit prompt"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_pairs_share_their_prompt(processor, heard, form, beside):
+    """Each answer behind it is what training on that conversation sees, however it was written."""
+    whole = messages = [heard, says("Yes."), {"role": "user", "content": "And over?"}]
+    if beside:
+        text = f"<audio>{QUESTION['text']}"
+        messages = [{"role": "user", "content": text}, *messages[1:]]
+    chosen, rejected = "今天天气很好。", "No\n"
+    record = {
+        "texts": {"messages": messages, "chosen": chosen, "rejected": rejected},
+        "messages": {"messages": messages, "chosen": says(chosen), "rejected": says(rejected)},
+        "prompt": {"prompt": messages, "chosen": [says(chosen)], "rejected": [says(rejected)]},
+        "implicit prompt": {
+            "chosen": [*messages, says(chosen)],
+            "rejected": [*messages, says(rejected)],
+        },
+    }[form]
+    pair = from_preference(record | {"audios": [named(heard)] * beside}, processor)
+    messages = whole
+    assert ids_of(pair.prompt) == processor(messages)["input_ids"][0].tolist()
+    assert learned_of(processor, pair.prompt) == ""
+    assert len(pair.waves) == 1
+    for answer, text in ((pair.chosen, chosen), (pair.rejected, rejected)):
+        whole = from_messages({"messages": [*messages, says(text)]}, processor).prompt
+        row = ids_of(pair.prompt + answer)
+        # what is learned ends with the turn; a line's end follows in the template
+        assert ids_of(whole)[: len(row)] == row
+        assert learned_of(processor, answer) == f"{text}<|im_end|>"
+        assert all(segment.learned for segment in answer)
+
+
+def test_an_answer_may_be_several_turns(processor, heard):
+    """What is between the assistant's turns is not learned."""
+    turns = [says("Yes."), {"role": "user", "content": "And over?"}, says("No.")]
+    record = {"messages": [heard], "chosen": turns, "rejected": "It is the sound of glass."}
+    pair = from_preference(record, processor)
+    assert learned_of(processor, pair.chosen) == "Yes.<|im_end|>No.<|im_end|>"
+    assert "And over?" in processor.decode(ids_of(pair.chosen))[0]
+
+
+def test_bad_conversations_say_why(processor, heard, chirp):
+    """A reason to count them under, and one line; also when they come from another process."""
+    clip = lambda source: {"role": "user", "content": [{"type": "audio", "audio": source}]}
+    clip_in = lambda part: {"role": "user", "content": [{**part, "audio": named(heard)}]}
+    turn = lambda content: {"role": "user", "content": content}
+    long = clip((chirp(30.1), 16_000))
+    beside = lambda content, audios, **rest: (
+        from_messages,
+        {"messages": [turn(content), says("a")], "audios": audios, **rest},
+    )
+    learn = lambda *messages: (from_messages, {"messages": list(messages)})
+    prefer = lambda chosen, rejected, **rest: (
+        from_preference,
+        {"messages": [heard], "chosen": chosen, "rejected": rejected, **rest},
+    )
+    for (make, record), reason, message in (
+        ((from_messages, {"text": "a"}), "missing field", "no 'messages' among text"),
+        ((from_messages, {"messages": "a"}), "bad conversation", "list of messages, got str"),
+        (learn(), "bad conversation", "got no messages"),
+        (learn({"role": "judge"}), "bad conversation", "message 1: wanted a role of"),
+        (learn(heard), "bad conversation", "no assistant turn"),
+        (learn(heard, says(" ")), "empty text", "message 2: the assistant says nothing"),
+        (learn(heard, {**heard, "role": "assistant"}), "bad conversation", "is text, got audio"),
+        (learn(clip("no.wav"), says("a")), "missing audio", "no.wav: there is no such file"),
+        (learn(clip(b"no sound"), says("a")), "corrupt audio", "8 bytes: "),
+        (learn(long, says("a")), "too long", "wanted at most 30 s, got 30.10 s"),
+        (
+            learn({"role": "user", "content": prompt.AUDIO}, says("a")),
+            "special token in text",
+            "message 1: wanted no <|AUDIO|>",
+        ),
+        (beside("<audio>a", []), "bad conversation", "'audios' for each of 1 <audio>, got 0"),
+        (beside("<audio>a", None), "bad conversation", "'audios' for each of 1 <audio>, got 0"),
+        (beside("a", [named(heard)]), "bad conversation", "each of 0 <audio>, got 1"),
+        (beside([QUESTION], [named(heard)]), "bad conversation", "each of 0 <audio>, got 1"),
+        (beside("<audio>a", "a.wav"), "bad conversation", "wanted a list of clips, got str"),
+        (beside("<audio>a", ["no.wav"]), "missing audio", "no.wav: there is no such file"),
+        (beside("<audio>a", [{}]), "bad conversation", "wanted a url or base64 data, got {}"),
+        (beside("a", None, audio="a.wav"), "bad conversation", "the row: wanted each clip as"),
+        (beside("a", None, audio_url=long), "bad conversation", "got 'audio_url'"),
+        (learn({**heard, "audio": "a.wav"}, says("a")), "bad conversation", "message 1: wanted"),
+        (learn(heard, {**says("a"), "audios": ["a"]}), "bad conversation", "message 2: wanted"),
+        (learn(clip_in(QUESTION), says("a")), "bad conversation", "a row's 'audios', got 'audio'"),
+        (learn(clip_in({"text": "a"}), says("a")), "bad conversation", "got 'audio'"),
+        (learn(clip_in({"audio_url": "b"}), says("a")), "bad conversation", "got 'audio_url'"),
+        (prefer("a", "b", audio="a.wav"), "bad conversation", "the row: wanted each clip as"),
+        (prefer("a", "b", audios=["a.wav"]), "bad conversation", "each of 0 <audio>, got 1"),
+        (prefer("a", [says("b"), turn("<audio>"), says("c")]), "bad conversation", "got 0"),
+        (prefer("a", {**says("b"), "audio": "b"}), "bad conversation", "message 1: wanted each"),
+        (learn(heard, says("a<|im_end|>")), "special token in text", "wanted no <|im_end|>"),
+        (prefer("<|endoftext|>", "b"), "special token in text", "wanted no <|endoftext|>"),
+        (prefer("a", None), "missing field", "no 'rejected' among"),
+        (prefer("a", ""), "empty text", "the assistant says nothing"),
+        (prefer("a", "a"), "equal answers", "got the same"),
+        (prefer("a", 5), "bad conversation", "list of messages, got int"),
+        (prefer("a", heard), "bad conversation", "no assistant turn"),
+        (prefer("a", "b", messages=[heard, says("c")]), "bad conversation", "a user's turn"),
+        (prefer("a", [says("b"), heard]), "bad conversation", "begins and ends with"),
+    ):
+        with pytest.raises(BadSample) as caught:
+            make(record, processor)
+        error = pickle.loads(pickle.dumps(caught.value))
+        assert error.reason == reason, error
+        assert message in str(error)
+        assert "\n" not in str(error)
