@@ -92,6 +92,8 @@ def test_a_refusal_says_what_is_needed_and_by_what():
     used, there, largest = compiled._refusal(said)
     assert (used, there) == (int(17.5 * 2**30), int(15.75 * 2**30))
     assert largest == ("2.00G: f32[4,8]{1,0:T(8,128)} jit(step)/dot",)
+    assert compiled._refusal("INTERNAL: " + said.partition(": ")[2]) is None
+    assert compiled._refusal("RESOURCE_EXHAUSTED: of something else") is None
 
 
 @pytest.mark.slow

@@ -64,11 +64,11 @@ def compile(lowered: Lowered, topology: Topology) -> tuple[Report, jax.stages.Co
     """Compiles; a program for which there is no room is an answer, too."""
     start, cpu = time.perf_counter(), time.process_time()
     try:
-        program, refused = lowered.program.compile(), ""
+        program, refused = lowered.program.compile(), None
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if (refused := _refusal(str(error))) is None:
             raise
-        program, refused = None, str(error)
+        program = None
     number = len(topology.devices)
     known = {
         "devices": number,
@@ -79,8 +79,7 @@ def compile(lowered: Lowered, topology: Topology) -> tuple[Report, jax.stages.Co
         "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     if program is None:
-        used, there, largest = _refusal(refused)
-        known["hbm_chip_bytes"] = there or known["hbm_chip_bytes"]
+        used, known["hbm_chip_bytes"], largest = refused
         return Report(fits=False, hbm_peak_bytes=used, largest=largest, **known), None
     return _report(program, lowered, topology, known), program
 
@@ -150,11 +149,13 @@ def _exchange(costs: hlo.Costs, lowered: Lowered, topology: Topology) -> float:
     return groups + max(loads.values(), default=0.0)
 
 
-def _refusal(message: str) -> tuple[int, int, tuple[str, ...]]:
-    """What the compiler says of memory: needed, there, and the largest arrays."""
+def _refusal(message: str) -> tuple[int, int, tuple[str, ...]] | None:
+    """What the compiler says of memory: needed, there, and the largest arrays; None: of others."""
     size = lambda number, unit: int(float(number) * GIB / {"G": 1, "M": 1024, "K": 1024**2}[unit])
     found = re.search(r"[Uu]sed ([\d.]+)([GMK])i?B? of ([\d.]+)([GMK])", message)
-    used, there = (size(*found.group(1, 2)), size(*found.group(3, 4))) if found else (0, 0)
+    if "RESOURCE_EXHAUSTED" not in message or found is None:
+        return None
+    used, there = size(*found.group(1, 2)), size(*found.group(3, 4))
     largest, seen = [], set()
     for part in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
         amount = part.split("\n")[0].strip()
