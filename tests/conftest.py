@@ -1,5 +1,6 @@
 """What every test shares: fake devices, the real data's folder, made sound."""
 
+import os
 import pathlib
 
 import jax
@@ -7,6 +8,9 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# They share two busy cores, and may meet late: after 40 s XLA would end the process.
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENT}"
 
 SHARED = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
