@@ -6,7 +6,7 @@ Example:
 
 Two models, each for clips of 5 s and of 30 s: the preset `tiny` (2 M parameters), and `100m`, of
 106 M: an encoder of 8 layers, 512 wide, and a decoder of 12, 640 wide, with 32 000 words. The
-example takes 5 GiB and, on two quiet cores, some ten minutes.
+example takes 5 GiB and, on two quiet cores, some fifteen minutes.
 
 Weights are random, made once and copied; all of them train, in float32, with AdamW: ours as
 `train.pretrain` runs it, transformers' with torch's fused one; both clip gradients, and neither
@@ -15,9 +15,10 @@ its encoder accepts nothing shorter. The allocator is asked for what `train.pret
 which both profit from. Nothing is reported unless the losses are equal: on the first step to 1e-4
 of themselves, on the later ones, which the updates lead to, to 1e-3.
 
-Steps of both sides alternate after two that warm each up. Figures are medians; the ratio is that of
-each pair of steps. Memory is the parameters and moments that a side holds, and the rise of the
-process's resident memory during a step. FLOP/s count the model's own operations on what is valid.
+Both sides take turns of two steps, of which the second is timed, after two that warm each up.
+Figures are medians; the ratio is that of each pair of timed steps. Memory is the parameters and
+moments that a side holds, and the rise of the process's resident memory during a step. FLOP/s count
+the model's own operations on what is valid.
 """
 
 import argparse
@@ -121,6 +122,7 @@ def compare(sizes: Config, seconds: float, *, clips: int, repeats: int) -> dict[
         rises[name] = peak.rise
     for _ in range(repeats):
         for name, step in steps.items():
+            losses[name].append(step())  # takes back the memory that the other side had
             start = time.perf_counter()
             losses[name].append(step())
             times[name].append(time.perf_counter() - start)
