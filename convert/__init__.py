@@ -6,13 +6,18 @@ import sys
 from collections.abc import Callable
 
 
-def arguments(doc: str, source: str) -> argparse.ArgumentParser:
-    """The options that the conversions share."""
+def arguments(doc: str, **sources: str) -> argparse.ArgumentParser:
+    """The options that the conversions share.
+
+    Args:
+      sources: what each folder that is read has to be, by its name.
+    """
     first, _, rest = doc.partition("\n\n")
     parser = argparse.ArgumentParser(
         description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="SRC", help=source)
+    for name, wanted in sources.items():
+        parser.add_argument(name, metavar=name.upper(), help=wanted)
     parser.add_argument(
         "target", metavar="DST", type=pathlib.Path, help="a folder that is empty or not there yet"
     )

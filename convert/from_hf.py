@@ -21,7 +21,7 @@ DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.f
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = arguments(__doc__, 'a folder of safetensors, "tiny" or a hub id')
+    parser = arguments(__doc__, src='a folder of safetensors, "tiny" or a hub id')
     parser.add_argument(
         "--dtype", choices=DTYPES, help="store parameters in this type (default: as they are)"
     )
@@ -29,7 +29,7 @@ def main(args: list[str] | None = None) -> int:
 
     def convert() -> None:
         conversion.from_huggingface(
-            locate(options.source, huggingface.PATTERNS),
+            locate(options.src, huggingface.PATTERNS),
             options.target,
             dtype=options.dtype and DTYPES[options.dtype],
             overwrite=options.overwrite,

@@ -12,12 +12,11 @@ languages too. Tensors pass one by one: memory holds the largest, the embedding,
 """
 
 import argparse
-import pathlib
 import sys
 
 import jax
 
-from convert import guard
+from convert import arguments, guard
 from convert.from_hf import DTYPES
 from qwen2audio_jax.processor import COPIED
 from qwen2audio_jax.weights import huggingface, locate, parts
@@ -46,33 +45,23 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    first, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = arguments(
+        __doc__,
+        whisper="a Whisper's folder of safetensors, or hub id",
+        qwen="a Qwen2ForCausalLM's folder of safetensors, or hub id",
     )
-    add = parser.add_argument
-    add("whisper", metavar="WHISPER", help="a Whisper's folder of safetensors, or hub id")
-    add("qwen", metavar="QWEN", help="a Qwen2ForCausalLM's folder of safetensors, or hub id")
-    add(
-        "target",
-        metavar="DST",
-        type=pathlib.Path,
-        help="a folder that is empty or not there yet",
-    )
-    add(
+    parser.add_argument(
         "--tokenizer",
         metavar="FOLDER",
         help="a tokenizer with Qwen2-Audio's special tokens, taken as it is (default: QWEN's, with "
         "those that it lacks)",
     )
-    add("--seed", type=int, default=0, help="of what is drawn (default: 0)")
-    add(
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    parser.add_argument(
         "--dtype",
         choices=DTYPES,
         help="store parameters in this type (default: as they are; what is new as QWEN's)",
     )
-    add("--overwrite", action="store_true", help="replace what is in DST")
-    add("--quiet", action="store_true", help="show no progress bar")
     return parser
 
 

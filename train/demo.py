@@ -118,11 +118,12 @@ def begin(demo: Demo, world: World) -> None:
 
 def plan(demo: Demo) -> list[Settings]:
     """The three stages, each of which begins where the one before it ended."""
-    return [_pretraining(demo), _conversations(demo), _preferences(demo)]
+    recorded = _recorded(demo)
+    return [_pretraining(demo, recorded), _conversations(demo, recorded), _preferences(demo)]
 
 
-def _pretraining(demo: Demo) -> Settings:
-    made, recorded = f"world:{demo.world}", _recorded(demo)
+def _pretraining(demo: Demo, recorded: tuple[str, ...]) -> Settings:
+    made = f"world:{demo.world}"
     return Settings(
         **_shared(demo, 0),
         from_scratch=True,
@@ -138,8 +139,8 @@ def _pretraining(demo: Demo) -> Settings:
     )
 
 
-def _conversations(demo: Demo) -> Settings:
-    made, recorded = f"world:{demo.world}", _recorded(demo)
+def _conversations(demo: Demo, recorded: tuple[str, ...]) -> Settings:
+    made = f"world:{demo.world}"
     return Settings(
         **_shared(demo, 1),
         ctc=0.3,

@@ -24,7 +24,7 @@ import tyro
 from etils import epath
 
 from qwen2audio_jax.data import sources
-from qwen2audio_jax.data.example import FATAL
+from qwen2audio_jax.data.example import why
 from qwen2audio_jax.data.workers import settle
 from qwen2audio_jax.progress import Progress
 
@@ -130,13 +130,11 @@ def write(settings: Settings, source: sources.Manifest, shards: int, shard: int)
         for index in range(first, min(first + settings.rows, len(source))):
             try:
                 yield sources.packed(sources.embed(source[index], settings.audio))
-            except FATAL:
-                raise
             except Exception as error:
+                reason, message = why(error)
                 if settings.fatal:
                     raise
-                reason = getattr(error, "reason", "unforeseen")
-                told = {"line": source.line(index), "reason": reason, "message": str(error)}
+                told = {"line": source.line(index), "reason": reason, "message": message}
                 left_out.append(told)
 
     path = settings.out / f"{shard:05}-of-{shards:05}{sources.SUFFIX}"

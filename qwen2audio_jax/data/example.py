@@ -29,7 +29,7 @@ STORAGE = re.compile(r"(?!https?|file|data)\w+://")  # what epath reaches and au
 CONTROL = re.compile("|".join(map(re.escape, (PAD, IM_START, IM_END, AUDIO, AUDIO_BOS, AUDIO_EOS))))
 # How audio.load says that there is nothing, rather than something broken.
 ABSENT = ("there is no such file", "the server answered", "cannot be fetched")
-# No sample's fault: they end a run. Whatever else a sample raises is counted, foreseen or not.
+# No sample's fault: they end a run. Whatever else a sample raises is counted.
 FATAL = (ImportError, MemoryError)
 
 
@@ -46,6 +46,19 @@ class BadSample(ValueError):
 
     def __str__(self) -> str:
         return ": ".join(self.args)
+
+
+def why(error: Exception) -> tuple[str, str]:
+    """Of a sample that cannot be used: what to count it under, foreseen or not, and a line.
+
+    Raises:
+      ImportError, MemoryError: as they are; no sample is to blame.
+    """
+    if isinstance(error, FATAL):
+        raise error
+    if isinstance(error, BadSample):
+        return error.reason, str(error)
+    return "unforeseen", f"{type(error).__name__}: {error}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

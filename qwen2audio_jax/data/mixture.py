@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from qwen2audio_jax.data.batches import Batches
-from qwen2audio_jax.data.example import FATAL, BadSample, Example, Pair
+from qwen2audio_jax.data.example import BadSample, Example, Pair, why
 from qwen2audio_jax.data.pack import ANSWERS, Bad, Bucket, Sample, draw
 from qwen2audio_jax.data.sources import RandomAccess, where
 from qwen2audio_jax.processor import Processor
@@ -144,14 +144,9 @@ def _make(
             example, buckets, rng, mels=made.mels, augmented=part.augmented, masked=part.masked
         )
         reference = _reference(record)
-    except BadSample as error:
-        message = f"{where(part.source, row)}: {error}"
-        return Bad(part=part.name, reason=error.reason, message=message)
-    except FATAL:
-        raise
     except Exception as error:  # a night's run goes on
-        message = f"{where(part.source, row)}: {type(error).__name__}: {error}"
-        return Bad(part=part.name, reason="unforeseen", message=message)
+        reason, message = why(error)
+        return Bad(part=part.name, reason=reason, message=f"{where(part.source, row)}: {message}")
     return dataclasses.replace(sample, part=part.name, row=row, reference=reference)
 
 

@@ -6,6 +6,7 @@ of its samples; clip rows that are left over hear nothing: their masks are zero 
 
 import dataclasses
 import itertools
+import operator
 import re
 from collections.abc import Sequence
 
@@ -138,8 +139,10 @@ def draw(
     waves = [_augmented(wave, rng, augmented) for wave in example.waves]
     try:
         texts, bucket = _laid_out(example, waves, buckets)
-    except BadSample:  # drawn out, they have outgrown the buckets; as they were, they may fit
-        waves = example.waves
+    except BadSample:
+        if all(map(operator.is_, waves, example.waves)):
+            raise
+        waves = example.waves  # drawn out, they outgrew the buckets; as they were, they may fit
         texts, bucket = _laid_out(example, waves, buckets)
     valid = tuple(mel.frames(len(wave)) for wave in waves)
     return Sample(

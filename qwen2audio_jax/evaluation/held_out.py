@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from qwen2audio_jax.data.example import FATAL, BadSample, Example, Pair
+from qwen2audio_jax.data.example import BadSample, Example, Pair, why
 from qwen2audio_jax.data.mixture import Mixture
 from qwen2audio_jax.data.sources import where
 from qwen2audio_jax.evaluation import answering, metrics
@@ -103,14 +103,9 @@ def _samples(
             tokens = sum(len(segment.ids) for segment in given.prompt)
             if tokens > room:
                 raise BadSample("too long", f"wanted a prompt of {room} tokens, got {tokens}")
-        except BadSample as error:
-            told[error.reason].append(f"{where(each.part.source, row)}: {error}")
-            continue
-        except FATAL:
-            raise
         except Exception as error:  # as when it is trained on
-            message = f"{where(each.part.source, row)}: {type(error).__name__}: {error}"
-            told["unforeseen"].append(message)
+            reason, message = why(error)
+            told[reason].append(f"{where(each.part.source, row)}: {message}")
             continue
         rejected = None
         if isinstance(example, Pair):

@@ -1,12 +1,13 @@
 """Hugging Face's folder -> ours -> Hugging Face's, bit for bit, in the memory of a few tensors."""
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from qwen2audio_jax.config import Config
 from qwen2audio_jax.weights import bar, folder, huggingface, orbax, settings, table
 
 
@@ -57,18 +58,42 @@ def to_huggingface(
     source: pathlib.Path,
     target: pathlib.Path,
     *,
+    added: Mapping[str, Callable[[], np.ndarray]] | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> None:
     """Makes a folder that transformers loads, in the files that it once came from, if any.
+
+    Args:
+      added: makes what is added to tensors, by their names on disk: in float32, to be stored in
+        each one's own type again. With it `source` may be in Hugging Face's format, too.
 
     Raises:
       ValueError: `source` is no whole folder of ours, or `target` cannot take it.
       OSError: `target` cannot be written.
     """
     config = settings.read(source)
-    if not folder.is_ours(source):
+    if added is None and not folder.is_ours(source):
         raise ValueError(f"wanted a folder of ours, with {folder.CHECKPOINT}/ in it, got {source}")
+    layout, total, tensors = (_ours if folder.is_ours(source) else _theirs)(source, config)
+
+    def read(name: str) -> np.ndarray:
+        tensor = next(tensors)
+        if not added or name not in added:
+            return tensor
+        return (tensor.astype(np.float32) + added[name]()).astype(tensor.dtype)
+
+    with folder.fresh(target, total, source=source, overwrite=overwrite) as partial:
+        with bar("converting", total, progress) as shown:
+            huggingface.write(partial, layout, read, shown.update)
+        folder.copy_settings(source, partial)
+
+
+Stored = tuple[huggingface.Layout, int, Iterator[np.ndarray]]
+
+
+def _ours(source: pathlib.Path, config: Config) -> Stored:
+    """The files that a folder of ours came from or would have, their bytes, their tensors."""
     found = orbax.find(source, config)
     rows = {entry.name: entry for entry in table.entries(config)}
     if config.decoder.tied:
@@ -76,13 +101,21 @@ def to_huggingface(
     layout = orbax.read_layout(source) or huggingface.plan(
         (name, found[row.key].dtype, row.their_shape) for name, row in rows.items()
     )
-    names = [table.on_disk(n) for raw in layout.headers.values() for n in huggingface.order(raw)]
+    names = _names(layout)
     total = sum(rows[name].count * found[rows[name].key].dtype.itemsize for name in names)
-    tensors = _stream(source, [(rows[name], found[rows[name].key]) for name in names])
-    with folder.fresh(target, total, source=source, overwrite=overwrite) as partial:
-        with bar("converting", total, progress) as shown:
-            huggingface.write(partial, layout, lambda name: next(tensors), shown.update)
-        folder.copy_settings(source, partial)
+    return layout, total, _stream(source, [(rows[name], found[rows[name].key]) for name in names])
+
+
+def _theirs(source: pathlib.Path, config: Config) -> Stored:
+    """The files of a folder of Hugging Face's, their bytes, their tensors."""
+    found, layout = huggingface.find(source, config), huggingface.layout(source)
+    total = sum(tensor.nbytes for tensor in found.values())
+    return layout, total, (found[name].read() for name in _names(layout))
+
+
+def _names(layout: huggingface.Layout) -> list[str]:
+    """The tensors on disk, in the order in which they are written."""
+    return [table.on_disk(n) for raw in layout.headers.values() for n in huggingface.order(raw)]
 
 
 def _stream(

@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index"}
@@ -19,17 +19,22 @@ def is_ours(path: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def fresh(
-    path: pathlib.Path, nbytes: int, *, source: pathlib.Path, overwrite: bool
+    path: pathlib.Path,
+    nbytes: int,
+    *,
+    source: pathlib.Path,
+    others: Iterable[pathlib.Path] = (),
+    overwrite: bool,
 ) -> Iterator[pathlib.Path]:
     """Gives a hidden folder beside `path` which takes its name when the block has ended well.
 
     Args:
       nbytes: what it will hold, roughly.
-      source: what is read meanwhile.
+      source, others: what is read meanwhile.
       overwrite: whether `path` may have content, which is then replaced.
 
     Raises:
-      ValueError: `path` has content, cannot be replaced, is `source` or within it or around it,
+      ValueError: `path` has content, cannot be replaced, is a source or within it or around it,
         or its disk has too little room for `nbytes`.
       OSError: nothing can be written beside `path`.
     """
@@ -37,7 +42,7 @@ def fresh(
     partial, old = (path.with_name(f".{path.name}.{what}") for what in ("partial", "old"))
     if old.is_dir() and not path.exists():  # the last run was killed between its two renames
         old.rename(path)
-    _check(path, nbytes, source.resolve(), overwrite)
+    _check(path, nbytes, [each.resolve() for each in (source, *others)], overwrite)
     for left in (partial, old):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     try:
@@ -59,11 +64,14 @@ def fresh(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check(path: pathlib.Path, nbytes: int, source: pathlib.Path, overwrite: bool) -> None:
+def _check(
+    path: pathlib.Path, nbytes: int, sources: Iterable[pathlib.Path], overwrite: bool
+) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"wanted a folder to write to, got the file {path}")
-    if path.is_relative_to(source) or source.is_relative_to(path):
-        raise ValueError(f"wanted a folder apart from {source} to write to, got {path}")
+    for source in sources:
+        if path.is_relative_to(source) or source.is_relative_to(path):
+            raise ValueError(f"wanted a folder apart from {source} to write to, got {path}")
     if os.path.ismount(path):
         raise ValueError(f"{path} is a mount point, which cannot be replaced: name a folder in it")
     if path.is_dir() and any(path.iterdir()) and not overwrite:

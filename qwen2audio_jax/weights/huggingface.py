@@ -11,7 +11,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -76,7 +76,7 @@ def header(file: pathlib.Path) -> tuple[bytes, dict[str, Any]]:
         start = f.read(8)
         length, size = int.from_bytes(start, "little"), file.stat().st_size
         if len(start) < 8 or length > size - 8:
-            raise ValueError(f"{file} is truncated or no safetensors file: {size} bytes")
+            raise ValueError(f"{file} is damaged: truncated or no safetensors file: {size} bytes")
         raw = f.read(length)
     try:
         parsed = json.loads(raw)
@@ -98,6 +98,28 @@ def find(folder: pathlib.Path, config: Config) -> dict[str, Tensor]:
       ValueError: tensors are unknown, missing, of the wrong shape or type, or cut short; the
         message names them all.
     """
+    found, problems = listed(folder, table.on_disk)
+    tied = {table.HEAD} if config.decoder.tied else set()
+    wanted = {entry.name: entry.their_shape for entry in table.entries(config)}
+    problems += compare(found, wanted, tied)
+    if problems:
+        raise ValueError(f"{folder} is no whole model: {'; '.join(problems)}")
+    if tied:
+        check_tied(found, table.HEAD, table.EMBEDDING, folder)
+    return found
+
+
+def listed(
+    folder: pathlib.Path, named: Callable[[str], str | None]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Where a checkpoint's tensors lie, and what is wrong with its files.
+
+    Args:
+      named: what a tensor is to be called; None: it is not asked for.
+
+    Raises:
+      ValueError: there are no files, or they have no headers.
+    """
     found, problems = {}, []
     for file in shards(folder):
         raw, parsed = header(file)
@@ -105,27 +127,25 @@ def find(folder: pathlib.Path, config: Config) -> dict[str, Tensor]:
         for theirs, info in parsed.items():
             if theirs == "__metadata__":
                 continue
-            name, (begin, end) = table.on_disk(theirs), info["data_offsets"]
+            begin, end = info["data_offsets"]
+            if len(raw) + end > size:
+                problems.append(
+                    f"{theirs} is truncated: it ends at byte {len(raw) + end} "
+                    f"of {file.name}, which has {size}"
+                )
+            if (name := named(theirs)) is None:
+                continue
             dtype, shape = DTYPES.get(info["dtype"]), tuple(info["shape"])
             if dtype is None:
                 problems.append(f"{theirs} is {info['dtype']}, wanted one of {', '.join(DTYPES)}")
                 dtype = np.dtype(np.float32)
             elif end - begin != math.prod(shape) * dtype.itemsize:
                 problems.append(f"{theirs} of shape {shape} takes {end - begin} bytes")
-            if len(raw) + end > size:
-                problems.append(
-                    f"{theirs} is truncated: it ends at byte {len(raw) + end} "
-                    f"of {file.name}, which has {size}"
-                )
             if name in found:
                 problems.append(f"{theirs} is there twice")
             found[name] = Tensor(file, len(raw) + begin, dtype, shape)
         problems += _uncovered(file.name, parsed, size - len(raw))
-    problems += _compare(found, config)
-    if problems:
-        raise ValueError(f"{folder} is no whole model: {'; '.join(problems)}")
-    _check_tied(found, config, folder)
-    return found
+    return found, problems
 
 
 def _uncovered(file: str, parsed: Mapping[str, Any], size: int) -> list[str]:
@@ -141,10 +161,15 @@ def _uncovered(file: str, parsed: Mapping[str, Any], size: int) -> list[str]:
     return problems
 
 
-def _compare(found: Mapping[str, Tensor], config: Config) -> list[str]:
-    wanted = {entry.name: entry.their_shape for entry in table.entries(config)}
-    known = {table.HEAD} if config.decoder.tied else set()
-    problems = [f"{name} is unknown" for name in found if name not in wanted.keys() | known]
+def compare(
+    found: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], known: Collection[str] = ()
+) -> list[str]:
+    """Tensors that are unknown, missing or of the wrong shape.
+
+    Args:
+      known: those that may be there, or not.
+    """
+    problems = [f"{name} is unknown" for name in found if name not in wanted and name not in known]
     problems += [f"{name} is missing" for name in wanted if name not in found]
     problems += [
         f"{name} has shape {found[name].shape}, wanted {shape}"
@@ -154,15 +179,16 @@ def _compare(found: Mapping[str, Tensor], config: Config) -> list[str]:
     return problems
 
 
-def _check_tied(found: Mapping[str, Tensor], config: Config, folder: pathlib.Path) -> None:
-    """A tied model may store its head too: transformers 5 never ties this architecture."""
-    if not config.decoder.tied or table.HEAD not in found:
-        return
-    head, embedding = found[table.HEAD].read(), found[table.EMBEDDING].read()
-    if head.shape != embedding.shape or not np.array_equal(head, embedding):
-        raise ValueError(
-            f"{folder}: the config ties {table.HEAD} to {table.EMBEDDING}, but they differ"
-        )
+def check_tied(
+    found: Mapping[str, Tensor], head: str, embedding: str, folder: pathlib.Path
+) -> None:
+    """A tied model may store its head too: transformers 5 never ties this architecture.
+
+    Raises:
+      ValueError: it does, and the head is not the embedding.
+    """
+    if head in found and not np.array_equal(found[head].read(), found[embedding].read()):
+        raise ValueError(f"{folder}: the config ties {head} to {embedding}, but they differ")
 
 
 class Layout(NamedTuple):

@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import tokenizers
 from flax import nnx
 
@@ -100,10 +99,10 @@ def join(
         config = _with_words(stored, words)
         found = _find(whisper, WHISPER, stored) | _find(qwen, QWEN, stored)
         weights = _Weights(config, found, _drawn(stored, config, seed), dtype)
-        for source in (qwen, tokenizer or qwen):
-            _check_apart(target, source)
-        nbytes = weights.nbytes()
-        with folder.fresh(target, nbytes, source=whisper, overwrite=overwrite) as partial:
+        nbytes, sources = weights.nbytes(), (qwen, tokenizer or qwen)
+        with folder.fresh(
+            target, nbytes, source=whisper, others=sources, overwrite=overwrite
+        ) as partial:
             settings.write(config, partial, weights.widest().name)
             _copy_tokenizer(tokenizer or pathlib.Path(made), partial)
             with bar("joining", nbytes, progress) as shown:
@@ -235,50 +234,22 @@ def _find(
       ValueError: a file is damaged, or tensors are unknown, missing or of the wrong shape; the
         message names them all.
     """
-    tensors, problems = {}, []
-    for file in huggingface.shards(path):
-        more = _tensors(file, tuple(names))
-        problems += [f"{name} is there twice" for name in more if name in tensors]
-        tensors |= more
-    head = tensors.pop(TIED_HEAD, None) if stored.decoder.tied else None
+    kept = lambda name: name if name.startswith(tuple(names)) else None
+    tensors, problems = huggingface.listed(path, kept)
     wanted = {
         theirs + row.name.removeprefix(ours): row
         for row in table.entries(stored)
         for theirs, ours in names.items()
         if row.name.startswith(ours)
     }
-    problems += [f"{name} is unknown" for name in tensors if name not in wanted]
-    problems += [f"{name} is missing" for name in wanted if name not in tensors]
-    problems += [
-        f"{name} has shape {tensors[name].shape}, wanted {row.their_shape}"
-        for name, row in wanted.items()
-        if name in tensors and tensors[name].shape != row.their_shape
-    ]
+    tied = {TIED_HEAD} if stored.decoder.tied else set()
+    shapes = {name: row.their_shape for name, row in wanted.items()}
+    problems += huggingface.compare(tensors, shapes, tied)
     if problems:
         raise ValueError(f"{path} does not hold what its config.json says: {'; '.join(problems)}")
-    if head and not np.array_equal(head.read(), tensors[TIED_TO].read()):
-        raise ValueError(f"{path}: the config ties {TIED_HEAD} to {TIED_TO}, but they differ")
+    if tied:
+        huggingface.check_tied(tensors, TIED_HEAD, TIED_TO, path)
     return {row.name: tensors[name] for name, row in wanted.items()}
-
-
-def _tensors(file: pathlib.Path, prefixes: tuple[str, ...]) -> dict[str, huggingface.Tensor]:
-    """Where those tensors of a file lie whose names begin so."""
-    try:
-        with safetensors.safe_open(file, "numpy"):
-            pass  # it looks whether the tensors are all that is there, each as long as its shape
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    raw, parsed = huggingface.header(file)
-    found = {}
-    for name, info in parsed.items():
-        if not name.startswith(prefixes):
-            continue
-        if (dtype := huggingface.DTYPES.get(info["dtype"])) is None:
-            known = ", ".join(huggingface.DTYPES)
-            raise ValueError(f"{file}: {name} is {info['dtype']}, wanted one of {known}")
-        offset = len(raw) + info["data_offsets"][0]
-        found[name] = huggingface.Tensor(file, offset, dtype, tuple(info["shape"]))
-    return found
 
 
 def _extended(path: pathlib.Path, target: pathlib.Path) -> Tokenizer:
@@ -320,9 +291,3 @@ def _copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
         template = prompt.read_template(source).text
         (target / "chat_template.jinja").write_text(template, "utf-8", newline="")
     Processor(target).save_pretrained(target)
-
-
-def _check_apart(target: pathlib.Path, source: pathlib.Path) -> None:
-    target, source = target.resolve(), source.resolve()
-    if target.is_relative_to(source) or source.is_relative_to(target):
-        raise ValueError(f"wanted a folder apart from {source} to write to, got {target}")
