@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import soundfile
-import tyro
 
 from benchmarks import sides
 from qwen2audio_jax import audio, mel
@@ -25,6 +24,7 @@ from qwen2audio_jax.data import augment, sources
 from qwen2audio_jax.data.instruction import Task
 from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.pack import Bucket
+from train import command
 
 TASK = Task.parse("[AUDIO:audio] Detect the language and recognize the speech: -> [TEXT:text]")
 BUCKETS = (
@@ -141,4 +141,4 @@ def pipeline(settings: Settings, source: sources.RandomAccess, workers: int) -> 
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    main(tyro.cli(Settings, description=__doc__))
+    command.run(main, Settings, "benchmarks.data", __doc__)

@@ -25,11 +25,11 @@ from collections.abc import Callable
 
 import numpy as np
 import soundfile
-import tyro
 
 from benchmarks import sides
 from qwen2audio_jax.training import log
 from qwen2audio_jax.training.checkpoint import CHECKPOINTS
+from train import command
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORDS = ("low", "middle", "high", "highest")
@@ -188,4 +188,4 @@ def exact(out: pathlib.Path) -> list[tuple[int, float, float, float]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    command.run(main, Settings, "benchmarks.interruption", __doc__)

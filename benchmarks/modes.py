@@ -11,17 +11,14 @@ asked for the same held-out conversations. A benchmark that was stopped goes on.
 import dataclasses
 import json
 import pathlib
-import sys
 from typing import Any, Literal
-
-import tyro
 
 from benchmarks import sides
 from qwen2audio_jax.data.world import MODES, World
 from qwen2audio_jax.evaluation import world as evaluation
 from qwen2audio_jax.training import memory, run, stage
 from qwen2audio_jax.training.settings import Settings
-from train import demo
+from train import command, demo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,11 +110,5 @@ def table(right: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        memory.keep()
-        main(tyro.cli(Options, description=__doc__))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"benchmarks.modes: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    memory.keep()
+    command.run(main, Options, "benchmarks.modes", __doc__, extra="demo")

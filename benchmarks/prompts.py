@@ -13,11 +13,9 @@ Answers are free: nothing keeps them in a closed set. A benchmark that was stopp
 import dataclasses
 import json
 import pathlib
-import sys
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 
 from benchmarks import sides
 from qwen2audio_jax import Processor, Qwen2Audio
@@ -27,7 +25,7 @@ from qwen2audio_jax.evaluation import world as evaluation
 from qwen2audio_jax.training import log, stage
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.settings import DataConfig, LoopConfig, Settings
-from train import demo
+from train import command, demo
 from train.configs import laptop
 
 ASKED = {"prompt": ("prompt", "paraphrase"), "tags": ("tags",), "none": ("none",)}
@@ -165,10 +163,4 @@ def draw(figures: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"benchmarks.prompts: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command.run(main, Options, "benchmarks.prompts", __doc__, extra="demo")

@@ -15,12 +15,12 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENT}"
 SHARED = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
 
-@pytest.fixture(scope="module")
-def hurry():
-    """Programs that run but a few times take longer to be compiled well than to be run badly."""
-    jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture(scope="module", autouse=True)
+def hurry(request):
+    """Programs that run but a few times take longer to be compiled well than to be run badly; a
+    module that says `HURRY = False` has others."""
+    jax.config.update("jax_disable_most_optimizations", getattr(request.module, "HURRY", True))
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

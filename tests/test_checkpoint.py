@@ -2,10 +2,12 @@
 
 import contextlib
 import multiprocessing
+import os
 import pathlib
 import random
 import resource
 import shutil
+import signal
 import time
 
 import jax
@@ -15,7 +17,7 @@ import optax
 import pytest
 
 from qwen2audio_jax import sharding
-from qwen2audio_jax.training.checkpoint import CHECKPOINTS, Checkpoints
+from qwen2audio_jax.training.checkpoint import CHECKPOINTS, SCORES, Checkpoints
 
 OPTIMIZER = optax.adamw(1e-2)
 WIDTH = 512
@@ -75,6 +77,14 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def spawn():
+    """Starts processes that have what they need imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["optax", "pytest", "qwen2audio_jax.training.checkpoint"])
+    return context
+
+
 @pytest.fixture
 def copy(run, tmp_path):
     """A copy to be damaged."""
@@ -125,6 +135,96 @@ def test_another_sharding_gets_the_same_bits(run, tmp_path):
     checkpoints.save(2, restored.state, None)
     checkpoints.wait()
     assert_same_bits(checkpoints.restore(abstract(fresh())).state, after(2))
+
+
+# What is measured when it is saved already
+
+
+def bytes_of(folder, number):
+    """All of a checkpoint but what was measured."""
+    files = (file for file in files_of(folder, number) if file.parent.name != "metrics")
+    return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
+
+
+@contextlib.contextmanager
+def small_files(limit):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_late_scores_leave_the_checkpoint_alone(copy):
+    """Nor do they need its room; those of a disk without any can be put there later."""
+    before = bytes_of(copy, 2)
+    with contextlib.closing(Checkpoints(copy, keep=1, best="wer")) as checkpoints:
+        with small_files(0), pytest.raises(OSError) as caught:
+            checkpoints.save(2, after(2), None, {"wer": 0.5})
+        message = str(caught.value)
+        assert message.startswith(f"cannot save what was measured to {checkpoints.folder}/2/")
+        assert "File too large" in message and message.endswith("; step 2 is still there")
+        assert not checkpoints.measured(2) and checkpoints.best is None
+        with small_files(1000):
+            checkpoints.save(2, after(2), None, {"wer": 0.5})
+        assert checkpoints.measured(2) and checkpoints.best == 2
+    assert bytes_of(copy, 2) == before
+    assert_same_bits(Checkpoints(copy).restore(abstract(fresh())).state, after(2))
+
+
+def test_late_scores_are_as_good_as_others(tmp_path):
+    """The best by them stays, one that they surpass does not; also when the folder is reopened."""
+    open_ = lambda: contextlib.closing(Checkpoints(tmp_path, keep=1, best="wer"))
+    with open_() as checkpoints:
+        checkpoints.save(1, after(1), None, {"wer": 0.5})
+        checkpoints.save(2, after(2), None)
+    with open_() as checkpoints:
+        checkpoints.save(2, after(2), None, {"wer": 0.1})
+        assert (checkpoints.steps, checkpoints.best) == ([1, 2], 2)
+        checkpoints.save(2, after(2), None, {"wer": 0.9})  # it is known
+        checkpoints.save(3, after(3), None, {"wer": 0.3})
+    with open_() as checkpoints:
+        assert (checkpoints.steps, checkpoints.best) == ([2, 3], 2)
+        assert_same_bits(checkpoints.restore(abstract(fresh()), 2).state, after(2))
+
+
+def killed_late(folder):
+    """A process that is killed where what was measured would appear."""
+    checkpoints = Checkpoints(folder)
+    kill = lambda *paths, **how: os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = os.rename = kill
+    checkpoints.save(2, after(2), {"seen": "again"}, {"wer": 0.5})
+    checkpoints.close()
+
+
+def test_a_process_killed_while_it_adds_scores_loses_nothing(spawn, copy):
+    before = bytes_of(copy, 2)
+    process = spawn.Process(target=killed_late, args=(copy,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert bytes_of(copy, 2) == before
+    with contextlib.closing(Checkpoints(copy, best="wer")) as checkpoints:
+        assert checkpoints.steps == [1, 2] and not checkpoints.measured(2)
+        checkpoints.save(2, after(2), None, {"wer": 0.5})
+        assert checkpoints.best == 2
+        assert_same_bits(checkpoints.restore(abstract(fresh())).state, after(2))
+
+
+@pytest.mark.parametrize("content", [b"", b'{"wer": 0.', b"[1]", b'{"wer": "low"}', b"\xff\xfe"])
+def test_damaged_scores_are_no_damaged_checkpoint(copy, caplog, content):
+    """They are named and set aside, so that it can be measured anew."""
+    with contextlib.closing(Checkpoints(copy)) as checkpoints:
+        checkpoints.save(2, after(2), None, {"wer": 0.5})
+    scores = copy / CHECKPOINTS / "2" / SCORES
+    scores.write_bytes(content)
+    with contextlib.closing(Checkpoints(copy, best="wer")) as checkpoints:
+        assert f"{scores} is damaged, now called metrics.damaged: " in caplog.text
+        assert checkpoints.steps == [1, 2] and not checkpoints.measured(2)
+        assert checkpoints.restore(abstract(fresh())).step == 2
+        checkpoints.save(2, after(2), None, {"wer": 0.4})
+        assert checkpoints.best == 2
 
 
 # Damage
@@ -269,14 +369,6 @@ def fill_disk(folder, answer):
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     checkpoints.save(3, after(3), {"seen": 3})
     checkpoints.close()
-
-
-@pytest.fixture(scope="module")
-def spawn():
-    """Starts processes that have what they need imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["optax", "pytest", "qwen2audio_jax.training.checkpoint"])
-    return context
 
 
 def steps_in(folder):

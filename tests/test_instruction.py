@@ -157,6 +157,24 @@ def test_closed_sets(processor):
     assert Task.parse("Is it? -> [TEXT:a,closed_set=b] [TEXT:c]").choices({"b": ["a"]}) is None
 
 
+def test_closed_sets_do_not_multiply_without_end(monkeypatch):
+    """What a line lists is refused with it, what a sample lists with that; alone it may be long."""
+    ten = "|".join("0123456789")
+    line = lambda *sets: "-> " + " ".join(f"[TEXT:x,closed_set={each}]" for each in sets)
+    told = "wanted closed sets that allow at most 10000 answers together, got "
+    with pytest.raises(ValueError, match=f"^{told}1000000$"):
+        Task.parse(line(*[ten] * 6))
+    with pytest.raises(ValueError, match=f"^{told}100000$"):
+        Task.parse(line(*[ten] * 5, "among"))
+    assert len(Task.parse(line(*[ten] * 4)).choices({})) == 10_000
+    Task.parse(f"{line(*[ten] * 6)} [TEXT:open]")  # no end, and nothing to write out
+    own = Task.parse(line(*[ten] * 3, "among"))
+    assert len(own.choices({"among": [*"abcdefghij"]})) == 10_000
+    with pytest.raises(BadSample, match=f"^too many answers: {told}11000$"):
+        own.choices({"among": [*"abcdefghijk"]})
+    assert len(Task.parse(line("among")).choices({"among": [*map(str, range(20_000))]})) == 20_000
+
+
 def test_tags_say_what_the_prompt_said(processor, chirp):
     """In its place, behind the clips; what slots give and the answer stay the same."""
     line = "[TEXT:hint] then [AUDIO:a] Answer [TEXT:q] or [TEXT:r]: -> <|en|>[TEXT:text]"

@@ -8,6 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import small
 from flax import nnx
@@ -21,8 +22,6 @@ from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.log import Log
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.settings import LoopConfig, Lora
-
-pytestmark = pytest.mark.usefixtures("hurry")
 
 STEPS = 5
 SPARSE = {"save_every": 100, "evaluate_every": 100}
@@ -204,6 +203,35 @@ def test_gradients_that_are_no_numbers_stop_the_training(tmp_path):
     checkpoints.close()
 
 
+def test_the_log_has_the_rate_that_was_used(tmp_path):
+    """A step that is skipped does not move the schedule, also where a run goes on behind it."""
+
+    def breaks(model, batch):
+        sums = losses.next_token(model, batch)
+        broken = batch["input_ids"][0, -1] == 12  # the second batch
+        return sums.replace(loss=sums.loss * jnp.where(broken, jnp.nan, 1.0))
+
+    class Noting(Learner):
+        def step(self, batch, number):
+            counts = [x for _, x in optax.tree.get_all_with_path(self.state.opt_state, "count")]
+            used.append(float(self.optimizer.schedule()(int(max(counts)))))
+            return super().step(batch, number)
+
+    used, optimizer = [], OptimizerConfig(learning_rate=0.01, steps=STEPS, warmup_steps=1)
+    for signal_at in (3, None):
+        model = Qwen2Audio(small.CONFIG, rngs=nnx.Rngs(0))
+        with (
+            contextlib.closing(Log(tmp_path)) as log,
+            contextlib.closing(Checkpoints(tmp_path)) as checkpoints,
+        ):
+            batches = Counted(signal_at=signal_at)
+            how = {"log": log, "checkpoints": checkpoints}
+            loop.train(Noting(model, optimizer, breaks), batches, LoopConfig(**SPARSE), **how)
+    assert [row["skipped"] for row in log.rows] == [0, 1, 1, 1, 1]
+    assert [row["learning_rate"] for row in log.rows] == used
+    assert used[1] == used[2] > used[3] > used[4]
+
+
 class Dropping(Counted):
     """Batches that leave samples out, for a second reason from the third one on."""
 
@@ -272,9 +300,12 @@ def test_the_last_evaluation_is_made_up_for(tmp_path, ends):
                 train(ended)
             checkpoints.wait()
         assert (checkpoints.steps, checkpoints.best) == ([STEPS], None)
+        made = os.stat(checkpoints.folder / str(STEPS) / "state").st_mtime_ns
         assert train(lambda: {"wer": 0.5}) is None
         assert (checkpoints.steps, checkpoints.best) == ([STEPS], STEPS)
         assert train(lambda: pytest.fail("it is known")) is None
+        # it was not saved anew
+        assert os.stat(checkpoints.folder / str(STEPS) / "state").st_mtime_ns == made
 
 
 def test_batches_that_fail_lose_no_steps(tmp_path):

@@ -13,8 +13,6 @@ from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.preference import PreferenceConfig
 from qwen2audio_jax.training.settings import Lora, MeshConfig
 
-pytestmark = pytest.mark.usefixtures("hurry")
-
 CONFIG = small.EVEN
 MESHES = {
     "data": {"data": 8},

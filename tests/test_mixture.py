@@ -1,11 +1,15 @@
 """The order of samples is a function of the seed; nothing is lost, and nothing in silence."""
 
+import dataclasses
 import json
+import multiprocessing
 
+import jax
 import numpy as np
 import pytest
 import soundfile
 import words
+from jax.experimental import multihost_utils
 
 pytest.importorskip("grain")
 
@@ -153,11 +157,41 @@ def test_rows_of_any_kind_are_counted(tokenizer):
         return record.absent if record is strange else from_preference(record, processor)
 
     part = Part(name="n", source=rows, compile=compile)
-    mixture = Mixture(parts=(part,), processor=tokenizer, buckets=(SHORT,), epochs=1)
+    mixture = Mixture(
+        parts=(part,), processor=tokenizer, buckets=(SHORT,), epochs=1, references=True
+    )
     batches = iter(mixture)
     assert len(list(batches)) == 1
     reasons = {name: count for name, (count, _) in batches.counts["n"]["bad"].items()}
     assert reasons == {"bad row": 2, "no reference": 2, "unforeseen": 1}
+    batches.close()
+
+
+def test_a_row_without_a_reference_is_counted_where_one_is_wanted(tokenizer):
+    """Whichever comes first; where none is wanted, nobody looks at the figures."""
+    pair = {"messages": [{"role": "user", "content": "no"}], "chosen": "yes", "rejected": "no"}
+    known = pair | {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
+    part = Part(name="n", source=[pair, known, known], compile=from_preference)
+    how = {"parts": (part,), "processor": tokenizer, "buckets": (SHORT,), "shuffle": False}
+    for references, bad in ((True, {"no reference": 1}), (False, {})):
+        batches = iter(Mixture(**how, epochs=1, references=references))
+        assert all(("ref_chosen_logps" in batch) == references for batch in batches)
+        counts = batches.counts["n"]
+        assert {reason: count for reason, (count, _) in counts["bad"].items()} == bad
+        assert counts["samples"] == 3 - len(bad)
+        batches.close()
+
+
+def test_a_worker_that_is_killed_is_said_in_one_line(tokenizer):
+    """As by a system that is out of memory."""
+    part = Part(name="n", source=numbers(50), compile=text_only)
+    batches = iter(Mixture(parts=(part,), processor=tokenizer, buckets=(SHORT,), workers=1))
+    next(batches)
+    for child in multiprocessing.active_children():
+        if child.name.startswith("grain"):
+            child.kill()
+    with pytest.raises(ChildProcessError, match=r"killed .*: wanted fewer --data.workers, got 1"):
+        take(batches, 1000)
     batches.close()
 
 
@@ -278,6 +312,54 @@ def test_buckets_have_their_turn_as_often_as_samples_need_them(tokenizer):
     assert sum((batch["labels"] < 0).all() for batch in made) <= 1
 
 
+def measured(tokenizer, *unreadable):
+    """Of two hosts, with buckets whose weights the first samples tell, as far as they are read."""
+    rows = [{"n": n} for n in range(30)]
+
+    def compile(record, processor):
+        if record["n"] in unreadable:
+            raise BadSample("missing audio", "503")
+        return text_only({"n": "yes " * 30 * (record["n"] % 2) + "no"}, processor)
+
+    sizes = ((4, 60), (4, 200))
+    buckets = tuple(Bucket(rows=r, tokens=t, clips=0, frames=0) for r, t in sizes)
+    part = Part(name="n", source=rows, compile=compile)
+    return Mixture(parts=(part,), processor=tokenizer, buckets=buckets, pack=False, hosts=2)
+
+
+def weights_of(mixture):
+    return [bucket.weight for bucket in mixture.buckets]
+
+
+def test_one_process_measures_for_all(tokenizer, monkeypatch):
+    """Whatever another cannot read, all come to the same buckets."""
+    wanted = weights_of(measured(tokenizer).weighted())
+    assert wanted != weights_of(measured(tokenizer, 1, 3).weighted())
+    nobody = measured(tokenizer, *range(30))
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    told = lambda own: np.array(wanted, np.float32)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", told)
+    assert weights_of(nobody.weighted()) == wanted
+
+
+def test_a_run_goes_on_with_the_weights_that_it_began_with(tokenizer):
+    """Also where a sample that they were measured with cannot be read now; given ones count."""
+    whole, again = Feeds(measured(tokenizer)), Feeds(measured(tokenizer, 29))
+    assert weights_of(whole.mixture) != weights_of(again.mixture)
+    next(whole)
+    states = json.loads(json.dumps(whole.get_state()))
+    again.set_state(states)
+    assert again.get_state()["1"]["mixture"] == states["1"]["mixture"]
+    shapes = [[next(feeds)["input_ids"].shape for _ in range(20)] for feeds in (whole, again)]
+    assert shapes[0] == shapes[1] and len(set(shapes[0])) == 2
+    given = [dataclasses.replace(b, weight=1.0) for b in measured(tokenizer).buckets]
+    other = Feeds(dataclasses.replace(measured(tokenizer), buckets=tuple(given)))
+    with pytest.raises(ValueError, match="cannot resume: buckets was"):
+        other.set_state(states)
+    for each in (whole, again, other):
+        each.close()
+
+
 def test_feeds_are_dealt_to_however_many_processes(tokenizer):
     """Two processes' rows, one below the other, are those of one; so are states taken midway."""
     part = Part(name="n", source=numbers(50), compile=text_only)
@@ -312,7 +394,14 @@ def test_pairs_are_drawn_from_preferences(tokenizer, clips):
         for clip in clips[:3]
     ]
     part = Part(name="prefer", source=rows, compile=from_preference)
-    mixture = Mixture(parts=(part,), processor=tokenizer, buckets=(LONG,), epochs=1, shuffle=False)
+    mixture = Mixture(
+        parts=(part,),
+        processor=tokenizer,
+        buckets=(LONG,),
+        epochs=1,
+        shuffle=False,
+        references=True,
+    )
     batches = iter(mixture)
     one, two = list(batches)
     batches.close()

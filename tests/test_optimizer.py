@@ -214,6 +214,24 @@ def test_long_gradients_are_clipped():
     assert not np.allclose(first(0.5), first(1.0))
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_a_run_can_go_on_with_or_without_clipping(params, name):
+    """The state is the same, of either."""
+    of = lambda norm: OptimizerConfig(name=name, clip_norm=norm).make()
+    states = [jax.eval_shape(of(norm).init, params) for norm in (0.0, 1.0)]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+
+
+def test_adafactor_factors_the_encoder_s_attention():
+    """Whose heads are 64 wide: Whisper's of every size."""
+    kernel = lambda *shape: {"kernel": jax.ShapeDtypeStruct((32, *shape), jnp.float32)}
+    attention = {"query": kernel(1280, 20, 64), "out": kernel(20, 64, 1280)}
+    tree = {"encoder": {"blocks": {"attention": attention}}}
+    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    state = jax.eval_shape(OptimizerConfig(name="adafactor").make().init, tree)
+    assert size(state) < 0.02 * size(tree)
+
+
 def test_muon_makes_block_matrices_orthogonal(params):
     """Layer by layer, inputs against outputs, of Adam's size; all else moves as by AdamW."""
     rng = np.random.default_rng(0)

@@ -308,7 +308,7 @@ def test_clips_are_heard_alike(joined, chirp):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_pretraining_begins_with_it(hurry, pair, tmp_path, chirp, monkeypatch):
+def test_pretraining_begins_with_it(pair, tmp_path, chirp, monkeypatch):
     """The program takes it as --model, and moves it."""
     pytest.importorskip("grain")
     joined = tmp_path / "joined"

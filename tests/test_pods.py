@@ -32,7 +32,7 @@ def asked(monkeypatch):
 
 def test_every_step_is_compiled_once(asked, tmp_path):
     out = tmp_path / "docs" / "pods.md"
-    pods.main(out)
+    pods.main(pods.Options(out))
     assert len(asked) == len(set(asked)) == len(out.read_text("utf-8").splitlines()) - 2
     assert set(asked) == set(json.loads(out.with_suffix(".json").read_text("utf-8")))
     assert "| sft | v5e:4x4 | `--batch 64` | 15.00 of 16.00 GiB | 1.300 | links, 500 ms |" in (
@@ -41,9 +41,9 @@ def test_every_step_is_compiled_once(asked, tmp_path):
     assert "**15.00 of 16.00 GiB** | | does not fit" in out.read_text("utf-8")
     assert out.with_suffix(".png").stat().st_size > 10_000
     before, everything = out.read_text("utf-8"), len(asked)
-    pods.main(out)
+    pods.main(pods.Options(out))
     assert len(asked) == everything and out.read_text("utf-8") == before
-    pods.main(out, only="lora")
+    pods.main(pods.Options(out, only="lora"))
     assert asked[everything:] == ["--stage lora-sft --topology v5e:2x4 --batch 16"]
 
 
@@ -59,10 +59,10 @@ def test_what_ends_badly_loses_nothing(asked, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pods, "compiled", breaks)
     with pytest.raises(SystemExit, match="ended with 2"):
-        pods.main(tmp_path / "pods.md")
+        pods.main(pods.Options(tmp_path / "pods.md"))
     assert len(json.loads((tmp_path / "pods.json").read_text("utf-8"))) == 3
     monkeypatch.setattr(pods, "compiled", compiled)
-    pods.main(tmp_path / "pods.md")
+    pods.main(pods.Options(tmp_path / "pods.md"))
     assert len(asked) == len(set(asked))
 
 

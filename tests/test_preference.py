@@ -23,8 +23,6 @@ from qwen2audio_jax.training.preference import (
 )
 from qwen2audio_jax.weights import table
 
-pytestmark = pytest.mark.usefixtures("hurry")
-
 CONFIGS = [
     *(
         PreferenceConfig(loss_type=t, beta=b)

@@ -51,7 +51,10 @@ def test_a_run_goes_on_as_it_began(folder):
     assert begin(folder, Settings()) is True
     logs = dataclasses.replace(Settings().optimizer, log_every=1)
     other = dataclasses.replace(Settings(), out=pathlib.Path("moved"), optimizer=logs)
+    before = (folder / run.SETTINGS).read_text()
     assert begin(folder, other) is True
+    assert (folder / run.SETTINGS).read_text() == before  # what it goes on from may yet be refused
+    run.keep(folder, other)
     kept = json.loads((folder / run.SETTINGS).read_text())
     assert kept == run.as_json(other) and kept["optimizer"]["log_every"] == 1
     assert kept["out"] == "moved" and kept["data"] == "train.jsonl"

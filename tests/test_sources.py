@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import mmap
 import pathlib
 import pickle
 import shutil
@@ -16,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry as known
 
 from qwen2audio_jax import audio
+from qwen2audio_jax.data import manifest as lines
 from qwen2audio_jax.data import sources
 from qwen2audio_jax.data.example import BadSample, hear
 from qwen2audio_jax.data.sources import Manifest, embed, open_source, packed, where, write
@@ -74,6 +76,20 @@ def test_however_a_conversation_names_its_clip_it_is_found(manifest, part, monke
         [clip] = parse(each["messages"])[0]["content"]
         assert len(hear(clip["audio"])) == 3200
     assert clip["audio"] == (manifest.parent / "a.wav").read_bytes()
+
+
+def test_a_clip_s_name_may_hold_the_time(manifest):
+    """A colon makes no URL, unless a slash is behind it; then no folder goes in front."""
+    name, folder = "rec-2024-01-01T12:30:05.wav", manifest.parent
+    shutil.copy(folder / "a.wav", folder / name)
+    urls = [f"file:{folder}/a.wav", f"file://{folder}/a.wav", "https://example.org/b.wav"]
+    urls += ["data:audio/wav;base64,AAAA", "/a.wav", "~/a.wav"]
+    path = folder / "others.jsonl"
+    path.write_text("\n".join(json.dumps({"audio": clip, "text": ""}) for clip in (name, *urls)))
+    source, read = Manifest(path), lines.read(path)
+    assert [row["audio"] for row in source] == [str(folder / name), *urls]
+    assert [sample.audio for sample in read] == [str(folder / name), *urls]
+    assert all(len(hear(source[i]["audio"])) == 3200 for i in range(3))
 
 
 def test_clips_beside_a_conversation_are_found(manifest, monkeypatch):
@@ -154,6 +170,24 @@ def test_storage_elsewhere(manifest, bucket):
     source = pickle.loads(pickle.dumps(Manifest("s3://bucket/set/rows.jsonl")))
     assert source[0]["audio"] == "s3://bucket/set/a.wav"
     np.testing.assert_array_equal(hear(source[0]["audio"]), audio.load(manifest.parent / "a.wav"))
+
+
+def test_a_manifest_elsewhere_is_fetched_once(manifest, bucket, monkeypatch):
+    """To a file that workers map, too, and that goes with the process that made it."""
+    ending = []
+    keep = lambda call, *args, **settings: ending.append(lambda: call(*args, **settings))
+    monkeypatch.setattr(sources.atexit, "register", keep)
+    monkeypatch.setattr(sources.tempfile, "tempdir", str(bucket))
+    before = set(bucket.iterdir())
+    source = Manifest("s3://bucket/set/rows.jsonl")
+    (copy,) = set(bucket.iterdir()) - before
+    assert copy.read_bytes() == manifest.read_bytes()
+    manifest.unlink()
+    for each in (source, pickle.loads(pickle.dumps(source))):
+        assert each[0]["text"] == "one\u2028two" and isinstance(each._data, mmap.mmap)
+    (end,) = ending
+    end()
+    assert set(bucket.iterdir()) == before
 
 
 @pytest.fixture

@@ -14,8 +14,6 @@ from qwen2audio_jax.training import loss, optimizer, step
 from qwen2audio_jax.training.loss import Sums
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 
-pytestmark = pytest.mark.usefixtures("hurry")
-
 FRAMES = [30, 13, 21, 9, 26, 17, 24, 12]
 
 

@@ -13,8 +13,6 @@ from qwen2audio_jax.training import compiled, hlo, placement, topology
 from qwen2audio_jax.training.topology import Work
 from qwen2audio_jax.training.trainee import trainee_of
 
-pytestmark = pytest.mark.usefixtures("hurry")
-
 WORK = Work(batch=8, tokens=32, frames=40)
 LONG = Work(batch=8, tokens=160, frames=40)  # whose scores would be the largest array
 

@@ -25,7 +25,7 @@ pytest.importorskip("grain")
 from qwen2audio_jax import Qwen2Audio, weights
 from qwen2audio_jax.data import sources
 from qwen2audio_jax.data.pack import Bucket
-from qwen2audio_jax.training import log, lora, loss, peft, reference, trainee
+from qwen2audio_jax.training import log, lora, loss, peft, reference, stage, trainee
 from qwen2audio_jax.training.checkpoint import CHECKPOINTS
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.optimizer import OptimizerConfig
@@ -184,8 +184,10 @@ def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, data, capsys, ca
     others = moved / "others.jsonl"
     others.write_text((data / "chats.jsonl").read_text())
     wrong = ("--data.train", f"{others}:train", *changing, "data.train")
+    settings = (out / "run.json").read_bytes()
     assert run("sft", "chats", out, *args, *more, *wrong) == 2
     assert "cannot resume: parts was {'chats.jsonl:train': [" in capsys.readouterr().err
+    assert (out / "run.json").read_bytes() == settings  # or what it began with would be refused
     assert run("sft", "chats", out, *args, *more, *changing, "data.train") == 0
     assert [row["step"] for row in rows_of(out)] == [1, 2, 3, 4]
     assert run("sft", "chats", out, *args, "--changing", "seed") == 2
@@ -238,8 +240,11 @@ def test_pretraining_begins_from_nothing(run, tmp_path, base, everywhere):
             assert re.search(line, told), (source, reason)
 
 
-def test_dpo_has_the_same_reference_in_memory_and_beforehand(run, tmp_path):
-    """And is told both ways how often the chosen answer is preferred; in short arithmetic, too."""
+def test_dpo_has_the_same_reference_in_memory_and_beforehand(run, tmp_path, data, monkeypatch):
+    """And is told both ways how often the chosen answer is preferred; in short arithmetic, too.
+
+    Another run that learns from the rows with its answers has no reference at all.
+    """
     both, file = [], "--precompute-ref-log-probs"
     for name, how in (("memory", ()), ("file", (file,)), ("short", (file, "--dtype", "bfloat16"))):
         out = tmp_path / name
@@ -255,6 +260,16 @@ def test_dpo_has_the_same_reference_in_memory_and_beforehand(run, tmp_path):
     assert len(files) == 2  # what is trained on, and what is held out
     # those that cannot be used: two lines without a pair are there for either
     assert sum(np.isnan(np.load(file)["logps"][:, 0]).sum() for file in files) == len(BAD) + 4
+    answered = (tmp_path / "file" / reference.PAIRS).iterdir()
+    (data / "answered.jsonl").write_text("".join(path.read_text() for path in answered))
+    keeping = []
+    begin = Learner.__init__
+    note = lambda *a, reference, **k: keeping.append(reference) or begin(*a, **k)
+    monkeypatch.setattr(Learner, "__init__", note)
+    assert run("dpo", "answered", tmp_path / "rows", "--optimizer.steps", 3) == 0
+    losses = [row["loss"] for row in rows_of(tmp_path / "rows")]
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-5) and losses[2] < losses[0]
+    assert keeping == [False] and not (tmp_path / "rows" / reference.FOLDER).exists()
 
 
 def test_dpo_from_adapters_is_compared_with_them(run, tmp_path, base, capsys):
@@ -451,7 +466,7 @@ def disk(tmp_path):
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_disk_that_is_full_or_read_only(ends, disk, tmp_path):
+def test_a_disk_that_is_full_or_read_only(ends, disk, tmp_path, monkeypatch):
     """A real one. With more room the same command goes on, to the same bits."""
     out = disk("size=2500k") / "run"
     status, line = ends(out, "--loop.keep", 9, "--tensorboard")
@@ -459,7 +474,9 @@ def test_a_disk_that_is_full_or_read_only(ends, disk, tmp_path):
     assert "No space left" in line or "ENOSPC" in line
     assert (saved := steps_of(out)) and f"step {saved[-1]} is still there" in line
     disk("ro")
-    status, line = ends(out, "--loop.keep", 9)
+    with monkeypatch.context() as patch:  # it is told before the model is read
+        patch.setattr(stage, "_learner", lambda *_: pytest.fail("the model is read"))
+        status, line = ends(out, "--loop.keep", 9)
     assert status == 1 and "Read-only file system" in line and steps_of(out) == saved
     disk("rw,size=64m")
     assert ends(out, "--loop.keep", 9)[0] == 0

@@ -20,7 +20,8 @@ from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.sources import Made, where
 from qwen2audio_jax.training import inputs, reference
 from qwen2audio_jax.training.learner import Learner
-from qwen2audio_jax.training.settings import DataConfig
+from qwen2audio_jax.training.preference import PreferenceConfig
+from qwen2audio_jax.training.settings import DataConfig, PreferenceSettings
 
 ASR = "[AUDIO:speech] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"
 
@@ -104,9 +105,10 @@ def test_choices_follow_what_is_given(processor, line, sample, prompt, answers):
 
 def test_a_reference_answers_pairs_in_a_file_however_many(tmp_path, monkeypatch):
     """Only what is made has no end; its first samples have one."""
-    whole = lambda part: (np.zeros((len(part.source), 2)), np.ones(len(part.source), bool))
-    known = lambda path, part, model: whole(part)
+    known = lambda path, model, rows: (np.zeros((len(rows), 2)), np.ones(len(rows), bool))
     monkeypatch.setattr(reference, "_identity", lambda learner: "the same")
+    monkeypatch.setattr(reference, "_fingerprints", lambda source: np.zeros(len(source)))
+    monkeypatch.setattr(reference, "_publish", lambda path, source: None)
     monkeypatch.setattr(reference, "_read", known)
     nobody, made = (object.__new__(Learner), object.__new__(Mixture)), Made(lambda i: {}, 5)
     for source in (range(10**6), inputs.Drawn(made, 2)):
@@ -117,19 +119,21 @@ def test_a_reference_answers_pairs_in_a_file_however_many(tmp_path, monkeypatch)
         reference.precompute(*nobody, [dataclasses.replace(part, source=made)], tmp_path)
 
 
+class Answers(Learner):
+    """A reference that answers a number of batches, the row's number of answers to each pair."""
+
+    def __init__(self, at_most):
+        self.at_most, self.asked = at_most, []
+
+    def reference_logps(self, batch):
+        if len(self.asked) == self.at_most:
+            raise KeyboardInterrupt
+        self.asked.append(batch["rows"].tolist())
+        return dict.fromkeys(reference.REFERENCE, -batch["rows"].astype(np.float32))
+
+
 def test_what_a_reference_has_answered_is_not_asked_again(tmp_path, monkeypatch):
     """A start that was killed leaves what it knew; rows that cannot be used stay unknown."""
-
-    class Answers(Learner):
-        def __init__(self, at_most):
-            self.at_most, self.asked = at_most, []
-
-        def reference_logps(self, batch):
-            if len(self.asked) == self.at_most:
-                raise KeyboardInterrupt
-            self.asked.append(batch["rows"].tolist())
-            return dict.fromkeys(reference.REFERENCE, -batch["rows"].astype(np.float32))
-
     batches = [{"rows": np.array(rows)} for rows in ([0, 3], [1, -1], [4, 2])]  # not 5
     monkeypatch.setattr(inputs, "once", lambda part, mixture: iter(batches))
     monkeypatch.setattr(reference, "_identity", lambda learner: "the same")
@@ -144,6 +148,84 @@ def test_what_a_reference_has_answered_is_not_asked_again(tmp_path, monkeypatch)
     wanted = np.array([[0, -1, -2, -3, -4, np.nan]] * 2, np.float32).T
     for each in (answered, again):
         np.testing.assert_array_equal(each.source.logps, wanted)
+
+
+def pair(text, clip="0.wav", **columns):
+    asked = [{"type": "audio", "audio": clip}, {"type": "text", "text": "What?"}]
+    given = [{"role": "user", "content": asked}]
+    return {"messages": given, "chosen": text, "rejected": "no", **columns}
+
+
+KNOWN = dict.fromkeys(reference.REFERENCE, -1.0)
+
+
+def test_what_has_changed_is_asked_again(rows, tmp_path, chirp, monkeypatch):
+    """Rows that say something else and clips that sound otherwise: of an equal name and number."""
+    monkeypatch.setattr(reference, "_identity", lambda learner: "the same")
+    once = lambda part, mixture: iter([{"rows": np.array([i])} for i in range(len(part.source))])
+    monkeypatch.setattr(inputs, "once", once)
+    soundfile.write(tmp_path / "1.wav", chirp(0.2), 16_000)
+    texts, mixture = ["a", "b", "c"], object.__new__(Mixture)
+    write = lambda: rows(*(pair(text, f"{i % 2}.wav") for i, text in enumerate(texts)))
+
+    def asked(path):
+        learner, data = Answers(9), DataConfig(train=(path,))
+        parts = inputs.training(data, pairs=True)
+        reference.precompute(learner, mixture, parts, tmp_path / "run")
+        return learner.asked
+
+    assert asked(write()) == [[0], [1], [2]] and asked(write()) == []
+    texts[2] = "C"
+    assert asked(write()) == [[2]]
+    soundfile.write(tmp_path / "1.wav", chirp(0.3), 16_000)
+    assert asked(write()) == [[1]]
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("0.wav", "1.wav", "rows.jsonl"):
+        shutil.copy(tmp_path / name, other)
+    assert asked(str(other / "rows.jsonl")) == [[0], [1], [2]]
+
+
+def test_what_a_reference_has_answered_is_a_manifest_for_other_runs(
+    rows, tmp_path, monkeypatch, processor
+):
+    """With both columns, and clips that are found from there; then nobody is asked, or kept."""
+    monkeypatch.setattr(reference, "_identity", lambda learner: "the same")
+    monkeypatch.setattr(inputs, "once", lambda part, mixture: iter([{"rows": np.array([0, 2])}]))
+    rows(pair("a"), pair(""), pair("c"))
+    monkeypatch.chdir(tmp_path)
+    parts = inputs.training(DataConfig(train=("rows.jsonl",)), pairs=True)
+    first, nobody = Answers(1), Answers(0)
+    reference.precompute(first, object.__new__(Mixture), parts, tmp_path / "run")
+    (path,) = (tmp_path / "run" / reference.PAIRS).iterdir()
+    data = DataConfig(train=(str(path),))
+    (part,) = parts = inputs.training(data, pairs=True)
+    assert [[row[name] for name in reference.REFERENCE] for row in part.source] == [
+        [0, 0],
+        [-2, -2],
+    ]
+    assert len(part.compile(part.source[1], processor).waves[0]) == 3200
+    assert not reference.settle(PreferenceSettings(), parts).keeps_reference
+    assert reference.precompute(nobody, object.__new__(Mixture), parts, tmp_path / "other") == parts
+    shards = dataclasses.replace(part, source=[pair("a", b"RIFF")] * 3, name="shards")
+    reference.precompute(Answers(1), object.__new__(Mixture), [shards], tmp_path / "more")
+    assert not list((tmp_path / "more" / reference.PAIRS).iterdir())
+
+
+def test_whether_rows_have_a_reference_s_answers_is_known_beforehand():
+    """From the first row that can be read; what is learned and what is measured has to agree."""
+    part = lambda *rows: Part(name=f"{len(rows)}", source=rows, compile=from_preference)
+    without, known = part(pair("a"), pair("b", **KNOWN)), part([1], pair("a", **KNOWN), pair("b"))
+    settings = PreferenceSettings()
+    assert reference.settle(settings, [without, without]).keeps_reference
+    assert not reference.settle(settings, [known, known]).keeps_reference
+    with pytest.raises(
+        ValueError, match="3 has ref_chosen_logps and ref_rejected_logps, 2 has not"
+    ):
+        reference.settle(settings, [without, known])
+    for free in (PreferenceConfig(loss_type="orpo"), PreferenceConfig(reference_free=True)):
+        settings = PreferenceSettings(preference=free)
+        assert reference.settle(settings, [without, known]) == settings
 
 
 @pytest.mark.parametrize("kind", [lambda i: i // 10, lambda i: i % 6])
@@ -227,6 +309,78 @@ def test_a_mistake_in_a_line_says_in_which(rows):
     wrong = "[AUDIO:speech] What? -> [TEXT:text,loud]"
     with pytest.raises(ValueError, match=re.escape(f"task {wrong!r}: column 36: wanted an attri")):
         inputs.training(DataConfig(train=(path, path), tasks=(ASR, wrong)))
+
+
+PAIR = {"chosen": "yes", "rejected": "no"}
+ASKED = [{"role": "user", "content": "Yes?"}]
+ANSWERED = [*ASKED, {"role": "assistant", "content": "yes"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "line", "pairs", "told"),
+    [
+        ({"speech": "0.wav"}, ASR, True, ": wanted pairs of answers, which have no task, got '[A"),
+        ({"messages": ANSWERED}, "", True, "'chosen' and 'rejected'), got rows of messages"),
+        ({"prompt": ASKED, **PAIR}, "", False, "--data.tasks, got rows of prompt, chosen, reject"),
+        ({"messages": ASKED, **PAIR}, "", False, "--data.tasks, got rows of messages, chosen"),
+        ({"speech": "0.wav", "text": "yes"}, "", False, ": wanted conversations ('messages' with"),
+        ({"messages": ANSWERED, **PAIR}, "", False, None),
+        ({"messages": ANSWERED}, "", False, None),
+        ({"prompt": ASKED, **PAIR}, "", True, None),
+    ],
+)
+def test_every_stage_says_which_rows_it_takes(rows, row, line, pairs, told):
+    """Of what is learned and of what is held out, before anything is built; one row may be bad."""
+    path = rows(row, row)
+    learned = DataConfig(train=(path,), tasks=(line,))
+    kept = DataConfig(held_out=(path,), held_out_tasks=(line,))
+    calls = (
+        lambda: inputs.training(learned, pairs=pairs),
+        lambda: inputs.held_out(kept, 5, pairs=pairs),
+    )
+    for call in calls:
+        if told is None:
+            assert len(call()) == 1
+            continue
+        with pytest.raises(ValueError, match=f"^{re.escape(path)}.*{re.escape(told)}"):
+            call()
+    if told and not line:
+        rows(row, {"messages": ANSWERED, **PAIR}, {"x": 0})
+        assert all(len(call()) == 1 for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("source", "pairs", "wanted"),
+    [
+        ("world:small/preference", False, "wanted tasks or conversations, got "),
+        ("world:small/chat", True, "wanted pairs of answers, world:NAME/preference, got "),
+        ("world:small/tasks", True, "wanted pairs of answers, world:NAME/preference, got "),
+    ],
+)
+def test_what_is_made_is_for_one_stage(source, pairs, wanted):
+    for call in (
+        lambda: inputs.training(DataConfig(train=(source,)), pairs=pairs),
+        lambda: inputs.held_out(DataConfig(held_out=(source,)), 5, pairs=pairs),
+    ):
+        with pytest.raises(ValueError, match=f"^{wanted}{source}$"):
+            call()
+
+
+def test_words_are_wanted_where_ctc_learns_from_them(rows):
+    """From any source; without them, audio states would be taught nothing, in silence."""
+    said = [{"audio": "0.wav", "words": "yes"}, {"text": "What?"}]
+    clip = [{"audio": "0.wav"}, {"text": "What?"}]
+    path = rows({"speech": "0.wav", "text": "yes", "messages": ANSWERED})
+    named = ASR.replace("speech", "speech,words=text")
+    of = lambda *lines: DataConfig(train=(path,) * len(lines), tasks=lines)
+    for lines in ((ASR,), ("",), (ASR, "")):
+        inputs.training(of(*lines))
+        with pytest.raises(ValueError, match=r"^ctc: wanted words .*words=FIELD\].*--ctc 0 does"):
+            inputs.training(of(*lines), words=True)
+    assert len(inputs.training(of(ASR, named), words=True)) == 2
+    talk = lambda parts: {"messages": [{"role": "user", "content": parts}, ANSWERED[1]]}
+    rows(talk(clip), talk(said), {"messages": "broken"})
+    assert len(inputs.training(of(""), words=True)) == 1
 
 
 def test_a_rate_of_nothing_is_refused():

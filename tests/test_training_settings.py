@@ -38,6 +38,27 @@ def test_what_is_measured_is_not_learned(train, held_out, told):
         DataConfig(train=(train,), held_out=(held_out,))
 
 
+def test_the_same_rows_are_known_however_they_are_written(tmp_path, monkeypatch):
+    """From here or from the root; shards by their folder, by a pattern or by name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").mkdir()
+    for name in ("test-0", "train-0", "train-1"):
+        (tmp_path / f"shards/{name}.array_record").write_bytes(b"")
+    one, some = "shards/train-1.array_record", f"{tmp_path}/shards/train-*.array_record"
+    for train, held_out in (
+        (f"{tmp_path}/rows.jsonl", "rows.jsonl"),
+        ("rows.jsonl:test", f"{tmp_path}/rows.jsonl:test"),
+        ("gs://bucket/rows.jsonl", "gs://bucket/rows.jsonl:test"),
+        ("shards", "shards/*.array_record"),
+        (f"{tmp_path}/shards", one),
+        (some, one),
+    ):
+        with pytest.raises(ValueError, match="is learned, too"):
+            DataConfig(train=(train,), held_out=(held_out,))
+    DataConfig(train=(some,), held_out=("shards/test-*.array_record",))
+    DataConfig(train=("gs://bucket/rows.jsonl",), held_out=("gs://other/rows.jsonl",))
+
+
 def test_splits_are_told_apart():
     DataConfig(train=("rows.jsonl:train",), held_out=("rows.jsonl:test", "others.jsonl"))
     DataConfig(train=("world:small/chat",), held_out=("world:small/chat:test",))

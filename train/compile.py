@@ -18,8 +18,6 @@ import sys
 from dataclasses import field
 from typing import Any
 
-import tyro
-
 from qwen2audio_jax import config, flash, remat
 from qwen2audio_jax.training import compiled, topology
 from qwen2audio_jax.training.chips import GIB
@@ -27,6 +25,7 @@ from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.placement import table
 from qwen2audio_jax.training.search import Trial, search
 from qwen2audio_jax.training.settings import Lora, MeshConfig
+from train import command
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,8 +158,4 @@ def told(given: Compile, report: compiled.Report) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Compile, prog="python -m train.compile", description=__doc__))
-    except ValueError as error:
-        print(f"train.compile: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(main, Compile, "train.compile", __doc__)

@@ -22,7 +22,6 @@ import sys
 from typing import Any, Literal
 
 import jax
-import tyro
 from flax import nnx
 
 from qwen2audio_jax import Processor, Qwen2Audio, draw, preset, weights
@@ -43,6 +42,7 @@ from qwen2audio_jax.training.settings import (
     Settings,
 )
 from qwen2audio_jax.weights import settings as model_settings
+from train import command
 from train.configs import laptop
 
 STAGES = ("pretrain", "sft", "dpo")
@@ -326,10 +326,4 @@ Tasks: {", ".join(skill.name for skill in world.tasks)}.
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Demo, description=__doc__)))
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"train.demo: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command.run(main, Demo, "train.demo", __doc__, extra="demo")

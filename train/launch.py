@@ -1,14 +1,11 @@
 """What the programs of this folder share: presets, flags, and one line for a mistake."""
 
-import contextlib
 import dataclasses
 import importlib
-import io
-import os
 import pkgutil
-import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +13,7 @@ import tyro
 
 from qwen2audio_jax.training import hosts, memory
 from qwen2audio_jax.training.settings import WORLD
-from train import configs
+from train import command, configs
 
 SMALLER = "smaller --data.buckets, --remat-policy full, or more devices"
 
@@ -41,33 +38,31 @@ def launch(stage: str, train: Callable[[Any], int | None], about: str) -> None:
     """
     name = f"train.{stage}"
     memory.keep()
-    try:
+    with command.guard(name):
         settings = _without_others(_parse(stage, about), name)
         if settings.distributed or settings.hosts.coordinator:
             hosts.join(settings.hosts)
-        signal = train(settings)
-    except ModuleNotFoundError as error:
-        _stop(name, f"{error}; pip install 'qwen2audio_jax[train]'", 2)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        _stop(name, error, 2)
-    except FloatingPointError as error:
-        _stop(name, error, 1)
-    except OSError as error:
-        nameless = error.errno is not None and error.filename is None  # as of a disk that is full
-        _stop(name, f"{settings.out}: {error.strerror}" if nameless else error, 1)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            reason = str(error).splitlines()[0]
-            _stop(name, f"no room for a step: wanted {SMALLER} ({reason})", 1)
-        if not hosts.joined():
-            raise
-        hosts.lost(name, error, settings.hosts)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        signal = _train(train, settings, name)
     if signal is not None:
         print(f"{name}: signal {signal}: run it again to go on from what {settings.out} holds")
         sys.exit(128 + signal)
     print(f"{name}: done: {settings.out / 'summary.md'}, and the model in {settings.out / 'model'}")
+
+
+def _train(train: Callable[[Any], int | None], settings: Any, name: str) -> int | None:
+    try:
+        return train(settings)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(f"{settings.out}: {error.strerror}") from error  # as of a disk that is full
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            reason = str(error).splitlines()[0]
+            command.stop(name, f"no room for a step: wanted {SMALLER} ({reason})", 1)
+        if not hosts.joined():
+            raise
+        hosts.lost(name, error, settings.hosts)
 
 
 def _parse(stage: str, about: str) -> Any:
@@ -85,20 +80,8 @@ def _parse(stage: str, about: str) -> Any:
 
 
 def _read(stage: str, known: dict[str, tuple[str, Any]], about: str) -> Any:
-    """What is wrong with the flags is said in one line rather than in tyro's box."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.extras.overridable_config_cli(
-                known, prog=f"python -m train.{stage}", description=about
-            )
-    except SystemExit as end:
-        if not end.code:  # --help
-            raise
-    lines = [line.strip("│|╭╮╰╯─-+ ") for line in said.getvalue().splitlines()]
-    lines = [line for line in lines if line and not line.startswith("For full helptext")]
-    message = re.sub(r"Error parsing \S+: ", "", " ".join(lines[1:] or lines))
-    raise ValueError(f"{message}; --help teaches")
+    cli = tyro.extras.overridable_config_cli
+    return command.read(partial(cli, known, prog=f"python -m train.{stage}", description=about))
 
 
 def _without_others(settings: Any, name: str) -> Any:
@@ -112,12 +95,3 @@ def _without_others(settings: Any, name: str) -> Any:
     if not kept:
         print(f"{name}: nothing is measured without --data.held-out", file=sys.stderr)
     return dataclasses.replace(settings, data=dataclasses.replace(data, held_out=kept))
-
-
-def _stop(name: str, error: object, status: int) -> None:
-    who = f"{hosts.here()}: " if hosts.joined() else ""
-    print(f"{name}: error: {who}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    if hosts.joined():  # to leave in order would be to wait for the others, who wait for this one
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)

@@ -20,6 +20,7 @@ from typing import Any
 import tyro
 
 from qwen2audio_jax.training.chips import CHIPS, GIB
+from train import command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +96,19 @@ HEAD = (
 MARKS = {"compute": "o", "memory": "s", "links": "^"}  # by what takes longest
 
 
-def main(out: pathlib.Path, only: str = "") -> None:
-    """Compiles what is not yet known.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is compiled anew, and where the table goes."""
 
-    Args:
-      out: the table, in Markdown.
-      only: steps with this in their command, known or not.
-    """
+    out: tyro.conf.Positional[pathlib.Path]
+    """The table, in Markdown."""
+    only: str = ""
+    """Steps with this in their command, known or not."""
+
+
+def main(options: Options) -> None:
+    """Compiles what is not yet known."""
+    out, only = options.out, options.only
     store = out.with_suffix(".json")
     known = json.loads(store.read_text("utf-8")) if store.exists() else {}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -193,4 +200,4 @@ def grow(
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog="python -m train.pods", description=__doc__)
+    command.run(main, Options, "train.pods", __doc__)

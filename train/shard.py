@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import sys
 import zlib
 from collections.abc import Iterator
 from typing import Annotated
@@ -27,6 +26,7 @@ from qwen2audio_jax.data import sources
 from qwen2audio_jax.data.example import why
 from qwen2audio_jax.data.workers import settle
 from qwen2audio_jax.progress import Progress
+from train import command
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,10 +151,4 @@ def _tell(settings: Settings, written: list[Written]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Settings, description=__doc__))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"train.shard: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command.run(main, Settings, "train.shard", __doc__)

@@ -4,6 +4,8 @@ Every sample is a pure function of the seed and its position, whoever makes it; 
 half-filled batches is the positions of what is in them.
 """
 
+import re
+import signal
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from qwen2audio_jax.data.mixture import Mixture
 
 HOPELESS = 1000  # bad samples in a row, after which no good one is waited for
+KILLED = re.compile(r"process was terminated unexpectedly with exit code (-?\d+)")  # as Grain says
 WAITING = 4  # groups of a bucket that may wait for their turn, where several hosts keep step
 
 
@@ -27,6 +30,10 @@ class Batches:
 
     `get_state()` is after the last batch that was given, of plain numbers and names (JSON holds
     it); `set_state` goes on from there, also in another process. `close` ends the workers.
+
+    Raises, when the next is asked for:
+      ValueError: samples are of two kinds, or none can be used.
+      ChildProcessError: a worker was killed.
     """
 
     def __init__(self, mixture: "Mixture"):
@@ -46,8 +53,19 @@ class Batches:
         except StopIteration:
             self._state = self._groups.get_state()  # bad samples behind the last batch count too
             raise
+        except RuntimeError as error:
+            if (killed := KILLED.search(str(error))) is None:
+                raise
+            raise self._lost(int(killed[1])) from error
         self._state = self._ahead.get_state()
         return batch
+
+    def _lost(self, status: int) -> ChildProcessError:
+        message = f"a worker that makes batches ended with status {status}"
+        if status == -signal.SIGKILL:  # by the system, most likely
+            fewer = f"wanted fewer --data.workers, got {self.mixture.workers}"
+            message = f"a worker that makes batches was killed (out of memory?): {fewer}"
+        return ChildProcessError(message)
 
     @property
     def position(self) -> dict[str, Any]:
@@ -65,6 +83,7 @@ class Batches:
         Raises:
           ValueError: the state is another mixture's; the message names what differs.
         """
+        self.mixture = self.mixture.weighted_as(state["mixture"])
         for name, ours in self.mixture.identity().items():
             if (theirs := state["mixture"].get(name)) != ours:
                 raise ValueError(f"cannot resume: {name} was {theirs}, is {ours}")
@@ -192,8 +211,7 @@ class _Groups(grain.DatasetIterator):
             return self._refuse(sample)
         self._hopeless = 0
         if self._kind not in (None, sample.kind):
-            kinds = "examples, pairs, and pairs with their reference's log-probabilities"
-            raise ValueError(f"part {sample.part!r}: {kinds} cannot share a mixture")
+            raise ValueError(f"part {sample.part!r}: examples and pairs cannot share a mixture")
         self._kind = sample.kind
         groups = self._waiting[sample.bucket]
         if not any(group.take(sample, key) for group in groups):
@@ -234,6 +252,7 @@ class _Groups(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self.close()
+        self._mixture = self._mixture.weighted_as(state.get("mixture", {}))
         self._position, self._step = state["position"], state["step"]
         self._hopeless, self._kind = state["hopeless"], state["kind"]
         self._counts = {

@@ -58,6 +58,29 @@ def from_preference(record: Mapping, processor: Processor) -> Pair:
     return Pair(prompt, chosen, rejected, waves)
 
 
+def is_pair(record: Mapping) -> bool:
+    """Whether a row has two answers."""
+    return all(record.get(name) is not None for name in ("chosen", "rejected"))
+
+
+def is_conversation(record: Mapping) -> bool:
+    """Whether a row has messages; if it has two answers besides, they do without those."""
+    messages = record.get("messages")
+    if messages is None or not is_pair(record):
+        return messages is not None
+    last = messages[-1] if isinstance(messages, Sequence) and messages else None
+    return isinstance(last, Mapping) and last.get("role") == "assistant"
+
+
+def says_words(record: Mapping) -> bool:
+    """Whether a row of messages says what is said in any of its clips, as `from_messages` reads."""
+    messages = record.get("messages")
+    messages = messages if isinstance(messages, Sequence) else ()
+    contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
+    parts = [part for each in contents if isinstance(each, Sequence) for part in each]
+    return any(isinstance(part, Mapping) and part.get("words") for part in parts)
+
+
 def _field(record: Mapping, name: str) -> Any:
     if record.get(name) is None:
         raise BadSample("missing field", f"no {name!r} among {', '.join(record) or 'no fields'}")

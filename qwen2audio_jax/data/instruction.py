@@ -21,6 +21,7 @@ is, within an answer, what is said but not learned, with the white space before 
 
 import dataclasses
 import itertools
+import math
 import numbers
 import re
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from qwen2audio_jax.processor import Processor, Wave, count_tokens
 from qwen2audio_jax.prompt import AUDIO, AUDIO_BOS, AUDIO_EOS, PAD, Prompt
 
 STYLES = ("prompt", "tags", "none")
+MOST = 10_000  # answers that several closed sets allow together: all are written out
 TASKS = ("transcribe", "translate", "caption", "keyword", "question")  # that have a tag
 
 
@@ -80,15 +82,27 @@ class Task:
             clip; "none" has nothing there. What slots give, and the answer, stay the same.
 
         Raises:
-          ValueError: the line is wrong; the message says at which column.
+          ValueError: the line is wrong; the message says at which column. Or its closed sets allow
+            too many answers.
         """
         given, answer = parts_of(line, arrows=1)
-        return cls(_styled(given, tags, style), tuple(answer))
+        task = cls(_styled(given, tags, style), tuple(answer))
+        own = lambda part: isinstance(part, Slot) and isinstance(part.closed_set, str)
+        listed = [_texts(part, {}) for part in task._closed({}) or () if not own(part)]
+        if too_many := _too_many(listed):
+            raise ValueError(too_many)
+        return task
 
     @property
     def clips(self) -> tuple[str, ...]:
         """The fields that name clips."""
         return tuple(part.field for part in (*self.given, *self.answer) if heard(part))
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The fields with the words that are said in clips."""
+        slots = (part for part in (*self.given, *self.answer) if heard(part))
+        return tuple(slot.words for slot in slots if slot.words is not None)
 
     def compile(self, sample: Mapping, processor: Processor, *, learn: bool = True) -> Example:
         """Fills the line with a sample: to learn the answer, or (not `learn`) to give one.
@@ -112,7 +126,20 @@ class Task:
         """All that can follow what is given of a sample, for `generate`; None if there is no end.
 
         What is given ends with the answer's last slot that is not learned.
+
+        Raises:
+          BadSample: "missing field", "not text" or "too many answers".
         """
+        closed = self._closed(sample)
+        if closed is None:
+            return None
+        sets = [_texts(part, sample) for part in closed]
+        if too_many := _too_many(sets):
+            raise BadSample("too many answers", too_many)
+        return ["".join(parts) for parts in itertools.product(*sets)]
+
+    def _closed(self, sample: Mapping) -> list[Part] | None:
+        """What is learned behind what is given of a sample; None if a slot of it has no end."""
         given = lambda part: isinstance(part, Slot) and part.no_loss and not _left_out(part, sample)
         start = max((i for i, part in enumerate(self.answer, 1) if given(part)), default=0)
         learned = [
@@ -120,8 +147,7 @@ class Task:
         ]
         if any(isinstance(part, Slot) and part.closed_set is None for part in learned):
             return None
-        sets = [[part] if isinstance(part, str) else _texts(part, sample) for part in learned]
-        return ["".join(parts) for parts in itertools.product(*sets)]
+        return learned
 
 
 def hierarchical_tags(
@@ -206,12 +232,22 @@ def _empty(value: Any) -> bool:
     return value is None or (isinstance(value, str | bytes) and not value.strip())
 
 
-def _texts(slot: Slot, sample: Mapping) -> list[str]:
-    """What a slot with a closed set can say; "" too, where it can be left out."""
-    own = isinstance(slot.closed_set, str)
-    if own and _left_out(slot, sample) and _empty(sample.get(slot.closed_set)):
+def _texts(part: Part, sample: Mapping) -> list[str]:
+    """What a slot with a closed set can say, "" too, where it can be left out; or literal text."""
+    if isinstance(part, str):
+        return [part]
+    own = isinstance(part.closed_set, str)
+    if own and _left_out(part, sample) and _empty(sample.get(part.closed_set)):
         return [""]
-    return [*closed_set(slot, sample), *[""] * slot.optional]
+    return [*closed_set(part, sample), *[""] * part.optional]
+
+
+def _too_many(sets: list[list[str]]) -> str | None:
+    """Says so, if all that sets can say together is more than `MOST`, and than any of them."""
+    sizes = [len(texts) for texts in sets]
+    if (count := math.prod(sizes)) <= max([MOST, *sizes]):
+        return None
+    return f"wanted closed sets that allow at most {MOST} answers together, got {count}"
 
 
 def _compile(

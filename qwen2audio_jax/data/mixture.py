@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from qwen2audio_jax.data.batches import Batches
 from qwen2audio_jax.data.example import BadSample, Example, Pair, why
@@ -55,12 +57,16 @@ class Mixture:
     epochs: int | None = None  # passes over one part; None never ends
     pack: bool = True
     words: bool = False  # whether batches have `words` [C, N]: what is said in each clip
+    # Whether batches have a reference's log-probabilities of pairs, which every row then has to
+    # have; else they are not looked at.
+    references: bool = False
     accumulate: int = 1  # batches of one shape per element, along a leading axis
     host: int = 0
     hosts: int = 1  # each gets its own samples; all get batches of the same shapes
     workers: int = 0  # processes that decode and draw; 0: a thread of this one
     ahead: int = 2  # batches that are made before they are asked for
     fatal: bool = False  # whether a bad sample ends the run; else it is counted
+    measured: bool = False  # whether the buckets' weights are, rather than given
 
     def __post_init__(self):
         names = [part.name for part in self.parts]
@@ -86,7 +92,13 @@ class Mixture:
                 stream = stream.shuffle()
             stream = stream.repeat(self.epochs)
             stream = stream.random_map(
-                functools.partial(_make, part, processor=self.processor, buckets=self.buckets)
+                functools.partial(
+                    _make,
+                    part,
+                    processor=self.processor,
+                    buckets=self.buckets,
+                    references=self.references,
+                )
             )
             # Before mixing, so that each host has the mixture's ratios.
             streams.append(stream[self.host :: self.hosts])
@@ -97,20 +109,41 @@ class Mixture:
 
         All hosts have to come to the same bucket at the same step. One that holds little of what
         there is would be given empty, again and again, if it had its turn as often as the others.
+        The first process measures for all: a clip that another cannot read would part them.
         """
         if all(bucket.weight for bucket in self.buckets):
             return self
-        samples = dataclasses.replace(self, host=0, hosts=1).samples()
-        needed = np.full(len(self.buckets), 1 / MEASURED)  # what is rare has a turn, too
-        for sample in (samples[i] for i in range(MEASURED)):
-            if not isinstance(sample, Bad):
-                bucket = self.buckets[sample.bucket]
-                needed[sample.bucket] += bucket.share(sample, packed=self.pack)
+        # float32, as what devices pass on is: one process and several have the same weights
+        needed = np.full(len(self.buckets), 1 / MEASURED, np.float32)  # what is rare has a turn
+        if jax.process_index() == 0:
+            samples = dataclasses.replace(self, host=0, hosts=1).samples()
+            for sample in (samples[i] for i in range(MEASURED)):
+                if not isinstance(sample, Bad):
+                    bucket = self.buckets[sample.bucket]
+                    needed[sample.bucket] += bucket.share(sample, packed=self.pack)
+        return self._with_weights(multihost_utils.broadcast_one_to_all(needed).tolist())
+
+    def weighted_as(self, identity: Mapping[str, Any]) -> "Mixture":
+        """The mixture with the weights that another start measured; given ones stay.
+
+        Args:
+          identity: of that start. What else differs in it is for `Batches.set_state` to refuse.
+        """
+        theirs = identity.get("buckets", ())
+        if not self.measured or [b[:-1] for b in theirs] != [b[:-1] for b in self._sizes()]:
+            return self
+        return self._with_weights([b[-1] for b in theirs])
+
+    def _with_weights(self, weights: Sequence[float]) -> "Mixture":
         buckets = (
-            dataclasses.replace(bucket, weight=float(weight))
-            for bucket, weight in zip(self.buckets, needed, strict=True)
+            dataclasses.replace(bucket, weight=weight)
+            for bucket, weight in zip(self.buckets, weights, strict=True)
         )
-        return dataclasses.replace(self, buckets=tuple(buckets))
+        return dataclasses.replace(self, buckets=tuple(buckets), measured=True)
+
+    def _sizes(self) -> list[list]:
+        """Of each bucket, its weight the last."""
+        return [list(dataclasses.astuple(bucket)) for bucket in self.buckets]
 
     def opened(self) -> Processor:
         """The processor, read once by each process."""
@@ -120,21 +153,30 @@ class Mixture:
         return Batches(self)
 
     def identity(self) -> dict[str, Any]:
-        """What the order of batches depends on, so that a resumed run can be held against it."""
+        """What the order of batches depends on, so that a resumed run can be held against it.
+
+        Of sources that is how many rows they have, not what those say: rows may move, and a run
+        may go on with some of them corrected. What it learned before stays learned.
+        """
         parts = {
             part.name: [len(part.source), part.weight, part.augmented, part.masked]
             for part in self.parts
         }
-        buckets = [list(dataclasses.astuple(bucket)) for bucket in self.buckets]
         names = ("seed", "shuffle", "epochs", "pack", "words", "accumulate", "host", "hosts")
-        return {"parts": parts, "buckets": buckets} | {n: getattr(self, n) for n in names}
+        return {"parts": parts, "buckets": self._sizes()} | {n: getattr(self, n) for n in names}
 
 
 _processor = functools.lru_cache(maxsize=2)(Processor.from_pretrained)
 
 
 def _make(
-    part: Part, row: int, rng: np.random.Generator, *, processor: str, buckets: tuple[Bucket, ...]
+    part: Part,
+    row: int,
+    rng: np.random.Generator,
+    *,
+    processor: str,
+    buckets: tuple[Bucket, ...],
+    references: bool,
 ) -> Sample | Bad:
     """Reads, decodes, compiles, augments and draws one sample."""
     try:
@@ -143,7 +185,7 @@ def _make(
         sample = draw(
             example, buckets, rng, mels=made.mels, augmented=part.augmented, masked=part.masked
         )
-        reference = _reference(record)
+        reference = _reference(record) if references else ()
     except Exception as error:  # a night's run goes on
         reason, message = why(error)
         return Bad(part=part.name, reason=reason, message=f"{where(part.source, row)}: {message}")
@@ -151,10 +193,8 @@ def _make(
 
 
 def _reference(record: Mapping) -> tuple[float, ...]:
-    """The reference's log-probabilities of both answers, where a row has them."""
+    """The reference's log-probabilities of both answers."""
     known = [record.get(f"ref_{answer}_logps") for answer in ANSWERS]
-    if None in known:
-        return ()
     try:
         reference = tuple(map(float, known))
     except (TypeError, ValueError):

@@ -4,6 +4,7 @@ A source is anything with `len(source)` and `source[i] -> dict`; worker processe
 copy. Audio stays what a row says (a path, a URL, bytes, samples) until a sample is compiled.
 """
 
+import atexit
 import codecs
 import collections
 import dataclasses
@@ -12,6 +13,8 @@ import json
 import mmap
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,7 +29,8 @@ from qwen2audio_jax.prompt import unwrap
 
 MESSAGES = ("messages", "prompt", "chosen", "rejected")  # fields whose parts name clips
 NAMED = ("audio", "audio_url", "input_audio", "path", "url")  # how a part names its clip
-ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:|~|/")  # what no folder goes in front of
+# What no folder goes in front of; the name of a clip may have the time in it, with colons.
+ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|data:|~|/")
 SUFFIX = ".array_record"
 UNFINISHED = ".unfinished"  # ends the name of a shard that is being written
 NUMBERED = re.compile(r"(?P<before>.*?)\d+-of-(?P<count>\d+)(?P<after>.*)")
@@ -71,7 +75,8 @@ def open_source(
 
     Args:
       spec: `rows.jsonl`, or `rows.jsonl:test` for the rows whose "split" is test, on this disk or
-        any storage that etils.epath reaches (gs://, s3://); ArrayRecord shards on a disk: one, a
+        any storage that etils.epath reaches (gs://, s3://; it is copied to where this host keeps
+        temporary files, TMPDIR, until the process ends); ArrayRecord shards on a disk: one, a
         pattern (`train-*.array_record`) or a folder of them; or `tfds:name/config:split`, as
         tensorflow-datasets prepared it (`tfds:librispeech:train_clean100[:10%]`).
       audio: a manifest's fields that name clips: relative paths start at the manifest's folder,
@@ -109,6 +114,7 @@ class Manifest:
         reachable(self.path)
         if not epath.Path(path).is_file():
             raise FileNotFoundError(f"no manifest at {self.path}")
+        self._local = _copied(self.path) if "://" in self.path else self.path
         self.lines = _lines(self._data)
         first = [self._bad(i) for i in range(min(len(self), FEW))]
         if all(first):
@@ -169,10 +175,7 @@ class Manifest:
 
     @functools.cached_property
     def _data(self) -> mmap.mmap | bytes:
-        path = epath.Path(self.path)
-        if "://" in self.path:
-            return path.read_bytes()
-        with open(path, "rb") as file:
+        with open(epath.Path(self._local), "rb") as file:
             try:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except ValueError:  # an empty file cannot be mapped
@@ -180,6 +183,15 @@ class Manifest:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_data"}
+
+
+def _copied(path: str) -> str:
+    """A copy on this host's disk, for as long as this process lives: its workers map it, too."""
+    handle, copy = tempfile.mkstemp(suffix=".jsonl")
+    atexit.register(epath.Path(copy).unlink, missing_ok=True)
+    with open(handle, "wb") as here, epath.Path(path).open("rb") as there:
+        shutil.copyfileobj(there, here, 1 << 24)
+    return copy
 
 
 def _lines(data: mmap.mmap | bytes) -> np.ndarray:
@@ -256,14 +268,10 @@ class Shards:
         on_disk(spec, "shards on a disk (mount the bucket)")
         import grain  # an extra
 
-        folder, pattern = epath.Path(spec), f"*{SUFFIX}*"
-        if not folder.is_dir():
-            folder, pattern = folder.parent, folder.name
-        paths = sorted(os.fspath(path) for path in folder.glob(pattern))
-        self.paths = [path for path in paths if not path.endswith(UNFINISHED)]
+        self.paths = shards(spec)
         if not self.paths:
             raise FileNotFoundError(f"no {SUFFIX} shards at {spec}")
-        if folder == epath.Path(spec):  # who names shards may want some
+        if epath.Path(spec).is_dir():  # who names shards may want some
             _complete(self.paths)
         self._records = grain.sources.ArrayRecordDataSource(self.paths)
 
@@ -277,6 +285,15 @@ class Shards:
         except (ValueError, RuntimeError, msgpack.UnpackException) as error:
             message = f"{os.path.dirname(self.paths[0])}, record {index}: {error}"
             raise BadSample("bad row", message) from None
+
+
+def shards(spec: str) -> list[str]:
+    """The files that a folder, or a pattern, is of on a disk; none, if it is of nothing there."""
+    folder, pattern = epath.Path(spec), f"*{SUFFIX}*"
+    if not folder.is_dir():
+        folder, pattern = folder.parent, folder.name
+    paths = sorted(os.fspath(path) for path in folder.glob(pattern))
+    return [path for path in paths if not path.endswith(UNFINISHED)]
 
 
 def _complete(paths: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ from qwen2audio_jax.weights.orbax import quietly
 
 CHECKPOINTS = "checkpoints"  # the folder within a run's
 TORN = ".orbax-checkpoint-tmp"  # in the names of those that are not whole yet
+SCORES = "metrics/metrics"  # within a checkpoint: where Orbax writes and reads what was measured
 
 _HOST = "host-"  # begins the names of their files
 
@@ -61,6 +62,7 @@ class Checkpoints:
         self.folder = epath.Path(folder).resolve() / CHECKPOINTS
         self._keep, self._best, self._sign = keep, best, 1 if mode == "max" else -1
         self._saving: int | None = None
+        self._check_scores()
         self._orbax = self._open()
 
     def _open(self, *, clear: bool = True) -> ocp.training.Checkpointer:
@@ -103,7 +105,8 @@ class Checkpoints:
     ) -> None:
         """Starts to save; when this returns, `state` may be donated to the next step.
 
-        A step that is there already stays as it is, unless it was not measured and now is.
+        A step that is there already stays as it is; what was not measured then and now is, is put
+        beside it.
 
         Args:
           state: a pytree of arrays.
@@ -114,7 +117,10 @@ class Checkpoints:
           OSError: this or the last save failed; what was saved before it is still there.
         """
         self.wait()
-        if step in self.steps and (metrics is None or self.measured(step)):
+        scores = None if metrics is None else {k: float(v) for k, v in metrics.items()}
+        if step in self.steps:
+            if scores is not None and not self.measured(step):
+                self._add_scores(step, scores)
             return
         arrays = _flat(state)
         leaves = _describe(arrays, jax.device_get(checksum.sums(arrays)))
@@ -124,8 +130,7 @@ class Checkpoints:
                 step,
                 {"state": arrays, "data": _HostFiles(data)},
                 force=True,  # when to save is the loop's business
-                overwrite=True,
-                metrics=None if metrics is None else {k: float(v) for k, v in metrics.items()},
+                metrics=scores,
                 custom_metadata={
                     "leaves": leaves,
                     "crc32": _crc(leaves),
@@ -134,6 +139,34 @@ class Checkpoints:
             )
         except Exception as error:  # whatever Orbax and TensorStore raise
             raise self._failure(error) from error
+
+    def _add_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Saves what was measured late; to save all anew would be to delete all first."""
+        path = self.folder / str(step) / SCORES
+        try:
+            if jax.process_index() == 0:
+                path.parent.mkdir(exist_ok=True)
+                put(path, json.dumps(scores).encode())
+        except OSError as error:
+            why = f"{_line(error)}; step {step} is still there"
+            raise OSError(f"cannot save what was measured to {path.parent}: {why}") from error
+        multihost_utils.sync_global_devices("what was measured late is saved")
+        self._orbax.reload()
+
+    def _check_scores(self) -> None:
+        """Sets aside what was measured and cannot be read, which Orbax would not open."""
+        if jax.process_index() == 0 and self.folder.is_dir():
+            for path in self.folder.iterdir():
+                scores = path / SCORES
+                if not path.name.isdigit() or not scores.exists():
+                    continue
+                try:
+                    [float(value) for value in json.loads(scores.read_bytes()).values()]
+                except (AttributeError, TypeError, ValueError) as error:
+                    aside = scores.with_name(f"{scores.name}.damaged")
+                    _log.warning("%s is damaged, now called %s: %s", scores, aside.name, error)
+                    scores.replace(aside)
+        multihost_utils.sync_global_devices("damaged scores are set aside")
 
     def wait(self) -> None:
         """Returns when what is being saved is on disk.
@@ -296,6 +329,13 @@ class _HostFiles:
                     self._read[int(number)] = file.read_bytes()
 
         return read()
+
+
+def put(path: epath.Path, content: bytes) -> None:
+    """Writes a file that is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -8,8 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from qwen2audio_jax.data.chats import from_messages, from_preference
-from qwen2audio_jax.data.example import Example, Pair
+from qwen2audio_jax.data.chats import (
+    from_messages,
+    from_preference,
+    is_conversation,
+    is_pair,
+    says_words,
+)
+from qwen2audio_jax.data.example import Example, Pair, why
 from qwen2audio_jax.data.instruction import Task
 from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.sources import RandomAccess, open_source, where
@@ -18,6 +24,7 @@ from qwen2audio_jax.prompt import IM_END, PAD
 from qwen2audio_jax.training.settings import TFDS, WORLD, DataConfig, each_of
 
 MADE = 10**6  # samples that a made world tells apart
+LOOKED = 50  # rows of a source that tell what all are
 
 Choices = Callable[[Mapping], list[str] | None]
 
@@ -53,11 +60,12 @@ class Drawn:
         return sorted(rng.choice(len(self.source), len(self), replace=False).tolist())
 
 
-def training(data: DataConfig, *, pairs: bool = False) -> tuple[Part, ...]:
+def training(data: DataConfig, *, pairs: bool = False, words: bool = False) -> tuple[Part, ...]:
     """What is learned from.
 
     Args:
-      pairs: whether rows without a task are pairs of answers rather than conversations.
+      pairs: whether it is pairs of answers, rather than tasks and conversations.
+      words: whether it is to say what is said in clips, for CTC.
 
     Raises:
       ValueError, OSError: a source, or a line, is not what it should be.
@@ -65,10 +73,11 @@ def training(data: DataConfig, *, pairs: bool = False) -> tuple[Part, ...]:
     if not data.train:
         raise ValueError("nothing to train on: wanted --data.train SOURCE")
     weights = data.weights or [1.0] * len(data.train)
-    found = []
-    given = (each_of(data.train, words) for words in (data.tasks, data.tags))
+    found, said = [], False
+    given = (each_of(data.train, each) for each in (data.tasks, data.tags))
     for spec, line, tags, weight in zip(data.train, *given, weights, strict=True):
         parts = [each.part for each in _open(spec, line, tags, data, pairs)]
+        said = said or (words and _says_words(spec, line, parts[0]))
         share = weight / sum(part.weight for part in parts)
         found += [
             dataclasses.replace(
@@ -79,6 +88,9 @@ def training(data: DataConfig, *, pairs: bool = False) -> tuple[Part, ...]:
             )
             for part in parts
         ]
+    if words and not said:
+        how = "by [AUDIO:audio,words=FIELD] or beside a conversation's clips"
+        raise ValueError(f"ctc: wanted words that are said, {how}, got none; --ctc 0 does without")
     return _named(found, data.train)
 
 
@@ -98,12 +110,15 @@ def held_out(data: DataConfig, samples: int, *, pairs: bool = False) -> list[Hel
 
 def _open(spec: str, line: str, tags: str, data: DataConfig, pairs: bool) -> list[HeldOut]:
     if spec.startswith(WORLD):
-        return _made(spec, data.style)
+        return _made(spec, data.style, pairs)
     if not line:
         compile = from_preference if pairs else from_messages
         source = open_source(spec, rate=data.rate)
         part = Part(name=spec, source=source, compile=compile, augmented=1.0)
+        _check_kind(part, pairs)
         return [HeldOut(part=part, choices=_anything)]
+    if pairs:
+        raise ValueError(f"{spec}: wanted pairs of answers, which have no task, got {line!r}")
     try:
         task = Task.parse(line, tags=tags or None, style=data.style)
     except ValueError as error:
@@ -113,11 +128,44 @@ def _open(spec: str, line: str, tags: str, data: DataConfig, pairs: bool) -> lis
     return [HeldOut(part=part, choices=task.choices)]
 
 
-def _made(spec: str, style: str) -> list[HeldOut]:
+def _check_kind(part: Part, pairs: bool) -> None:
+    """Refuses rows of which none is what is learned from; single ones are bad samples."""
+    rows = _some(part)
+    if not rows or any(map(is_pair if pairs else is_conversation, rows)):
+        return
+    if pairs:
+        wanted = "pairs of answers ('chosen' and 'rejected')"
+    else:
+        wanted = "conversations ('messages' with an answer at their end), or a line in --data.tasks"
+    raise ValueError(f"{part.name}: wanted {wanted}, got rows of {', '.join(rows[0]) or 'nothing'}")
+
+
+def _says_words(spec: str, line: str, part: Part) -> bool:
+    """Whether a source says what is said in its clips, as the made ones do."""
+    if spec.startswith(WORLD):
+        return True
+    return bool(Task.parse(line).words) if line else any(map(says_words, _some(part)))
+
+
+def _some(part: Part) -> list[Mapping]:
+    """Rows of a part, of those that can be read."""
+    drawn, rows = dataclasses.replace(part, source=Drawn(part.source, LOOKED)), []
+    for index in range(len(drawn.source)):
+        try:
+            rows.append(drawn.read(index))
+        except Exception as error:  # counted when it is drawn to be learned
+            why(error)
+    return rows
+
+
+def _made(spec: str, style: str, pairs: bool) -> list[HeldOut]:
     from qwen2audio_jax.data.world import MODES, World  # speech needs an extra
 
     name, _, kind = spec.removeprefix(WORLD).partition("/")
     kind, _, split = kind.partition(":")
+    if (kind == "preference") != pairs:
+        wanted = f"pairs of answers, {WORLD}NAME/preference" if pairs else "tasks or conversations"
+        raise ValueError(f"wanted {wanted}, got {spec}")
     world, split = World.named(name), split or "train"
     if kind in (*MODES, "preference"):
         compile = from_preference if kind == "preference" else from_messages

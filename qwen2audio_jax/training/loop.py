@@ -26,6 +26,7 @@ def train(
     log: Log | None = None,
     checkpoints: Checkpoints | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
+    resumed: Callable[[], None] | None = None,
     dtype: str = "float32",
 ) -> int | None:
     """Moves a learner by a step a batch, from its last checkpoint to the optimizer's last step.
@@ -35,6 +36,7 @@ def train(
     Args:
       batches: with checkpoints, what can say and be told where it is: `feeds.Feeds`.
       evaluate: measures the learner as it is.
+      resumed: called when all is where the run begins or goes on; what is refused comes before.
       dtype: of the arithmetic, for MFU.
 
     Returns:
@@ -48,6 +50,8 @@ def train(
     """
     batches, steps = iter(batches), learner.optimizer.steps
     done = resume(learner, batches, checkpoints)
+    if resumed is not None:
+        resumed()
     meter = Meter(learner, config, log or Log(None), checkpoints, done=done, dtype=dtype)
     with meter, Interruption() as stop:
         if evaluate is not None and config.evaluate_first and done == 0:

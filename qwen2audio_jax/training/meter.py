@@ -131,7 +131,9 @@ class Meter:
         waited, bad = sizes.pop("waited"), sizes.pop("bad")
         row = {name: float(x) for name, x in jax.device_get(metrics).items()}
         now = time.perf_counter()
-        row |= {"learning_rate": float(self._schedule(number - 1)), "seconds": now - self._last}
+        # The schedule counts steps that moved something: those before this one.
+        moved = number - int(row["skipped"]) - math.isfinite(row["grad_norm"])
+        row |= {"learning_rate": float(self._schedule(moved)), "seconds": now - self._last}
         row["waited"] = waited
         self._last = now
         if not self._compiling:

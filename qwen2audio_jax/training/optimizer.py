@@ -17,6 +17,7 @@ ADJUSTABLE = (
     *("learning_rate", "final_fraction", "schedule_type", "steps", "warmup_steps"),
     *("decay_fraction", "weight_decay", "clip_norm"),
 )
+FACTORED = 64  # the shortest side of what Adafactor factors: the encoder's heads are as wide
 MUON_RMS = 0.5  # Adam's updates are of about this size, in units of the learning rate
 
 
@@ -133,9 +134,8 @@ class OptimizerConfig:
 
     def make(self) -> optax.GradientTransformation:
         """The transformation from gradients to updates."""
-        chain = [self._scaled()]
-        if self.clip_norm:
-            chain.insert(0, optax.clip_by_global_norm(self.clip_norm))
+        clipped = optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
+        chain = [clipped, self._scaled()]  # as long without: a run may go on with it
         if self.name != "adam":
             decays = lambda params: by_path(params, _decays)
             chain.append(optax.add_decayed_weights(self.weight_decay, mask=decays))
@@ -153,7 +153,8 @@ class OptimizerConfig:
 
     def _scaled(self):
         if self.name == "adafactor":
-            return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+            factored = optax.scale_by_factored_rms(min_dim_size_to_factor=FACTORED)
+            return optax.chain(factored, optax.clip_by_block_rms(1.0))
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype)
         return _muon(adam, mu_dtype=self.mu_dtype) if self.name == "muon" else adam
 

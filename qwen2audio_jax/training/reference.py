@@ -1,9 +1,11 @@
 """What a reference model makes of preference pairs, computed once and kept beside a run."""
 
 import dataclasses
+import json
 import math
 import os
 import pathlib
+import re
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -11,19 +13,23 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jax.experimental import multihost_utils
+from jaxtyping import Bool, Float, UInt32
 
 from qwen2audio_jax.data.chats import from_preference
-from qwen2audio_jax.data.example import BadSample, Pair
+from qwen2audio_jax.data.example import BadSample, Pair, why
 from qwen2audio_jax.data.mixture import Mixture, Part
-from qwen2audio_jax.data.sources import Made, RandomAccess, where
+from qwen2audio_jax.data.sources import ELSEWHERE, FEW, Made, RandomAccess, each_clip, where
 from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.progress import Progress
 from qwen2audio_jax.training import checksum, inputs, run
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.preference import REFERENCE
+from qwen2audio_jax.training.settings import PreferenceSettings
 
 FOLDER = "ref_log_probs"
+PAIRS = "pairs"  # the folder of manifests with what the reference answered
+AUDIO = ("audio",)  # fields that name clips, beside those of conversations
 SAVE_EVERY = 60  # seconds: what a start that was killed has asked for is not asked for again
 
 
@@ -45,6 +51,45 @@ class WithReference:
         return where(self.source, index)
 
 
+def settle(settings: PreferenceSettings, parts: Sequence[Part]) -> PreferenceSettings:
+    """The settings; where rows have the reference's log-probabilities, it is not kept in memory.
+
+    Args:
+      parts: all of the run, those that are held out too.
+
+    Raises:
+      ValueError: some have them, and nobody is to compute those of the others.
+    """
+    if not settings.preference.wants_reference or settings.precompute_ref_log_probs:
+        return settings
+    known = _answered(parts)
+    if any(known) and not all(known):
+        raise ValueError(
+            f"{parts[known.index(True)].name} has {' and '.join(REFERENCE)}, "
+            f"{parts[known.index(False)].name} has not: wanted them in all that is learned and "
+            "held out, or in none, or --precompute-ref-log-probs for those without"
+        )
+    return dataclasses.replace(settings, precompute_ref_log_probs=any(known))
+
+
+def _answered(parts: Sequence[Part]) -> list[bool]:
+    """Of which parts the rows have the reference's log-probabilities; all processes agree."""
+    found = np.array([_has_columns(part) for part in parts], np.int32)
+    return [bool(x) for x in multihost_utils.broadcast_one_to_all(found)] if parts else []
+
+
+def _has_columns(part: Part) -> bool:
+    """Whether the first row that can be read has them."""
+    for index in range(min(len(part.source), FEW)):
+        try:
+            row = part.read(index)
+        except Exception as error:  # it is counted when it is its turn
+            why(error)
+        else:
+            return all(row.get(name) is not None for name in REFERENCE)
+    return False
+
+
 def compile(record: Mapping, processor: Processor) -> Pair:
     """As `from_preference`, of a row `WithReference`."""
     pair = from_preference(record, processor)
@@ -58,7 +103,9 @@ def precompute(
 ) -> tuple[Part, ...]:
     """The parts with the learner's log-probabilities as it is, before all steps.
 
-    What another start of the same run has computed is read from its folder.
+    What another start of the same run has computed is read from its folder; rows that say
+    something else since then are asked for again. Parts whose rows have them stay as they are.
+    `PAIRS` has manifests of all pairs that could be used, with the columns, for other runs.
 
     Args:
       mixture: whose batches' shapes are used.
@@ -69,16 +116,24 @@ def precompute(
     """
     known = []
     model = _identity(learner)  # all hosts add it up together
-    for part in parts:
+    for part, answered in zip(parts, _answered(parts), strict=True):
         if part.augmented or part.masked:
             raise ValueError(
-                "precompute_ref_log_probs wants clips as they are: data.augmented and data.masked 0"
+                "log-probabilities of a reference that are known beforehand are of clips as they "
+                "are: wanted data.augmented and data.masked of 0, or no precompute_ref_log_probs "
+                f"and no {' and '.join(REFERENCE)} in the rows"
             )
+        if answered:
+            known.append(part)
+            continue
         if isinstance(part.source, Made):
             raise ValueError(f"precompute_ref_log_probs wants pairs in a file, got {part.name}")
         path = folder / FOLDER / f"{zlib.crc32(part.name.encode()):08x}.npz"
         source = WithReference(part.source, _compute(learner, mixture, part, path, model))
         known.append(dataclasses.replace(part, source=source, compile=compile))
+        if jax.process_index() == 0:
+            words = re.sub(r"\W+", "-", part.name.replace(".jsonl", ""))[-50:].strip("-")
+            _publish(folder / PAIRS / f"{words}-{path.stem}.jsonl", source)
     return tuple(known)
 
 
@@ -87,29 +142,68 @@ def _compute(
 ) -> Float[np.ndarray, "rows 2"]:
     """Asks for what the file does not have yet, and writes it every so often."""
     first = jax.process_index() == 0
-    logps, asked = _read(path, part, model) or (
+    rows = _fingerprints(part.source) if first else np.zeros(len(part.source), np.uint32)
+    logps, asked = _read(path, model, rows) or (
         np.full((len(part.source), len(REFERENCE)), np.nan, np.float32),
         np.zeros(len(part.source), bool),
     )
+    # All ask for the same: together. A psum knows no bool.
+    logps, asked = multihost_utils.broadcast_one_to_all((logps, asked.astype(np.int32)))
+    logps, asked = np.array(logps), np.array(asked, bool)
+    logps[~asked] = np.nan
     if asked.all():
         return logps
     saved = time.monotonic()
     with Progress(len(logps), desc="reference", unit=" pairs", shown=first) as progress:
         for batch in inputs.once(part, mixture):
-            rows = batch["rows"]
-            used = rows >= 0
-            if not asked[rows[used]].all():
+            used = batch["rows"] >= 0
+            which = batch["rows"][used]
+            if not asked[which].all():
                 known = learner.reference_logps(batch)
-                pairs = [known[name][: len(rows)][used] for name in REFERENCE]
-                logps[rows[used]], asked[rows[used]] = np.stack(pairs, axis=1), True
+                pairs = [known[name][: len(used)][used] for name in REFERENCE]
+                logps[which], asked[which] = np.stack(pairs, axis=1), True
                 if first and time.monotonic() - saved >= SAVE_EVERY:
-                    _write(path, logps, asked, model)
+                    _write(path, model, rows, logps, asked)
                     saved = time.monotonic()
             progress.update(int(used.sum()))
     asked[:] = True  # the rest could not be used
     if first:
-        _write(path, logps, asked, model)
+        _write(path, model, rows, logps, asked)
     return logps
+
+
+def _fingerprints(source: RandomAccess) -> UInt32[np.ndarray, " rows"]:
+    """Of each row a number that changes with what it says, with its clips' names or samples and,
+    of files on a disk, with their sizes and times."""
+    return np.array([_fingerprint(source, index) for index in range(len(source))], np.uint32)
+
+
+def _fingerprint(source: RandomAccess, index: int) -> int:
+    try:
+        row = each_clip(dict(source[index]), AUDIO, _stamped)
+    except Exception as error:  # of a row that cannot be read
+        row = why(error)
+    return zlib.crc32(json.dumps(row, default=_number, skipkeys=True).encode())
+
+
+def _stamped(clip: Any) -> Any:
+    if isinstance(clip, Mapping):
+        return {name: _stamped(value) for name, value in clip.items()}
+    if not isinstance(clip, str):
+        return clip
+    try:
+        file = os.stat(clip)
+    except (OSError, ValueError):  # not there, or somewhere else
+        return clip
+    return [clip, file.st_size, file.st_mtime_ns]
+
+
+def _number(value: Any) -> Any:
+    """For what JSON has no word for: samples, a file's content."""
+    if isinstance(value, np.ndarray):
+        words = value.dtype.hasobject
+        return value.tolist() if words else [*value.shape, zlib.crc32(value.tobytes())]
+    return zlib.crc32(value) if isinstance(value, bytes) else repr(value)
 
 
 def _identity(learner: Learner) -> str:
@@ -117,28 +211,53 @@ def _identity(learner: Learner) -> str:
 
 
 def _read(
-    path: pathlib.Path, part: Part, model: str
+    path: pathlib.Path, model: str, rows: UInt32[np.ndarray, " rows"]
 ) -> tuple[Float[np.ndarray, "rows 2"], Bool[np.ndarray, " rows"]] | None:
-    """What is known, and which rows were asked for; None: nothing, of this model and source."""
+    """What is known, and of which rows it was asked; None: nothing, of this model and source."""
     if not path.exists():
         return None
     with np.load(path) as file:
-        same = "asked" in file and str(file["model"]) == model
+        same = str(file["model"]) == model
         if not same and run.goes_on(path.parent.parent):
             raise ValueError(
                 f"{path.parent.parent} holds a run whose reference is another model than --model"
             )
-        same = same and len(file["logps"]) == len(part.source)
-        return (file["logps"], file["asked"]) if same else None
+        # Of an older version's file nobody can say what it was asked of.
+        if not same or "rows" not in file or len(file["rows"]) != len(rows):
+            return None
+        return file["logps"], file["asked"] & (file["rows"] == rows)
 
 
 def _write(
     path: pathlib.Path,
+    model: str,
+    rows: UInt32[np.ndarray, " rows"],
     logps: Float[np.ndarray, "rows 2"],
     asked: Bool[np.ndarray, " rows"],
-    model: str,
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
-    np.savez(partial, logps=logps, asked=asked, model=model)
+    np.savez(partial, model=model, rows=rows, logps=logps, asked=asked)
     os.replace(partial, path)
+
+
+def _publish(path: pathlib.Path, source: WithReference) -> None:
+    """Writes the pairs that could be used as a manifest, unless its rows hold their clips."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            for index in np.flatnonzero(np.isfinite(source.logps).all(axis=1)).tolist():
+                row = each_clip(source[index], AUDIO, _absolute)
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except (TypeError, BadSample):
+        partial.unlink()
+    else:
+        os.replace(partial, path)
+
+
+def _absolute(clip: Any) -> Any:
+    if isinstance(clip, Mapping):
+        return {name: _absolute(value) for name, value in clip.items()}
+    relative = isinstance(clip, str) and clip and not ELSEWHERE.match(clip)
+    return os.path.abspath(clip) if relative else clip

@@ -20,7 +20,7 @@ from etils import epath
 
 from qwen2audio_jax.config import Config
 from qwen2audio_jax.processor import Processor
-from qwen2audio_jax.training.checkpoint import CHECKPOINTS
+from qwen2audio_jax.training.checkpoint import CHECKPOINTS, put
 from qwen2audio_jax.weights import settings
 
 SETTINGS = "run.json"
@@ -38,10 +38,12 @@ def begin(folder: str | os.PathLike, config: Any, *, model: Config, processor: P
         `changing` names.
 
     Returns:
-      True: there is a checkpoint to restore. False: the run is new, and its files are written.
+      True: there is a checkpoint to restore, and `keep` is to be called when that is done. False:
+        the run is new, and its files are written.
 
     Raises:
       ValueError: another field differs; the message names each with both values.
+      OSError: nothing can be written to the folder.
     """
     folder = epath.Path(folder)
     continues = goes_on(folder)
@@ -49,14 +51,27 @@ def begin(folder: str | os.PathLike, config: Any, *, model: Config, processor: P
         _compare(folder, config)
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        if not continues:
+        if continues:
+            with tempfile.TemporaryFile(dir=folder):  # a folder to read only is told of at once
+                pass
+        else:
             with tempfile.TemporaryDirectory() as local:
                 processor.save_pretrained(local)
                 settings.write(model, pathlib.Path(local))
                 for file in sorted(pathlib.Path(local).iterdir()):
-                    _write(folder / file.name, file.read_bytes())
-        _write(folder / SETTINGS, json.dumps(as_json(config), indent=2).encode() + b"\n")
+                    put(folder / file.name, file.read_bytes())
+            keep(folder, config)
     return continues
+
+
+def keep(folder: str | os.PathLike, config: Any) -> None:
+    """Writes the settings that the run in a folder has from now on.
+
+    Of a run that goes on not before all is restored: what is refused until then leaves no trace.
+    """
+    if jax.process_index() == 0:
+        content = json.dumps(as_json(config), indent=2).encode() + b"\n"
+        put(epath.Path(folder) / SETTINGS, content)
 
 
 def goes_on(folder: str | os.PathLike) -> bool:
@@ -134,12 +149,6 @@ def _free(config: Any, prefix: str = "") -> list[str]:
         elif dataclasses.is_dataclass(value):
             names += _free(value, f"{name}.")
     return names
-
-
-def _write(path: epath.Path, content: bytes) -> None:
-    partial = path.parent / f".{path.name}.partial"
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def _steps(folder: epath.Path) -> list[int]:

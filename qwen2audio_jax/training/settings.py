@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from qwen2audio_jax import sharding
 from qwen2audio_jax.data.instruction import STYLES
 from qwen2audio_jax.data.pack import Bucket
+from qwen2audio_jax.data.sources import SUFFIX, shards
 from qwen2audio_jax.flash import Attention
 from qwen2audio_jax.remat import Policy
 from qwen2audio_jax.training.lora import LoraConfig
@@ -115,11 +116,18 @@ def _share_rows(one: str, other: str) -> bool:
     if one.startswith(WORLD) or other.startswith(WORLD):
         return one == other
     (file, split), (other_file, other_split) = map(_file_and_split, (one, other))
-    if os.path.normpath(file) != os.path.normpath(other_file):
+    if _files(file).isdisjoint(_files(other_file)):
         return False
     (name, part, _), (other_name, other_part, _) = (s.partition("[") for s in (split, other_split))
     overlap = name == other_name and not (part and other_part)  # parts are the user's business
     return split == other_split or overlap or not split or not other_split
+
+
+def _files(source: str) -> set[str]:
+    """What a source is of, however it is written; of shards on this disk each."""
+    of_shards = SUFFIX in source or os.path.isdir(source)
+    found = shards(source) if of_shards and "://" not in source else []
+    return {os.path.abspath(path) for path in found or [source]}
 
 
 def _file_and_split(source: str) -> tuple[str, str]:
@@ -395,7 +403,8 @@ class PreferenceSettings(Settings):
 
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     precompute_ref_log_probs: bool = False
-    """Let the reference answer once, before the training, rather than keep it in memory."""
+    """Let the reference answer once, before the training, rather than keep it in memory; rows that
+    have ref_chosen_logps and ref_rejected_logps already are taken as they are."""
 
     def __post_init__(self):
         super().__post_init__()

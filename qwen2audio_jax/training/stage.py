@@ -4,6 +4,7 @@ run.json, config.json, tokenizer.json, ...   see run.py
 checkpoints/                                 to go on from, the best one among them
 log.jsonl, tensorboard/, profile/            while it runs
 ref_log_probs/                               the reference's, where they are precomputed
+pairs/                                       the pairs with them, as manifests
 model/                                       what came out, in Hugging Face's format
 model-best/                                  the best checkpoint, where that is not the last
 adapter/                                     the same as an adapter, in PEFT's
@@ -33,7 +34,7 @@ from qwen2audio_jax.training import inputs, learner, loop, lora, peft, placement
 from qwen2audio_jax.training.checkpoint import Checkpoints
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.log import Log
-from qwen2audio_jax.training.reference import precompute
+from qwen2audio_jax.training.reference import precompute, settle
 from qwen2audio_jax.training.settings import PreferenceSettings, Settings
 from qwen2audio_jax.training.trainee import trainee_of
 from qwen2audio_jax.weights import huggingface
@@ -58,12 +59,13 @@ def train(settings: Settings) -> int | None:
     sharding.check_hosts(mesh.devices)
     settings = _with_start(run.fed(settings))
     placement.check((bucket.tokens for bucket in settings.data.buckets), mesh)
-    parts = inputs.training(settings.data, pairs=pairs)
+    parts = inputs.training(settings.data, pairs=pairs, words=settings.ctc > 0)
     kept = inputs.held_out(settings.data, settings.evaluation.samples, pairs=pairs)
     sizes = model_settings.read(locate(settings.model, huggingface.PATTERNS))
     processor = Processor.from_pretrained(settings.model)
     run.begin(settings.out, settings, model=sizes, processor=processor)
-    trainee = _learner(settings, sizes, mesh)
+    settled = settle(settings, [*parts, *(each.part for each in kept)]) if pairs else settings
+    trainee = _learner(settled, sizes, mesh)
     mixture = Mixture(
         parts=parts,
         processor=str(settings.out),
@@ -76,7 +78,7 @@ def train(settings: Settings) -> int | None:
         workers=settings.data.workers,
         fatal=settings.data.fatal,
     )
-    if pairs and settings.precompute_ref_log_probs and settings.preference.wants_reference:
+    if pairs and settled.precompute_ref_log_probs and settings.preference.wants_reference:
         known = partial(precompute, trainee, mixture, folder=settings.out)
         # by their rows, which a run may go on with otherwise
         kept_parts = known([dataclasses.replace(each.part, name=each.rows) for each in kept])
@@ -85,7 +87,7 @@ def train(settings: Settings) -> int | None:
             for part, each in zip(kept_parts, kept, strict=True)
         )
         kept = [dataclasses.replace(e, part=p) for e, p in zip(kept, kept_parts, strict=True)]
-        mixture = dataclasses.replace(mixture, parts=known(parts))
+        mixture = dataclasses.replace(mixture, parts=known(parts), references=True)
     return _run(settings, trainee, mixture, processor, kept)
 
 
@@ -157,6 +159,7 @@ def _run(
             log=log,
             checkpoints=checkpoints,
             evaluate=evaluate,
+            resumed=partial(run.keep, folder, settings),
             dtype=settings.dtype,
         )
         if signal is None:

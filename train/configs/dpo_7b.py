@@ -3,7 +3,7 @@
     python -m train.dpo 7b --data.train pairs.jsonl:train --data.held-out pairs.jsonl:test
 
 beta 0.1 as published, LoRA as in `train.sft 7b` at half its rate. Expected: the loss falls from
-log 2 = 0.693, and `accuracy`, how often the chosen answer's reward is the higher, rises from 0.5.
+log 2 = 0.693, and `accuracy`, how often the chosen answer's reward is the higher, rises from 0.
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
     python -m train.dpo tiny --model runs/sft/model
 
-Expected: the loss falls from log 2 = 0.693, where every run begins, and `accuracy` rises from 0.5
-to above 0.9.
+Expected: the loss falls from log 2 = 0.693, where every run begins, and `accuracy` rises from 0,
+as no answer's reward is the higher at first, to above 0.9.
 """
 
 import pathlib

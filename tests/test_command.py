@@ -1,0 +1,72 @@
+"""What is wrong with a command is one line, whichever program it is."""
+
+import re
+import sys
+
+import pytest
+
+from train import command, compile, demo, pods, shard
+
+
+@pytest.mark.parametrize(
+    ("program", "settings", "args", "message"),
+    [
+        ("train.shard", shard.Settings, ["--wat"], "Missing value for argument 'manifest'"),
+        (
+            "train.shard",
+            shard.Settings,
+            ["rows.jsonl", "x", "--row", "3"],
+            "Unrecognized options: --row, 3; perhaps --rows",
+        ),
+        ("train.demo", demo.Demo, ["--nonsense"], "Unrecognized options: --nonsense;"),
+        ("train.demo", demo.Demo, ["--seed", "one"], "Error parsing --seed: .*'one'"),
+        ("train.pods", pods.Options, ["pods.md", "more"], "Unrecognized options: more"),
+        ("train.compile", compile.Compile, ["--stage", "none"], "'none' .*'pretrain', 'sft'"),
+    ],
+)
+def test_a_mistaken_flag_is_one_line(monkeypatch, capsys, program, settings, args, message):
+    monkeypatch.setattr(sys, "argv", ["x", *args])
+    with pytest.raises(SystemExit) as ended:
+        command.run(pytest.fail, settings, program, "about")
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error.count("\n") == 1 and error.startswith(f"{program}: error: ")
+    assert error.endswith("; --help teaches\n") and not set(error) & set("│╭╰─")
+    assert re.search(message, error)
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "line"),
+    [
+        (0, 0, ""),
+        (143, 143, ""),
+        (ValueError("wanted a,\n got b"), 2, "x.y: error: wanted a, got b\n"),
+        (FileNotFoundError("no a"), 2, "x.y: error: no a\n"),
+        (ModuleNotFoundError("No a"), 2, "x.y: error: No a; pip install 'qwen2audio_jax[demo]'\n"),
+        (OSError(28, "No space left"), 1, "x.y: error: [Errno 28] No space left\n"),
+        (FloatingPointError("not finite"), 1, "x.y: error: not finite\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_the_exit_status_says_whose_fault_it_was(monkeypatch, capsys, given, status, line):
+    """2: what was given; 1: the run, or the disk."""
+
+    def main(options):
+        if isinstance(given, BaseException):
+            raise given
+        return given
+
+    monkeypatch.setattr(sys, "argv", ["x", "pods.md"])
+    with pytest.raises(SystemExit) as ended:
+        command.run(main, pods.Options, "x.y", "about", extra="demo")
+    assert ended.value.code == status
+    assert capsys.readouterr().err == line
+
+
+def test_what_nobody_foresaw_keeps_its_trace(monkeypatch):
+    def main(options):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(sys, "argv", ["x", "pods.md"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        command.run(main, pods.Options, "x.y", "about")

@@ -1,0 +1,96 @@
+"""What all programs that are told by flags share: one line for a mistake, and the exit status."""
+
+import contextlib
+import functools
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+from qwen2audio_jax.training import hosts
+
+T = TypeVar("T")
+
+
+def run(
+    main: Callable[[Any], int | None],
+    settings: Any,
+    name: str,
+    doc: str | None,
+    *,
+    extra: str = "train",
+) -> NoReturn:
+    """Reads the command line into `settings`, runs a program, and exits with what it gives.
+
+    Args:
+      name: the module that is run, "train.shard".
+      doc: what --help begins with.
+      extra: of the package, what the program needs.
+    """
+    with guard(name, extra):
+        cli = functools.partial(tyro.cli, settings, prog=f"python -m {name}", description=doc)
+        sys.exit(main(read(cli)))
+
+
+def read(cli: Callable[[], T]) -> T:
+    """What tyro reads; what is wrong with the flags is said in one line rather than in its box.
+
+    Raises:
+      ValueError: it cannot be read.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return cli()
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+    raise ValueError(f"{_essence(said.getvalue())}; --help teaches")
+
+
+@contextlib.contextmanager
+def guard(name: str, extra: str = "train") -> Iterator[None]:
+    """Ends a program with one line if it fails: 2, something that was given is wrong; 1, it could
+    not go on, as with a full disk; 130, Ctrl-C."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        stop(name, f"{error}; pip install 'qwen2audio_jax[{extra}]'", 2)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        stop(name, error, 2)
+    except (FloatingPointError, OSError) as error:
+        stop(name, error, 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def stop(name: str, error: object, status: int) -> NoReturn:
+    who = f"{hosts.here()}: " if hosts.joined() else ""
+    print(f"{name}: error: {who}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if hosts.joined():  # to leave in order would be to wait for the others, who wait for this one
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _essence(box: str) -> str:
+    """Of a box of tyro's, what is wrong, and the names that come near."""
+    parts = [[]]
+    for line in box.splitlines()[1:-1]:
+        line = line.strip("│| ")
+        if set(line) <= {"─", "-"}:  # the latter where nothing else can be shown
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    wrong, *more = filter(None, parts)
+    said = [" ".join(wrong)]
+    for head, *rest in more:
+        if head.startswith("Perhaps you meant"):
+            flags = dict.fromkeys(line.split()[0] for line in rest if line.startswith("--"))
+            said.append(f"perhaps {' or '.join(flags)}")
+        elif not head.startswith(("For full helptext", "Argument helptext")):
+            said.append(" ".join([head, *rest]))
+    return "; ".join(said)
