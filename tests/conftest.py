@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Devices that wait for each other hold a thread of XLA's each, of which there are as many as cores:
+# on two, all would wait for a device that has none.
+os.environ.setdefault("NPROC", "64")
 # They share two busy cores, and may meet late: after 40 s XLA would end the process.
 PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENT}"
@@ -20,7 +23,15 @@ def hurry(request):
     """Programs that run but a few times take longer to be compiled well than to be run badly; a
     module that says `HURRY = False` has others."""
     jax.config.update("jax_disable_most_optimizations", getattr(request.module, "HURRY", True))
-    yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cached(tmp_path_factory):
+    """Many tests compile the same programs; all workers share what one has compiled."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @pytest.fixture(scope="session")

@@ -188,9 +188,18 @@ def score(model, batch):
     return -jnp.where(labels != loss.IGNORED, taken, 0).sum() / (labels != loss.IGNORED).sum()
 
 
-@pytest.mark.parametrize("target", [lora.DECODER, TARGETS["one_layer"][0]])
-def test_only_adapters_learn(model, target):
+@pytest.mark.parametrize(
+    ("name", "stacked"),
+    [
+        ("decoder", False),
+        ("one_layer", True),
+        pytest.param("decoder", True, marks=pytest.mark.slow),
+        pytest.param("one_layer", False, marks=pytest.mark.slow),
+    ],
+)
+def test_only_adapters_learn(models, name, stacked):
     """Fresh ones change nothing; steps lower the loss; a layer that has none keeps none."""
+    model, target = models[stacked], TARGETS[name][0]
     config = LoraConfig(r=2, target_modules=target, lora_dropout=0.1)
     adapters = lora.init(config, model, key=jax.random.key(0))
     np.testing.assert_array_equal(

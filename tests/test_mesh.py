@@ -1,5 +1,7 @@
 """Eight devices, however they share the work, do what one does."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -68,17 +70,23 @@ def after():
         logs = learner.step(batch(), 0)
         return jax.device_get((logs, learner.state.opt_state, learner.state.params))
 
-    one = {way: run(way, {}) for way in WAYS}
-    return run, one
+    return run, functools.cache(lambda way: run(way, {}))
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", MESHES)
+def combinations():
+    """All are `slow` but SFT on every mesh and every way on one."""
+    for way in WAYS:
+        for name in MESHES:
+            marks = () if way == "sft" or name == "all" else pytest.mark.slow
+            yield pytest.param(way, name, marks=marks, id=f"{name}-{way}")
+
+
+@pytest.mark.parametrize(("way", "name"), [*combinations()])
 def test_a_step_on_a_mesh_is_the_step_of_one_device(after, way, name):
     """Loss, gradients and parameters within 1e-5: all of them, of rows that do not divide by the
     devices, of a preference, and of adapters."""
     run, one = after
-    for a, b in zip(*map(jax.tree.leaves, (run(way, MESHES[name]), one[way])), strict=True):
+    for a, b in zip(*map(jax.tree.leaves, (run(way, MESHES[name]), one(way))), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 

@@ -47,14 +47,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cached(hurry, tmp_path_factory):
-    """Programs are the same from run to run."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return tiny.save(tmp_path_factory.mktemp("base"))
@@ -240,6 +232,7 @@ def test_pretraining_begins_from_nothing(run, tmp_path, base, everywhere):
             assert re.search(line, told), (source, reason)
 
 
+@pytest.mark.slow
 def test_dpo_has_the_same_reference_in_memory_and_beforehand(run, tmp_path, data, monkeypatch):
     """And is told both ways how often the chosen answer is preferred; in short arithmetic, too.
 
