@@ -64,6 +64,7 @@ def trained(tmp_path_factory):
     return json.loads(path.read_text("utf-8")), path.with_suffix(".md").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_both_sides_train_alike(trained):
     """Every loss, so every update that led to it; and a clip of 1 s is learned by heart a bit."""
     (clip,) = trained[0]["presets"]["tiny"]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 import soundfile
 import tiny
@@ -413,10 +414,19 @@ def test_interrupted(run, monkeypatch):
     assert (status, out, err) == (130, "", "\n")
 
 
-def test_programs_are_kept(monkeypatch, tmp_path):
+@pytest.fixture
+def set_to(monkeypatch):
+    """What jax is told to be, which knows of no folder for programs."""
+    before, told = jax.config.jax_compilation_cache_dir, {}
+    jax.config.update("jax_compilation_cache_dir", None)
+    with monkeypatch.context() as patched:
+        patched.setattr(session.jax.config, "update", told.__setitem__)
+        yield told
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_programs_are_kept(monkeypatch, tmp_path, set_to):
     """Where compiled programs lie: as the user says, else as jax is told, else in the cache."""
-    set_to = {}
-    monkeypatch.setattr(session.jax.config, "update", set_to.__setitem__)
     monkeypatch.delenv("QWEN2AUDIO_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     session.cache_programs()
@@ -429,14 +439,12 @@ def test_programs_are_kept(monkeypatch, tmp_path):
         assert not set_to
 
 
-def test_a_user_without_a_home(monkeypatch):
+def test_a_user_without_a_home(monkeypatch, set_to):
     """Nothing is kept, unless a folder is named."""
 
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
-    set_to = {}
-    monkeypatch.setattr(session.jax.config, "update", set_to.__setitem__)
     monkeypatch.setattr(session.pathlib.Path, "home", homeless)
     for name in ("QWEN2AUDIO_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)

@@ -304,6 +304,7 @@ def test_help_teaches(program, capsys):
     assert f"python -m convert.{program} " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_small(tmp_path):
     """Both programs in processes of their own, the bits compared, the files deleted."""
     start = time.perf_counter()

@@ -275,6 +275,7 @@ def test_no_copy_of_the_weights_is_made():
     assert step.memory_analysis().temp_size_in_bytes < 0.6 * held
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(base):
     """Adapters are split as their layers are, and add the same."""
     mesh = sharding.mesh(data=2, fsdp=2, tensor=2)

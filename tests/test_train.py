@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import prepared
@@ -265,6 +264,7 @@ def test_dpo_has_the_same_reference_in_memory_and_beforehand(run, tmp_path, data
     assert keeping == [False] and not (tmp_path / "rows" / reference.FOLDER).exists()
 
 
+@pytest.mark.slow
 def test_dpo_from_adapters_is_compared_with_them(run, tmp_path, base, capsys):
     """In memory and beforehand; a run that goes on with another model is refused."""
     sft, losses, lora = tmp_path / "sft", [], ("--lora.r", 2)
