@@ -75,6 +75,7 @@ def test_both_sides_train_alike(trained):
     assert ours[-1] < ours[0]
 
 
+@pytest.mark.slow
 def test_steps_are_timed_in_pairs(trained):
     figures, tables = trained
     (clip,) = figures["presets"]["tiny"]

@@ -191,8 +191,8 @@ def score(model, batch):
 @pytest.mark.parametrize(
     ("name", "stacked"),
     [
-        ("decoder", False),
         ("one_layer", True),
+        pytest.param("decoder", False, marks=pytest.mark.slow),
         pytest.param("decoder", True, marks=pytest.mark.slow),
         pytest.param("one_layer", False, marks=pytest.mark.slow),
     ],

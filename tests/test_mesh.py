@@ -74,10 +74,10 @@ def after():
 
 
 def combinations():
-    """All are `slow` but SFT on every mesh and every way on one."""
+    """All but SFT's are `slow`."""
     for way in WAYS:
         for name in MESHES:
-            marks = () if way == "sft" or name == "all" else pytest.mark.slow
+            marks = () if way == "sft" else pytest.mark.slow
             yield pytest.param(way, name, marks=marks, id=f"{name}-{way}")
 
 

@@ -395,6 +395,7 @@ def small_files(limit=100 * 1024):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 def test_whatever_ends_a_run_it_goes_on_to_the_same_bits(ends, tmp_path, monkeypatch, caplog):
     """SIGTERM, gradients that are no numbers, a full disk, a damaged checkpoint: one line each."""
     whole, out = tmp_path / "whole", tmp_path / "run"
