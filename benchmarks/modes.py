@@ -48,7 +48,7 @@ def main(options: Options) -> None:
         right["alone"] = right.get("alone", {}) | score(settings.out, world, [mode], options.clips)
     print(table(right))
     if options.out is not None:
-        content = {**sides.machine(), "options": json.loads(json.dumps(vars(options), default=str))}
+        content = sides.machine() | {"world": options.world, "clips": options.clips}
         steps = f"{joint.optimizer.steps} steps together, {settings.optimizer.steps} alone"
         sides.save(options.out, content | {"right": right}, f"SFT, {steps}", [table(right)])
 

@@ -11,7 +11,6 @@ Answers are free: nothing keeps them in a closed set. A benchmark that was stopp
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from qwen2audio_jax.training.settings import DataConfig, LoopConfig, Settings
 from train import command, demo
 from train.configs import laptop
 
+KNOBS = ("world", "steps", "seeds", "clips")  # what figures depend on
 ASKED = {"prompt": ("prompt", "paraphrase"), "tags": ("tags",), "none": ("none",)}
 
 
@@ -55,7 +55,7 @@ def main(options: Options) -> None:
             figures += measure(options, world, style, seed)
             print(table(figures), flush=True)
     if options.out is not None:
-        content = {**sides.machine(), "options": json.loads(json.dumps(vars(options), default=str))}
+        content = sides.machine() | {name: getattr(options, name) for name in KNOBS}
         about = f"`python -m benchmarks.prompts`, {options.steps} steps"
         sides.save(options.out, content | {"figures": figures}, about, [table(figures)])
         draw(figures, options.out.with_suffix(".png"))
