@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import pathlib
 import random
-import resource
 import shutil
 import signal
 import time
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from disk import small_files
 
 from qwen2audio_jax import sharding
 from qwen2audio_jax.training.checkpoint import CHECKPOINTS, SCORES, Checkpoints
@@ -145,16 +145,6 @@ def bytes_of(folder, number):
     """All of a checkpoint but what was measured."""
     files = (file for file in files_of(folder, number) if file.parent.name != "metrics")
     return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
-
-
-@contextlib.contextmanager
-def small_files(limit):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_late_scores_leave_the_checkpoint_alone(copy):
@@ -355,19 +345,17 @@ def fill_disk(folder, answer):
     checkpoints = Checkpoints(folder)
     checkpoints.save(1, after(1), {"seen": 1})
     checkpoints.wait()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (WIDTH * 100, limits[1]))
-    try:
-        checkpoints.save(2, after(2), {"seen": 2})
-        checkpoints.wait()
-        answer.send("saved")
-    except OSError as error:
-        answer.send(str(error))
-    deadline = time.monotonic() + 60
-    while any("tmp" in path.name for path in (folder / CHECKPOINTS).iterdir()):
-        assert time.monotonic() < deadline  # it is cleared away beside the training
-        time.sleep(0.05)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with small_files(WIDTH * 100):
+        try:
+            checkpoints.save(2, after(2), {"seen": 2})
+            checkpoints.wait()
+            answer.send("saved")
+        except OSError as error:
+            answer.send(str(error))
+        deadline = time.monotonic() + 60
+        while any("tmp" in path.name for path in (folder / CHECKPOINTS).iterdir()):
+            assert time.monotonic() < deadline  # it is cleared away beside the training
+            time.sleep(0.05)
     checkpoints.save(3, after(3), {"seen": 3})
     checkpoints.close()
 

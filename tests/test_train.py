@@ -1,10 +1,8 @@
 """The programs train, measure, save and go on, each in one folder; mistakes are one line."""
 
-import contextlib
 import json
 import os
 import re
-import resource
 import runpy
 import shutil
 import signal
@@ -17,6 +15,7 @@ import prepared
 import pytest
 import soundfile
 import tiny
+from disk import small_files
 from flax import nnx
 
 pytest.importorskip("grain")
@@ -384,17 +383,6 @@ def weights_of(out):
     return (out / "model" / "model.safetensors").read_bytes()
 
 
-@contextlib.contextmanager
-def small_files(limit=100 * 1024):
-    """No file may become larger: as on a disk that is full, but for the words of the message."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.slow
 def test_whatever_ends_a_run_it_goes_on_to_the_same_bits(ends, tmp_path, monkeypatch, caplog):
     """SIGTERM, gradients that are no numbers, a full disk, a damaged checkpoint: one line each."""
@@ -426,7 +414,7 @@ def test_whatever_ends_a_run_it_goes_on_to_the_same_bits(ends, tmp_path, monkeyp
     )
     assert f"the last good checkpoint is {out / CHECKPOINTS / '3'}, and --changing " in line
 
-    with small_files():
+    with small_files(100 * 1024):
         status, line = ends(out)
     assert (status, steps_of(out)) == (1, [2, 3])
     assert line.startswith(f"train.sft: error: cannot save step 4 to {out / CHECKPOINTS}: ")

@@ -133,7 +133,9 @@ def precompute(
         known.append(dataclasses.replace(part, source=source, compile=compile))
         if jax.process_index() == 0:
             words = re.sub(r"\W+", "-", part.name.replace(".jsonl", ""))[-50:].strip("-")
-            _publish(folder / PAIRS / f"{words}-{path.stem}.jsonl", source)
+            pairs = folder / PAIRS / f"{words}-{path.stem}.jsonl"
+            if not pairs.exists() or pairs.stat().st_mtime_ns < path.stat().st_mtime_ns:
+                _publish(pairs, source)
     return tuple(known)
 
 
