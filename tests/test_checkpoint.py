@@ -180,6 +180,25 @@ def test_late_scores_are_as_good_as_others(tmp_path):
         assert_same_bits(checkpoints.restore(abstract(fresh()), 2).state, after(2))
 
 
+def test_what_is_measured_while_it_is_saved_is_put_beside_it(tmp_path):
+    """By the next save, or at the end, before it is decided what stays."""
+    open_ = lambda: contextlib.closing(Checkpoints(tmp_path, keep=1, best="wer"))
+    with open_() as checkpoints:
+        for number, wer in ((1, 0.2), (2, 0.5), (3, 0.1)):
+            checkpoints.save(number, after(number), None)
+            checkpoints.add_scores(number, {"wer": wer})
+            assert not checkpoints.measured(number)
+        assert (checkpoints.steps, checkpoints.best) == ([1, 3], 1)
+        checkpoints.wait()
+        assert checkpoints.best == 3
+        checkpoints.save(4, after(4), None)
+        checkpoints.add_scores(4, {"wer": 0.3})
+        checkpoints.add_scores(9, {"wer": 0.0})  # of a step that is not saved
+    with open_() as checkpoints:
+        assert (checkpoints.steps, checkpoints.best) == ([3, 4], 3)
+        assert checkpoints.measured(4)
+
+
 def killed_late(folder):
     """A process that is killed where what was measured would appear."""
     checkpoints = Checkpoints(folder)

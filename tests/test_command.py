@@ -63,6 +63,18 @@ def test_the_exit_status_says_whose_fault_it_was(monkeypatch, capsys, given, sta
     assert capsys.readouterr().err == line
 
 
+def test_who_asks_is_told_where_it_failed(monkeypatch, capsys):
+    def main(options):
+        raise ValueError("wanted a, got b")
+
+    monkeypatch.setattr(sys, "argv", ["x", "pods.md"])
+    monkeypatch.setenv("QWEN2AUDIO_TRACEBACK", "1")
+    with pytest.raises(SystemExit):
+        command.run(main, pods.Options, "x.y", "about")
+    *trace, line = capsys.readouterr().err.splitlines()
+    assert line == "x.y: error: wanted a, got b" and "in main" in "".join(trace)
+
+
 def test_what_nobody_foresaw_keeps_its_trace(monkeypatch):
     def main(options):
         raise RuntimeError("a bug")

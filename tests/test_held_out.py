@@ -151,3 +151,19 @@ def test_what_is_of_no_use_at_all_ends_nothing(folder, caplog):
     assert held_out.losses(parts[:1], mixture, measure) == {}
     with pytest.raises(ValueError, match="part 'mute': row 0: empty text"):
         held_out.losses(parts, dataclasses.replace(mixture, fatal=True), measure)
+
+
+def test_what_no_batch_has_room_for_is_told_once(folder, caplog):
+    """It is answered, and so would be measured otherwise than the rest without a word."""
+    rows = [conversation("no"), conversation("no " * 300), conversation("no " * 200)]
+    parts = [kept(rows, "roomy")]
+    mixture = Mixture(parts=(parts[0].part,), processor=folder, buckets=(BUCKET,))
+
+    class One:
+        def means(self):
+            return {"loss": 2.0}
+
+    for _ in range(2):
+        assert held_out.losses(parts, mixture, lambda batch: One()) == {"loss": 2.0}
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.startswith("left out: roomy: 2 too long, the last: row 2: too long: fits no bucket")

@@ -1,5 +1,7 @@
 """What a compiled program costs is counted from its text, loops in full."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -140,8 +142,10 @@ def test_collectives_that_were_combined_count_together():
     assert gather.bytes == (64 * 4 + 64 * 2) * 7 / 8
 
 
-def test_flash_attention_costs_queries_times_keys():
+@pytest.mark.parametrize("rows", [(), (1,), (2,)])
+def test_flash_attention_costs_queries_times_keys(rows):
     """On a device that has a quarter of a row's queries, and all of its keys."""
     text = 'custom_call_target="tpu_custom_call", metadata={op_name="whole/splash_mha_fwd"}'
-    shapes = [(2, 4, 256, 64), (2, 4, 1024, 64), (2, 4, 1024, 64)]
-    assert operations.kernel("splash_mha_fwd", text, shapes) == 2 * 2 * 2 * 4 * 256 * 1024 * 64
+    shapes = [(*rows, 4, 256, 64), (*rows, 4, 1024, 64), (*rows, 4, 1024, 64)]
+    wanted = 2 * 2 * math.prod(rows) * 4 * 256 * 1024 * 64
+    assert operations.kernel("splash_mha_fwd", text, shapes) == wanted

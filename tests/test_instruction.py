@@ -1,7 +1,9 @@
 """A line declares a task: what it compiles to is what the processor makes when it is asked."""
 
 import dataclasses
+import importlib
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import words
 from qwen2audio_jax import Processor, audio, prompt
 from qwen2audio_jax.data.example import BadSample
 from qwen2audio_jax.data.instruction import Task, hierarchical_tags
-from qwen2audio_jax.data.slots import TYPES, Filled, slot_type
+from qwen2audio_jax.data.slots import TYPES, slot_type
 
 ASR = "[AUDIO:speech] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"
 TAG = "<|audio_bos|><|AUDIO|><|audio_eos|>"
@@ -296,12 +298,65 @@ def test_tags_in_a_field_are_its_own(processor):
     assert given("Say -> <|[TEXT:language]|>[TEXT:text]", sample, processor)[1] == wanted
 
 
-def test_a_new_type_is_a_function(processor, monkeypatch):
-    """Codec tokens, say: learned as words of the vocabulary."""
-    monkeypatch.setitem(TYPES, "PHONES", None)  # to be gone again after the test
+@pytest.fixture
+def new_types(monkeypatch):
+    """CODES and BROKEN, to be gone again after the test."""
+    monkeypatch.setattr("qwen2audio_jax.data.slots.TYPES", {**TYPES})
+    monkeypatch.delitem(sys.modules, "slot_types", raising=False)
+    importlib.import_module("slot_types")
 
-    @slot_type("PHONES")
-    def fill(value, slot, sample):
-        return Filled(" ".join(f"<{phone}>" for phone in value))
 
-    assert given("Say: -> [PHONES:p]", {"p": ["a", "b"]}, processor)[1] == " <a> <b><|endoftext|>"
+def test_a_new_type_is_a_function(processor, new_types):
+    """Codec tokens, say: learned as words of the vocabulary, with an attribute of their own."""
+    sample = {"c": [1, 2, 3]}
+    assert given("Say: -> [CODES:c]", sample, processor)[1] == " 1 2 3<|endoftext|>"
+    assert given("Say: -> [CODES:c,rate=2]", sample, processor)[1] == " 1 2<|endoftext|>"
+    for wrong in ("rate=0", "rate=fast", "rate"):
+        with pytest.raises(ValueError, match=r"^column (19|20): rate: (wanted|invalid)"):
+            Task.parse(f"-> x [CODES:c,{wrong}]")
+    with pytest.raises(
+        ValueError, match=r"attribute of CODES \(no_loss, optional, rate\), got 'x'"
+    ):
+        Task.parse("-> [CODES:c,x=2]")
+    task = Task.parse("-> [CODES:c,rate=2]")
+    assert pickle.loads(pickle.dumps(task)) == task and hash(task) == hash(task)
+
+
+def test_attributes_that_nothing_reads_are_refused_at_once():
+    with pytest.raises(ValueError, match=r"slot type X: wanted attributes of .*, got rate"):
+        slot_type("X", attributes=["rate"])
+    with pytest.raises(ValueError, match=r"slot type X: wanted parsers of new names, got words"):
+        slot_type("X", parsers={"words": str})
+
+
+def test_workers_know_new_types(tmp_path, new_types, caplog):
+    """Which another process registered; of a mistake in one is said, once, where it is."""
+    pytest.importorskip("grain")
+    from qwen2audio_jax.data.mixture import Mixture, Part
+    from qwen2audio_jax.data.pack import Bucket
+
+    folder = str(words.made_tokenizer(tmp_path / "words"))
+    parts = [
+        Part(name=name, source=rows, compile=Task.parse(line).compile)
+        for name, rows, line in (
+            ("codes", [{"c": [i, 7, 9]} for i in range(8)], "Say: -> [CODES:c,rate=2]"),
+            ("broken", [{"c": [i]} for i in range(8)], "Say: -> [BROKEN:c]"),
+        )
+    ]
+    bucket = Bucket(rows=2, tokens=40, clips=0, frames=0)
+    how = {"processor": folder, "buckets": (bucket,), "workers": 1, "shuffle": False}
+    batches = iter(Mixture(parts=tuple(parts), **how))
+    batch = next(batches)
+    learned = batch["labels"][0][batch["segment_ids"][0] == 1]
+    assert Processor.from_pretrained(folder).decode([learned[learned >= 0]])[0].strip() == "0 7"
+    counts = batches.counts
+    batches.close()
+    assert counts["codes"]["bad"] == {} and list(counts["broken"]["bad"]) == ["unforeseen"]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("broken: row 0: AttributeError: ") and "in _of_a_typing_mistake" in told
+    batches = iter(Mixture(parts=(parts[1],), **how | {"workers": 0}, fatal=True))
+    caplog.clear()
+    with pytest.raises(ValueError, match=r"^part 'broken': row 0: AttributeError"):
+        next(batches)
+    batches.close()
+    assert "in _of_a_typing_mistake" in caplog.text

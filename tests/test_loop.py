@@ -1,6 +1,7 @@
 """The loop trains once a batch, keeps a history, and an interrupted run ends with the same bits."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import time
@@ -14,12 +15,13 @@ import small
 from flax import nnx
 
 from qwen2audio_jax import Qwen2Audio, sharding
+from qwen2audio_jax.training import hosts, loop
 from qwen2audio_jax.training import log as logs
-from qwen2audio_jax.training import loop
 from qwen2audio_jax.training import loss as losses
 from qwen2audio_jax.training.checkpoint import Checkpoints
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.log import Log
+from qwen2audio_jax.training.meter import Meter
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.settings import LoopConfig, Lora
 
@@ -169,9 +171,7 @@ def test_a_base_that_has_changed_is_refused(tmp_path):
     adapted = {"adapters": Lora(r=2)}
     checkpoints = Checkpoints(tmp_path)
     one = learner(**adapted)
-    loop.save(
-        one, Counted(), checkpoints, 1, loop.Meter(one, LoopConfig(), Log(None), None, done=0), None
-    )
+    loop.save(one, Counted(), checkpoints, 1, Meter(one, LoopConfig(), Log(None), None, done=0))
     checkpoints.wait()
     other = Qwen2Audio(small.CONFIG, rngs=nnx.Rngs(1))
     other = Learner(other, one.optimizer, losses.next_token, **adapted)
@@ -191,11 +191,14 @@ def test_gradients_that_are_no_numbers_stop_the_training(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     config = LoopConfig(save_every=1, evaluate_every=100, bad_steps=2)
     log, one = Log(tmp_path), learner(breaks)
+    own = {"encoder_learning_rate": 0.02, "decoder_learning_rate": 0.0}
+    one.optimizer = dataclasses.replace(one.optimizer, **own)
     with pytest.raises(FloatingPointError) as caught:
         loop.train(one, Counted(), config, log=log, checkpoints=checkpoints)
     message = str(caught.value)
     assert "the loss is nan" in message and "at step 5, the 2. in a row" in message
     assert f"the last good checkpoint is {checkpoints.folder / '3'}, and --changing " in message
+    assert "optimizer.learning_rate optimizer.encoder_learning_rate lets the run go on" in message
     assert checkpoints.steps == [1, 3]
     assert [row["skipped"] for row in log.rows] == [0, 1, 1, 2, 3]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(one.state.params))
@@ -203,13 +206,44 @@ def test_gradients_that_are_no_numbers_stop_the_training(tmp_path):
     checkpoints.close()
 
 
-def test_the_log_has_the_rate_that_was_used(tmp_path):
-    """A step that is skipped does not move the schedule, also where a run goes on behind it."""
+def broken_at(*words):
+    """The loss, and no number where a batch ends with one of these words: 11 is the first's."""
 
     def breaks(model, batch):
         sums = losses.next_token(model, batch)
-        broken = batch["input_ids"][0, -1] == 12  # the second batch
+        broken = jnp.isin(batch["input_ids"][0, -1], jnp.array(words))
         return sums.replace(loss=sums.loss * jnp.where(broken, jnp.nan, 1.0))
+
+    return breaks
+
+
+def test_a_step_that_moved_nothing_loses_none_before_it(tmp_path, capsys):
+    """A signal there saves, and so does the end; else the next step that moves is saved."""
+    config, breaks = LoopConfig(save_every=3, evaluate_every=100), broken_at(13, 15)
+
+    def run(name, **stop):
+        with (
+            contextlib.closing(Log(tmp_path / name)) as log,
+            contextlib.closing(Checkpoints(tmp_path / name, keep=9)) as checkpoints,
+        ):
+            one, evaluate = learner(breaks), lambda: {"wer": 0.5}
+            how = {"log": log, "checkpoints": checkpoints, "evaluate": evaluate}
+            ended = loop.train(one, Counted(**stop), config, **how)
+            return ended, one.state, checkpoints.steps, checkpoints.measured(STEPS)
+
+    ended, whole, steps, measured = run("whole")
+    assert ended is None and steps == [4, 5] and measured
+    assert "step 3 moved nothing: the next one that does is saved" in capsys.readouterr().err
+    ended, _, steps, _ = run("parts", signal_at=3)
+    assert ended == signal.SIGTERM and steps == [3]
+    ended, state, steps, measured = run("parts")
+    assert ended is None and steps == [3, 5] and measured
+    jax.tree.map(np.testing.assert_array_equal, whole, state)
+    assert int(state.skipped) == 2
+
+
+def test_the_log_has_the_rate_that_was_used(tmp_path):
+    """A step that is skipped does not move the schedule, also where a run goes on behind it."""
 
     class Noting(Learner):
         def step(self, batch, number):
@@ -226,7 +260,8 @@ def test_the_log_has_the_rate_that_was_used(tmp_path):
         ):
             batches = Counted(signal_at=signal_at)
             how = {"log": log, "checkpoints": checkpoints}
-            loop.train(Noting(model, optimizer, breaks), batches, LoopConfig(**SPARSE), **how)
+            one = Noting(model, optimizer, broken_at(12))
+            loop.train(one, batches, LoopConfig(**SPARSE), **how)
     assert [row["skipped"] for row in log.rows] == [0, 1, 1, 1, 1]
     assert [row["learning_rate"] for row in log.rows] == used
     assert used[1] == used[2] > used[3] > used[4]
@@ -250,6 +285,69 @@ def test_what_is_left_out_is_told_when_it_begins(capsys):
     assert told.count("speech: left out, too long: row 8: 31 s") == 1
     assert [row["bad/missing audio"] for row in log.rows] == [1, 2, 3, 4, 5]
     assert [row.get("bad/too long") for row in log.rows] == [None, None, 1, 1, 1]
+
+
+def test_what_other_hosts_leave_out_is_counted_too(monkeypatch, capsys):
+    """From one checkpoint to the next as of the last one; then the row has what all met."""
+    ours, theirs = ({"speech": {"bad": {"missing audio": [n, f"row {n}"]}}} for n in (2, 7))
+    theirs["speech"]["bad"]["too long"] = [1, "row 8: 31 s"]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "gathered", lambda counts: [counts, theirs])
+    one, log = learner(), Log(None)
+    with Meter(one, LoopConfig(), log, None, done=0) as meter:
+        for number in (1, 2, 3):
+            batch = next(Counted())
+            meter.add(number, batch, one.step(batch, number), ours)
+            if number == 2:
+                meter.settle(ours)
+    assert [row["bad/missing audio"] for row in log.rows] == [2, 9, 9]
+    assert [row.get("bad/too long") for row in log.rows] == [None, 1, 1]
+    assert capsys.readouterr().err.count("speech: left out, too long: row 8: 31 s") == 1
+
+
+class Killed(BaseException):
+    """What no program survives."""
+
+
+@pytest.mark.parametrize("killed", ["in it", "behind it"])
+def test_a_step_is_saved_before_it_is_measured(tmp_path, killed):
+    """What is killed meanwhile measures first when it goes on, and ends as if nothing had been."""
+    config = LoopConfig(save_every=2, evaluate_every=2, keep=1)
+    figures = {2: 0.1, 4: 0.5, 5: 0.3}
+
+    def run(name, dies=False):
+        folder, measured = tmp_path / name, []
+        with (
+            contextlib.closing(Log(folder)) as log,
+            contextlib.closing(Checkpoints(folder, keep=1, best="wer")) as checkpoints,
+        ):
+            batches, one = Counted(), learner()
+
+            def evaluate():
+                checkpoints.wait()
+                assert batches.number == checkpoints.steps[-1]
+                measured.append(batches.number)
+                if dies and killed == "in it":
+                    raise Killed
+                return {"wer": figures[batches.number]}
+
+            def add_scores(step, scores):
+                raise Killed
+
+            if dies and killed == "behind it":
+                checkpoints.add_scores = add_scores
+            how = {"log": log, "checkpoints": checkpoints, "evaluate": evaluate}
+            with pytest.raises(Killed) if dies else contextlib.nullcontext():
+                loop.train(one, batches, config, **how)
+            known = [(row["step"], row["eval/wer"]) for row in log.rows if "eval/wer" in row]
+        return measured, one.state, (checkpoints.steps, checkpoints.best), known
+
+    measured, whole, kept, known = run("whole")
+    assert measured == [2, 4, 5] and kept == ([2, 5], 2) and known == [*figures.items()]
+    assert run("parts", dies=True)[0] == [2]
+    measured, state, kept, known = run("parts")
+    assert measured == [2, 4, 5] and kept == ([2, 5], 2) and known == [*figures.items()]
+    jax.tree.map(np.testing.assert_array_equal, whole, state)
 
 
 @pytest.mark.parametrize("ends", ["signal", "error"])
@@ -330,5 +428,8 @@ def test_what_nothing_can_train_is_refused():
         Learner(model, still, losses.next_token)
     with pytest.raises(ValueError, match=r"target_modules name .*, whose learning rate is 0"):
         Learner(model, still, losses.next_token, adapters=Lora(r=1))
+    own = OptimizerConfig(projector_learning_rate=1e-3)
+    with pytest.raises(ValueError, match=r"projector_learning_rate is of nothing that trains: .*"):
+        Learner(model, own, losses.next_token, adapters=Lora(r=1))
     with pytest.raises(ValueError, match="the batches ended after 0 of 5 steps"):
         loop.train(learner(), [])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import multiprocessing
+import re
 
 import jax
 import numpy as np
@@ -138,6 +139,7 @@ def test_bad_samples_are_counted_by_reason(tokenizer, clips):
     assert reasons == {"missing audio": 1, "corrupt audio": 1, "empty text": 1, "too long": 2}
     assert counts["samples"] == 10 and sum((x >= 0).any(axis=1).sum() for x in labels) > 0
     report = batches.report()
+    assert re.search(rf"hear +10 100.00% +{15 / len(clips):.2f} ", report)
     assert "1 missing audio, the last: row 3" in report and "absent.wav" in report
     batches.close()
     fatal = iter(Mixture(**{**vars(mixture), "fatal": True}))
@@ -193,6 +195,38 @@ def test_a_worker_that_is_killed_is_said_in_one_line(tokenizer):
     with pytest.raises(ChildProcessError, match=r"killed .*: wanted fewer --data.workers, got 1"):
         take(batches, 1000)
     batches.close()
+
+
+@pytest.mark.parametrize(
+    ("workers", "shares"), [(5, [2, 1, 1, 1]), (4, [1] * 4), (2, [1] * 4), (0, [0] * 4)]
+)
+def test_feeds_share_a_process_s_workers(tokenizer, workers, shares, monkeypatch):
+    """None of them is without, if there are any; what comes is the same."""
+    grain = pytest.importorskip("grain")
+    made, options = [], grain.MultiprocessingOptions
+    counted = lambda count, **how: made.append(count) or options(0, **how)  # in threads
+    monkeypatch.setattr(grain, "MultiprocessingOptions", counted)
+    part = Part(name="n", source=numbers(50), compile=text_only)
+    how = {"parts": (part,), "processor": tokenizer, "buckets": (SHORT,), "hosts": 8}
+    feeds, plain = Feeds(Mixture(**how, workers=workers), 1, 2), Feeds(Mixture(**how), 1, 2)
+    assert all(same(next(feeds), next(plain)) for _ in range(2))
+    feeds.close()
+    plain.close()
+    assert sorted(made) == sorted([*shares, 0, 0, 0, 0])
+
+
+def test_workers_that_are_killed_are_all_told_of(tokenizer):
+    part = Part(name="n", source=numbers(50), compile=text_only)
+    how = {"parts": (part,), "processor": tokenizer, "buckets": (SHORT,), "hosts": 2, "workers": 1}
+    feeds = Feeds(Mixture(**how))
+    next(feeds)
+    children = [each for each in multiprocessing.active_children() if "grain" in each.name]
+    assert len(children) == 2
+    for child in children:
+        child.kill()
+    with pytest.raises(ChildProcessError, match=r"got 1, which are 2 processes for 2 feeds$"):
+        take(feeds, 1000)
+    feeds.close()
 
 
 def test_only_what_is_no_samples_fault_ends_a_run(tokenizer, tmp_path):

@@ -13,7 +13,13 @@ from flax import nnx
 from qwen2audio_jax import Qwen2Audio
 from qwen2audio_jax.training import loss as losses
 from qwen2audio_jax.training.learner import Learner
-from qwen2audio_jax.training.optimizer import OptimizerConfig, averaged, by_path, part_of
+from qwen2audio_jax.training.optimizer import (
+    ADJUSTABLE,
+    OptimizerConfig,
+    averaged,
+    by_path,
+    part_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +226,27 @@ def test_a_run_can_go_on_with_or_without_clipping(params, name):
     of = lambda norm: OptimizerConfig(name=name, clip_norm=norm).make()
     states = [jax.eval_shape(of(norm).init, params) for norm in (0.0, 1.0)]
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+
+
+def test_a_part_s_rate_may_be_changed_but_not_to_or_from_0(params):
+    """No state's shape depends on it; what has been frozen has no state."""
+    config = OptimizerConfig(encoder_learning_rate=1e-5, projector_learning_rate=0.0)
+    assert config.rates == ("learning_rate", "encoder_learning_rate")
+    before = dataclasses.asdict(config)
+    other = dataclasses.replace(config, encoder_learning_rate=1e-6, learning_rate=1e-3)
+    other.check_change(before)
+    dataclasses.replace(config, encoder_learning_rate=None).check_change(before)
+    assert {"encoder_learning_rate", "embeddings_learning_rate"} <= set(ADJUSTABLE)
+    shapes = [jax.eval_shape(each.make().init, params) for each in (config, other)]
+    assert jax.tree.structure(shapes[0]) == jax.tree.structure(shapes[1])
+    for change, message in (
+        ({"encoder_learning_rate": 0.0}, "encoder_learning_rate was 1e-05, now 0.0"),
+        ({"projector_learning_rate": None}, "projector_learning_rate was 0.0, now 0.0001"),
+        ({"learning_rate": 0.0}, "decoder_learning_rate was 0.0001, now 0.0"),
+    ):
+        with pytest.raises(ValueError, match=f"{message}: a run that goes on moves the same parts"):
+            dataclasses.replace(config, **change).check_change(before)
+    config.check_change({"learning_rate": 1e-4, "projector_learning_rate": 0.0})  # an older run's
 
 
 def test_adafactor_factors_the_encoder_s_attention():

@@ -22,6 +22,7 @@ from qwen2audio_jax.training import log
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORDS = ("low", "mid", "high", "top")
 STEPS = 8
+LOST = (3, 8)  # clips that are nowhere
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +35,8 @@ def given(tmp_path_factory, chirp):
     rows = []
     for i in range(24):
         soundfile.write(folder / f"{i}.wav", chirp(0.3, i), 16_000)
-        asked = [{"type": "audio", "audio": f"{i}.wav"}, {"type": "text", "text": "How high?"}]
+        wave = "lost.wav" if i in LOST else f"{i}.wav"
+        asked = [{"type": "audio", "audio": wave}, {"type": "text", "text": "How high?"}]
         answer = {"role": "assistant", "content": WORDS[i % 4]}
         split = "test" if i > 19 else "train"
         rows.append({"messages": [{"role": "user", "content": asked}, answer], "split": split})
@@ -84,6 +86,15 @@ def steps(out):
     return [row for row in log.read(out / log.LOG) if "loss" in row]
 
 
+def left_out(out):
+    """How many samples, by the log, where there is a checkpoint."""
+    return [row.get("bad/missing audio") for row in steps(out) if row["step"] % 2 == 0]
+
+
+def trained_on(out):
+    return (out / "summary.md").read_text().partition("What it was trained on:")[2]
+
+
 def parameters(out):
     return safetensors.numpy.load_file(out / "model" / "model.safetensors")
 
@@ -97,7 +108,7 @@ def undisturbed(given, tmp_path_factory):
 
 
 def test_two_processes_are_one(given, undisturbed, tmp_path):
-    """The same losses and parameters as of one process with as many devices."""
+    """The same losses and parameters as of one process with as many devices, and the same data."""
     out = tmp_path / "one"
     finish(start(given, out, devices=2), out)
     assert all(row["tokens"] > 0 for row in steps(undisturbed))
@@ -107,6 +118,8 @@ def test_two_processes_are_one(given, undisturbed, tmp_path):
     theirs = parameters(undisturbed)
     for name, value in parameters(out).items():
         np.testing.assert_allclose(value, theirs[name], atol=1e-5, err_msg=name)
+    assert left_out(undisturbed) == left_out(out) and left_out(out)[-1] > 0
+    assert trained_on(undisturbed) == trained_on(out) and "missing audio" in trained_on(out)
 
 
 def test_a_process_that_dies_ends_all_and_the_run_goes_on(given, undisturbed, tmp_path):
@@ -123,6 +136,28 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on(given, undisturbed, tm
     assert time.monotonic() - died < 60
     assert "process 0 of 2" in pathlib.Path(f"{out}.0.txt").read_text()
     finish(start(given, out, processes=2), out)
+    wanted = parameters(undisturbed)
+    for name, value in parameters(out).items():
+        np.testing.assert_array_equal(value, wanted[name], err_msg=name)
+
+
+def test_a_process_that_is_to_end_ends_all_at_one_step(given, undisturbed, tmp_path):
+    """SIGTERM to one: both save the same step and say so; the end is the same to the bit."""
+    out = tmp_path / "preempted"
+    started = start(given, out, "--loop.save-every", 100, processes=2)
+    # Its first step is compiled then; jax looks for the signal once a second.
+    while not (out / log.LOG).exists():
+        assert all(process.poll() is None for process in started)
+        time.sleep(0.05)
+    started[1].send_signal(signal.SIGTERM)
+    for number, process in enumerate(started):
+        told = pathlib.Path(f"{out}.{number}.txt")
+        assert process.wait(600) == 128 + signal.SIGTERM, told.read_text()[-3000:]
+        assert "signal 15: run it again to go on" in told.read_text()
+    [saved] = [path for path in (out / "checkpoints").iterdir() if path.name.isdigit()]
+    assert 0 < int(saved.name) < STEPS and (saved / "data" / "host-1").exists()
+    assert [row["step"] for row in steps(out)] == [*range(1, int(saved.name) + 1)]
+    finish(start(given, out, "--loop.save-every", 100, processes=2), out)
     wanted = parameters(undisturbed)
     for name, value in parameters(out).items():
         np.testing.assert_array_equal(value, wanted[name], err_msg=name)

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import mmap
+import os
 import pathlib
 import pickle
 import shutil
+import signal
 import sys
 
 import numpy as np
@@ -377,6 +379,20 @@ def test_killed_while_writing_shards(many, tmp_path, monkeypatch, capsys):
         shard.main(dataclasses.replace(settings, audio=("clip",)))
     many.write_text(many.read_text().replace('"8"', '"9"'))
     with pytest.raises(ValueError, match="out holds other shards: crc"):
+        shard.main(settings)
+
+
+def killed_by_the_system(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_told_of(manifest, tmp_path, monkeypatch):
+    pytest.importorskip("grain")
+    from train import shard
+
+    monkeypatch.setattr(shard, "write", killed_by_the_system)
+    settings = shard.Settings(manifest=str(manifest), out=tmp_path / "out", workers=1)
+    with pytest.raises(ChildProcessError, match=r"killed .*: wanted fewer --workers, got 1"):
         shard.main(settings)
 
 

@@ -15,8 +15,10 @@ pytest.importorskip("grain")
 
 from qwen2audio_jax import Processor
 from qwen2audio_jax.data.chats import from_preference
+from qwen2audio_jax.data.example import BadSample
 from qwen2audio_jax.data.instruction import Task
 from qwen2audio_jax.data.mixture import Mixture, Part
+from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.data.sources import Made, where
 from qwen2audio_jax.training import inputs, reference
 from qwen2audio_jax.training.learner import Learner
@@ -105,7 +107,10 @@ def test_choices_follow_what_is_given(processor, line, sample, prompt, answers):
 
 def test_a_reference_answers_pairs_in_a_file_however_many(tmp_path, monkeypatch):
     """Only what is made has no end; its first samples have one."""
-    known = lambda path, model, rows: (np.zeros((len(rows), 2)), np.ones(len(rows), bool))
+    known = lambda path, model, rows: (
+        np.zeros((len(rows), 2)),
+        np.array([[True], [False]]).repeat(len(rows), 1),
+    )
     monkeypatch.setattr(reference, "_identity", lambda learner: "the same")
     monkeypatch.setattr(reference, "_fingerprints", lambda source: np.zeros(len(source)))
     monkeypatch.setattr(reference, "_publish", lambda path, source: None)
@@ -135,7 +140,7 @@ class Answers(Learner):
 def test_what_a_reference_has_answered_is_not_asked_again(tmp_path, monkeypatch):
     """A start that was killed leaves what it knew; rows that cannot be used stay unknown."""
     batches = [{"rows": np.array(rows)} for rows in ([0, 3], [1, -1], [4, 2])]  # not 5
-    monkeypatch.setattr(inputs, "once", lambda part, mixture: iter(batches))
+    monkeypatch.setattr(inputs, "once", lambda part, mixture, bad: iter(batches))
     monkeypatch.setattr(reference, "_identity", lambda learner: "the same")
     monkeypatch.setattr(reference, "SAVE_EVERY", 0)
     part = Part(name="pairs", source=[{}] * 6, compile=from_preference)
@@ -162,7 +167,9 @@ KNOWN = dict.fromkeys(reference.REFERENCE, -1.0)
 def test_what_has_changed_is_asked_again(rows, tmp_path, chirp, monkeypatch):
     """Rows that say something else and clips that sound otherwise: of an equal name and number."""
     monkeypatch.setattr(reference, "_identity", lambda learner: "the same")
-    once = lambda part, mixture: iter([{"rows": np.array([i])} for i in range(len(part.source))])
+    once = lambda part, mixture, bad: iter(
+        [{"rows": np.array([i])} for i in range(len(part.source))]
+    )
     monkeypatch.setattr(inputs, "once", once)
     soundfile.write(tmp_path / "1.wav", chirp(0.2), 16_000)
     texts, mixture = ["a", "b", "c"], object.__new__(Mixture)
@@ -186,12 +193,54 @@ def test_what_has_changed_is_asked_again(rows, tmp_path, chirp, monkeypatch):
     assert asked(str(other / "rows.jsonl")) == [[0], [1], [2]]
 
 
+def test_what_could_not_be_heard_is_asked_at_the_next_start(
+    tmp_path, chirp, monkeypatch, caplog, processor
+):
+    """And nothing else is, not even read; what is wrong with a pair is told."""
+    storage, read = {}, []
+
+    def stored(path):
+        read.append(path)
+        if path not in storage:
+            raise BadSample("missing audio", f"{path}: 503")
+        return storage[path]
+
+    monkeypatch.setattr("qwen2audio_jax.data.example._stored", stored)
+    monkeypatch.setattr(reference, "_identity", lambda learner: "the same")
+    soundfile.write(tmp_path / "0.wav", chirp(0.2), 16_000)
+    heard = (tmp_path / "0.wav").read_bytes()
+    names = [f"gs://bucket/{i}.wav" for i in range(4)]
+    texts = ["a", "long " * 99, "c", "d"]
+    pairs = [pair(text, name) for text, name in zip(texts, names, strict=True)]
+    part = Part(name="unheard pairs", source=pairs, compile=from_preference)
+    buckets = (Bucket(rows=2, tokens=90, clips=2, frames=60),)
+    folder = str(words.made_tokenizer(tmp_path / "words"))
+    mixture = Mixture(parts=(part,), processor=folder, buckets=buckets)
+
+    def start(*there):
+        storage.update({names[i]: heard for i in there})
+        learner = Answers(9)
+        read.clear()
+        (answered,) = reference.precompute(learner, mixture, [part], tmp_path)
+        return learner.asked, np.isfinite(answered.source.logps).all(axis=1).tolist(), [*read]
+
+    assert start(0, 1) == ([[0, -1]], [True, False, False, False], names)
+    assert "left out: unheard pairs: 1 too long, the last: row 1: too long: fits no" in caplog.text
+    assert "left out: unheard pairs: 2 missing audio, the last: row 3: miss" in caplog.text
+    assert start() == ([], [True, False, False, False], names[2:])
+    assert "unheard pairs: still without a reference: none of 2 samples can be" in caplog.text
+    assert start(3) == ([[1, -1]], [True, False, False, True], names[2:])
+    assert start(2) == ([[0, -1]], [True, False, True, True], names[2:3])
+    assert start() == ([], [True, False, True, True], [])
+
+
 def test_what_a_reference_has_answered_is_a_manifest_for_other_runs(
     rows, tmp_path, monkeypatch, processor
 ):
     """With both columns, and clips that are found from there; then nobody is asked, or kept."""
     monkeypatch.setattr(reference, "_identity", lambda learner: "the same")
-    monkeypatch.setattr(inputs, "once", lambda part, mixture: iter([{"rows": np.array([0, 2])}]))
+    once = lambda part, mixture, bad: iter([{"rows": np.array([0, 2])}])
+    monkeypatch.setattr(inputs, "once", once)
     rows(pair("a"), pair(""), pair("c"))
     monkeypatch.chdir(tmp_path)
     parts = inputs.training(DataConfig(train=("rows.jsonl",)), pairs=True)

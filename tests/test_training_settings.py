@@ -16,7 +16,16 @@ from qwen2audio_jax.training.settings import (
     PreferenceSettings,
     Settings,
 )
-from train.configs import dpo_7b, dpo_7b_full, pretrain_7b, sft_7b, sft_7b_full
+from train.configs import (
+    dpo_7b,
+    dpo_7b_full,
+    dpo_tiny,
+    pretrain_7b,
+    pretrain_tiny,
+    sft_7b,
+    sft_7b_full,
+    sft_tiny,
+)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +81,38 @@ def test_lines_and_weights_are_counted_by_name():
     with pytest.raises(ValueError, match="wanted tasks for 2 sources, got 3"):
         DataConfig(train=sources, tasks=("x",) * 3)
     with pytest.raises(ValueError, match="wanted held_out_tasks for 1 sources, got 2"):
-        DataConfig(train=sources, tasks=("x", "y"), held_out=("c.jsonl",))
+        DataConfig(train=sources, held_out=("c.jsonl",), held_out_tasks=("x", "y"))
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "wanted"),
+    [
+        (("a.jsonl:train", "b.jsonl:train"), ("b.jsonl:test", "./a.jsonl:test"), ("y", "x")),
+        (("a.jsonl:train", "b.jsonl"), ("a.jsonl:test", "a.jsonl:new"), ("x", "x")),
+        (("a.jsonl:train", "tfds:b:train"), ("tfds:b:test",), ("y",)),
+        (("world:small/tasks", "a.jsonl"), ("other.jsonl",), ("y",)),
+        (("a.jsonl:train", "b.jsonl"), ("c.jsonl",), "c.jsonl: wanted {}, .*, and none is of its"),
+        (
+            ("a.jsonl:x", "a.jsonl:y"),
+            ("a.jsonl:test",),
+            "a.jsonl:test: wanted {}, .* several are of",
+        ),
+    ],
+)
+def test_what_is_held_out_is_asked_as_its_file_is_learned(train, held_out, wanted):
+    """Whatever the order; where nothing tells which line it is, a wrong one is not guessed."""
+    for kind in ("tasks", "tags"):
+        told = {"train": train, "held_out": held_out, kind: ("x", "y")}
+        if isinstance(wanted, tuple):
+            data = DataConfig(**told)
+            assert wanted == (data.lines_held_out if kind == "tasks" else data.tags_held_out)
+            continue
+        with pytest.raises(
+            ValueError, match="^held_out " + wanted.format(f"--data.held-out-{kind}")
+        ):
+            DataConfig(**told)
+        assert DataConfig(**told, **{f"held_out_{kind}": ("z",)})
+        assert DataConfig(**{**told, kind: ("x", "x")})
 
 
 @pytest.mark.parametrize(
@@ -135,6 +175,16 @@ def test_errors_are_best_low(best):
     assert LoopConfig(best=best).mode == "min"
 
 
+@pytest.mark.parametrize("said", [{"lora_alpha": 16}, {"target_modules": ("q_proj",)}])
+def test_what_is_said_of_adapters_wants_adapters(said):
+    (name,) = said
+    with pytest.raises(
+        ValueError, match=f"lora.{name} is of no adapters: wanted lora.r too, got 0"
+    ):
+        Lora(**said)
+    assert getattr(Lora(r=4, **said), name) == said[name]
+
+
 @pytest.mark.parametrize("best", ["accuracy", "chat/exact_match", "rewards/margins"])
 def test_successes_are_best_high(best):
     assert LoopConfig(best=best).mode == "max"
@@ -143,10 +193,20 @@ def test_successes_are_best_high(best):
 @pytest.mark.parametrize("preset", [pretrain_7b, sft_7b, sft_7b_full, dpo_7b, dpo_7b_full])
 def test_short_clips_cost_a_pod_what_they_last(preset):
     """A clip of 4 s goes where clips have 5 s; one of 30 s fits, too."""
-    buckets = preset.SETTINGS.data.buckets
-    frames = lambda seconds: next(
-        bucket.frames
-        for bucket in buckets
+    frames = [_taken_by(preset, seconds).frames for seconds in (4, 9, 30)]
+    assert frames == [500, 1000, 3000]
+
+
+@pytest.mark.parametrize("preset", [pretrain_tiny, sft_tiny, dpo_tiny])
+def test_laptops_take_clips_of_every_length_and_pad_them_little(preset):
+    for seconds in (1, 3, 9, 14, 20, 30):
+        assert _taken_by(preset, seconds).frames <= 350 * seconds
+
+
+def _taken_by(preset, seconds):
+    """The bucket that a preset's batches have for a clip and a sentence or two about it."""
+    return next(
+        bucket
+        for bucket in preset.SETTINGS.data.buckets
         if bucket.fits(count_tokens(np.zeros(16_000 * seconds)) + 60, [100 * seconds])
     )
-    assert (frames(4), frames(9), frames(30)) == (500, 1000, 3000)

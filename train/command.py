@@ -5,6 +5,7 @@ import functools
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
@@ -13,6 +14,9 @@ import tyro
 from qwen2audio_jax.training import hosts
 
 T = TypeVar("T")
+
+GIVEN = (ValueError, FileNotFoundError, ImportError)  # what was given is wrong
+MET = (FloatingPointError, OSError)  # it could not go on
 
 
 def run(
@@ -54,15 +58,18 @@ def read(cli: Callable[[], T]) -> T:
 @contextlib.contextmanager
 def guard(name: str, extra: str = "train") -> Iterator[None]:
     """Ends a program with one line if it fails: 2, something that was given is wrong; 1, it could
-    not go on, as with a full disk; 130, Ctrl-C."""
+    not go on, as with a full disk; 130, Ctrl-C. Where QWEN2AUDIO_TRACEBACK is set, the stack is
+    printed before that line."""
     try:
         yield
-    except ModuleNotFoundError as error:
-        stop(name, f"{error}; pip install 'qwen2audio_jax[{extra}]'", 2)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        stop(name, error, 2)
-    except (FloatingPointError, OSError) as error:
-        stop(name, error, 1)
+    except Exception as error:
+        if not isinstance(error, (*GIVEN, *MET)):
+            raise
+        if os.environ.get("QWEN2AUDIO_TRACEBACK"):
+            traceback.print_exception(error)
+        missing = isinstance(error, ModuleNotFoundError)
+        more = f"; pip install 'qwen2audio_jax[{extra}]'" if missing else ""
+        stop(name, f"{error}{more}", 2 if isinstance(error, GIVEN) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 

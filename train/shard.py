@@ -10,6 +10,7 @@ where it was. Train on the result with `shards` in the manifest's place.
 
 import collections
 import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import json
 import multiprocessing
@@ -117,6 +118,11 @@ def _write_all(
         try:
             for job in concurrent.futures.as_completed(jobs):
                 yield job.result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a worker that writes shards was killed (out of memory?): wanted fewer --workers, "
+                f"got {settings.workers}"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 

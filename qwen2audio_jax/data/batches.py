@@ -4,6 +4,8 @@ Every sample is a pure function of the seed and its position, whoever makes it; 
 half-filled batches is the positions of what is in them.
 """
 
+import functools
+import logging
 import re
 import signal
 from collections.abc import Mapping, Sequence
@@ -24,6 +26,8 @@ HOPELESS = 1000  # bad samples in a row, after which no good one is waited for
 KILLED = re.compile(r"process was terminated unexpectedly with exit code (-?\d+)")  # as Grain says
 WAITING = 4  # groups of a bucket that may wait for their turn, where several hosts keep step
 
+_log = logging.getLogger(__name__)
+
 
 class Batches:
     """A mixture's batches, in order, made ahead of time.
@@ -31,16 +35,29 @@ class Batches:
     `get_state()` is after the last batch that was given, of plain numbers and names (JSON holds
     it); `set_state` goes on from there, also in another process. `close` ends the workers.
 
+    Args:
+      workers: of the mixture's, those that are its own; None: all.
+      feeds: how many share the mixture's workers.
+      bad: where samples that cannot be used are put, as they are met; None: they are but counted.
+
     Raises, when the next is asked for:
       ValueError: samples are of two kinds, or none can be used.
       ChildProcessError: a worker was killed.
     """
 
-    def __init__(self, mixture: "Mixture"):
+    def __init__(
+        self,
+        mixture: "Mixture",
+        *,
+        workers: int | None = None,
+        feeds: int = 1,
+        bad: list[Bad] | None = None,
+    ):
         if not flags.FLAGS.is_parsed():  # absl's, which Grain asks; only absl's own main parses
             flags.FLAGS.mark_as_parsed()
         self.mixture = mixture = mixture.weighted() if mixture.hosts > 1 else mixture
-        self._groups = _Groups(mixture)
+        self._feeds = feeds
+        self._groups = _Groups(mixture, mixture.workers if workers is None else workers, bad)
         self._ahead = grain.experimental.ThreadPrefetchDatasetIterator(self._groups, mixture.ahead)
         self._state = self._groups.get_state()
 
@@ -63,8 +80,11 @@ class Batches:
     def _lost(self, status: int) -> ChildProcessError:
         message = f"a worker that makes batches ended with status {status}"
         if status == -signal.SIGKILL:  # by the system, most likely
-            fewer = f"wanted fewer --data.workers, got {self.mixture.workers}"
-            message = f"a worker that makes batches was killed (out of memory?): {fewer}"
+            got = str(workers := self.mixture.workers)
+            if self._feeds > 1:
+                got += f", which are {max(workers, self._feeds)} processes for {self._feeds} feeds"
+            message = "a worker that makes batches was killed (out of memory?): wanted fewer "
+            message += f"--data.workers, got {got}"
         return ChildProcessError(message)
 
     @property
@@ -97,7 +117,7 @@ class Batches:
 
     def report(self) -> str:
         """The counts as a table."""
-        return report(self.counts)
+        return report(self.counts, self.mixture.sizes)
 
     def close(self) -> None:
         self._ahead.close()
@@ -116,28 +136,47 @@ def added(feeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[st
     return total
 
 
-def report(counts: Mapping[str, Mapping[str, Any]]) -> str:
-    """What was counted as a table, with the measured ratios; a line for each reason to drop."""
+def report(counts: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int]) -> str:
+    """What was counted as a table, with the measured ratios; a line for each reason to drop.
+
+    Args:
+      sizes: how many rows each part has; `passes` is how often they were read.
+    """
     total = sum(count["samples"] for count in counts.values()) or 1
-    lines = [f"{'part':24} {'samples':>9} {'share':>7} {'hours':>8} {'tokens':>11} {'bad':>6}"]
+    heads = f"{'share':>7} {'passes':>8} {'hours':>8} {'tokens':>11} {'bad':>6}"
+    lines = [f"{'part':24} {'samples':>9} {heads}"]
     for name, count in counts.items():
         bad = sum(n for n, _ in count["bad"].values())
+        passes = (count["samples"] + bad) / sizes[name]
         lines.append(
-            f"{name:24} {count['samples']:9} {count['samples'] / total:7.2%}"
+            f"{name:24} {count['samples']:9} {count['samples'] / total:7.2%} {passes:8.2f}"
             f" {count['seconds'] / 3600:8.2f} {count['tokens']:11} {bad:6}"
         )
-    for name, count in counts.items():
-        for reason, (n, message) in count["bad"].items():
-            lines.append(f"{name}: {n} {reason}, the last: {message}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *left_out(counts)])
+
+
+def left_out(counts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each part and reason to drop its samples."""
+    return [
+        f"{name}: {n} {reason}, the last: {message}"
+        for name, count in counts.items()
+        for reason, (n, message) in count["bad"].items()
+    ]
+
+
+@functools.cache
+def tell(line: str) -> None:
+    """Warns once: batches of what is held out are made anew for each evaluation."""
+    _log.warning(line)
 
 
 class _Groups(grain.DatasetIterator):
     """Fills groups with samples as they come, and gives those that are full."""
 
-    def __init__(self, mixture: "Mixture"):
+    def __init__(self, mixture: "Mixture", workers: int, bad: list[Bad] | None = None):
         super().__init__()
-        self._mixture, self._samples = mixture, mixture.samples()
+        self._mixture, self._samples, self._workers = mixture, mixture.samples(), workers
+        self._bad = bad
         self._processor = mixture.opened()
         self._stream: grain.DatasetIterator | None = None
         self._position = self._step = self._hopeless = 0
@@ -146,6 +185,7 @@ class _Groups(grain.DatasetIterator):
             part.name: {"samples": 0, "tokens": 0, "seconds": 0.0, "bad": {}}
             for part in mixture.parts
         }
+        self._traced = False  # whether what nobody foresaw was told of, with where it happened
         self._kind: list[int] | None = None  # the first sample's, which all share
 
     def _next_sample(self) -> Sample | Bad:
@@ -154,7 +194,7 @@ class _Groups(grain.DatasetIterator):
             rest = self._samples[self._position :]
             # Processes read at once already; a queue of pictures would only fill memory.
             stream = rest.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-            options = grain.MultiprocessingOptions(self._mixture.workers, per_worker_buffer_size=4)
+            options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=4)
             self._stream = iter(stream.mp_prefetch(options, settle))
         return next(self._stream)
 
@@ -219,6 +259,11 @@ class _Groups(grain.DatasetIterator):
             groups[-1].take(sample, key)
 
     def _refuse(self, bad: Bad) -> None:
+        if bad.trace and not self._traced:
+            self._traced = True
+            tell(f"{bad.part}: {bad.message}\n{bad.trace}")
+        if self._bad is not None:
+            self._bad.append(bad)
         if self._mixture.fatal:
             raise ValueError(f"part {bad.part!r}: {bad.message}")
         reasons = self._counts[bad.part]["bad"]

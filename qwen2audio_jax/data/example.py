@@ -31,6 +31,7 @@ CONTROL = re.compile("|".join(map(re.escape, (PAD, IM_START, IM_END, AUDIO, AUDI
 ABSENT = ("there is no such file", "the server answered", "cannot be fetched")
 # No sample's fault: they end a run. Whatever else a sample raises is counted.
 FATAL = (ImportError, MemoryError)
+UNFORESEEN = "unforeseen"  # the reason of what is no BadSample
 
 
 class BadSample(ValueError):
@@ -58,7 +59,7 @@ def why(error: Exception) -> tuple[str, str]:
         raise error
     if isinstance(error, BadSample):
         return error.reason, str(error)
-    return "unforeseen", f"{type(error).__name__}: {error}"
+    return UNFORESEEN, f"{type(error).__name__}: {error}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

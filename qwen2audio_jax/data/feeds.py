@@ -22,7 +22,8 @@ class Feeds:
     `set_state` takes those of all.
 
     Args:
-      mixture: its `hosts` are all feeds there are.
+      mixture: its `hosts` are all feeds there are; its `workers` this process's, of which each of
+        its feeds has a share, at least one.
       process, processes: which of how many.
 
     Raises:
@@ -38,9 +39,14 @@ class Feeds:
         mixture = mixture.weighted() if mixture.hosts > 1 else mixture
         each = mixture.hosts // processes
         self.mixture = mixture
+        # Order does not depend on them: a run may go on with others, on other hosts.
+        fair, more = divmod(mixture.workers, each)
+        shares = [max(fair + (i < more), min(mixture.workers, 1)) for i in range(each)]
         self._batches = [
-            Batches(dataclasses.replace(mixture, host=number))
-            for number in range(process * each, (process + 1) * each)
+            Batches(
+                dataclasses.replace(mixture, host=process * each + i), workers=share, feeds=each
+            )
+            for i, share in enumerate(shares)
         ]
         self._note()
 
@@ -86,7 +92,7 @@ class Feeds:
         return added([batches.counts for batches in self._batches])
 
     def report(self) -> str:
-        return report(self.counts)
+        return report(self.counts, self.mixture.sizes)
 
     def close(self) -> None:
         for batches in self._batches:

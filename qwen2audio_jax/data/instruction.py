@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen2audio_jax.data.example import BadSample, Example, hear, plain
-from qwen2audio_jax.data.slots import TYPES, Filled, Part, Slot, heard, parts_of, slot_type
+from qwen2audio_jax.data.slots import Filled, Part, Slot, heard, parts_of, slot_type
 from qwen2audio_jax.processor import Processor, Wave, count_tokens
 from qwen2audio_jax.prompt import AUDIO, AUDIO_BOS, AUDIO_EOS, PAD, Prompt
 
@@ -211,7 +211,7 @@ def _fill(parts: tuple[Part, ...], sample: Mapping, learned: bool) -> list[Fille
             continue
         if _left_out(part, sample):
             continue
-        made = TYPES[part.type].fill(_field(part.field, sample), part, sample)
+        made = part.kind.fill(_field(part.field, sample), part, sample)
         if part.no_loss and not made.waves and filled and filled[-1].text.isspace():
             filled[-1] = dataclasses.replace(filled[-1], learned=False)  # a word begins with it
         filled.append(dataclasses.replace(made, learned=learned and not part.no_loss))

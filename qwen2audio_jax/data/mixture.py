@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import traceback
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from qwen2audio_jax.data.batches import Batches
-from qwen2audio_jax.data.example import BadSample, Example, Pair, why
+from qwen2audio_jax.data.example import UNFORESEEN, BadSample, Example, Pair, why
 from qwen2audio_jax.data.pack import ANSWERS, Bad, Bucket, Sample, draw
 from qwen2audio_jax.data.sources import RandomAccess, where
 from qwen2audio_jax.processor import Processor
@@ -104,6 +105,11 @@ class Mixture:
             streams.append(stream[self.host :: self.hosts])
         return grain.MapDataset.mix(streams, [part.weight for part in self.parts])
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many rows each part's source has."""
+        return {part.name: len(part.source) for part in self.parts}
+
     def weighted(self) -> "Mixture":
         """The mixture with weights of its buckets: measured, unless all are given.
 
@@ -188,7 +194,13 @@ def _make(
         reference = _reference(record) if references else ()
     except Exception as error:  # a night's run goes on
         reason, message = why(error)
-        return Bad(part=part.name, reason=reason, message=f"{where(part.source, row)}: {message}")
+        return Bad(
+            part=part.name,
+            reason=reason,
+            message=f"{where(part.source, row)}: {message}",
+            row=row,
+            trace="".join(traceback.format_exception(error)) if reason == UNFORESEEN else "",
+        )
     return dataclasses.replace(sample, part=part.name, row=row, reference=reference)
 
 

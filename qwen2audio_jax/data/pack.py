@@ -114,6 +114,8 @@ class Bad:
     part: str
     reason: str
     message: str
+    row: int = -1  # of the part's source
+    trace: str = ""  # where in the code, of what nobody foresaw
 
 
 def draw(

@@ -4,7 +4,9 @@ A new type of slot is a function that `slot_type` registers.
 """
 
 import dataclasses
+import functools
 import re
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,22 +19,6 @@ LINE = re.compile(
     re.DOTALL,
 )
 ESCAPES = {"n": "\n", "t": "\t"}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Slot:
-    """A place for a field of the sample."""
-
-    type: str
-    field: str
-    no_loss: bool = False
-    optional: bool = False
-    closed_set: str | tuple[str, ...] | None = None  # the name of a field, or the set
-    max_seconds: float = LONGEST
-    words: str | None = None  # the name of a field: what is said in the clip
-
-
-Part = str | Slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,27 +35,75 @@ class Filled:
 class SlotType:
     """What a slot of some type does with a value, and which attributes it takes."""
 
-    fill: Callable[[Any, Slot, Mapping], Filled]
-    attributes: frozenset[str]
+    fill: Callable[[Any, "Slot", Mapping], Filled]
     heard: bool  # stands apart from text, and is no answer
+    # (value, column) -> value; read with the line, and no matter afterwards
+    attributes: Mapping[str, Callable] = dataclasses.field(compare=False, repr=False)
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slot:
+    """A place for a field of the sample.
+
+    It has its type with it: worker processes know only those that their own imports register.
+    """
+
+    type: str
+    kind: SlotType
+    field: str
+    no_loss: bool = False
+    optional: bool = False
+    closed_set: str | tuple[str, ...] | None = None  # the name of a field, or the set
+    max_seconds: float = LONGEST
+    words: str | None = None  # the name of a field: what is said in the clip
+    # Those that its type alone has, as its parsers made them.
+    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+
+Part = str | Slot
 
 TYPES: dict[str, SlotType] = {}
 
 
-def slot_type(name: str, *, attributes: Iterable[str] = (), heard: bool = False) -> Callable:
-    """Registers a function (value, slot, sample) -> Filled as what fills `[name:...]`."""
+def slot_type(
+    name: str,
+    *,
+    attributes: Iterable[str] = (),
+    parsers: Mapping[str, Callable[[str], Any]] = types.MappingProxyType({}),
+    heard: bool = False,
+) -> Callable:
+    """Registers a function (value, slot, sample) -> Filled as what fills `[name:...]`.
+
+    The function stands in a module that can be imported, as workers do, and that is imported
+    before a line is read.
+
+    Args:
+      attributes: those that other types have too, fields of a `Slot`.
+      parsers: new attributes; each makes of the text behind `name=` ("" if there is none) a value
+        in `slot.attributes`, or raises ValueError.
+      heard: whether it is a clip, rather than text.
+
+    Raises:
+      ValueError: nothing reads an attribute, or two would.
+    """
+    shared = ("no_loss", "optional", *attributes)
+    if unread := [each for each in shared if each not in ATTRIBUTES]:
+        wanted = f"attributes of {', '.join(ATTRIBUTES)}, or parsers of new ones"
+        raise ValueError(f"slot type {name}: wanted {wanted}, got {', '.join(unread)}")
+    if twice := [each for each in parsers if each in ATTRIBUTES]:
+        raise ValueError(f"slot type {name}: wanted parsers of new names, got {', '.join(twice)}")
+    readers = {each: ATTRIBUTES[each] for each in shared}
+    readers |= {each: functools.partial(_own, each, parse) for each, parse in parsers.items()}
 
     def register(fill: Callable) -> Callable:
-        taken = frozenset({"no_loss", "optional", *attributes})
-        TYPES[name] = SlotType(fill=fill, attributes=taken, heard=heard)
+        TYPES[name] = SlotType(fill=fill, attributes=readers, heard=heard)
         return fill
 
     return register
 
 
 def heard(part: Part) -> bool:
-    return isinstance(part, Slot) and TYPES[part.type].heard
+    return isinstance(part, Slot) and part.kind.heard
 
 
 def parts_of(line: str, *, arrows: int) -> list[list[Part]]:
@@ -122,21 +156,22 @@ def _slot(text: str, column: int, *, behind: bool) -> Slot:
         raise _wrong(at, f"a slot type of {', '.join(TYPES)}", repr(name))
     if not field.strip():
         raise _wrong(at + len(name), "':' and the name of a field", "none")
-    settings = {}
+    kind, settings = TYPES[name], {}
     for attribute, at in rest:
         key, equals, value = attribute.partition("=")
         key = key.strip()
-        if key not in TYPES[name].attributes:
-            taken = ", ".join(sorted(TYPES[name].attributes))
+        if key not in kind.attributes:
+            taken = ", ".join(sorted(kind.attributes))
             raise _wrong(at, f"an attribute of {name} ({taken})", repr(key))
         if key in settings:
             raise _wrong(at, f"{key} once", "it again")
-        settings[key] = ATTRIBUTES[key](value if equals else None, at + len(key) + len(equals))
+        settings[key] = kind.attributes[key](value if equals else None, at + len(key) + len(equals))
         if key == "no_loss" and not behind:
             raise _wrong(at, "no_loss behind the arrow", "it before, where nothing is learned")
-    if behind and TYPES[name].heard and "no_loss" not in settings:
+    if behind and kind.heard and "no_loss" not in settings:
         raise _wrong(column, f"no_loss for an {name} slot behind the arrow", "none")
-    return Slot(type=name, field=_unescape(field.strip()), **settings)
+    own = {key: settings.pop(key) for key in [*settings] if key not in ATTRIBUTES}
+    return Slot(type=name, kind=kind, field=_unescape(field.strip()), attributes=own, **settings)
 
 
 def _flag(value: str | None, column: int) -> bool:
@@ -169,7 +204,14 @@ def _name(value: str | None, column: int) -> str:
     return _unescape(value)
 
 
-ATTRIBUTES = {
+def _own(name: str, parse: Callable[[str], Any], value: str | None, column: int) -> Any:
+    try:
+        return parse(_unescape(value or ""))
+    except ValueError as error:
+        raise ValueError(f"column {column}: {name}: {error}") from None
+
+
+ATTRIBUTES = {  # that types share: fields of a Slot
     "no_loss": _flag,
     "optional": _flag,
     "closed_set": _set,

@@ -62,6 +62,7 @@ class Checkpoints:
         self.folder = epath.Path(folder).resolve() / CHECKPOINTS
         self._keep, self._best, self._sign = keep, best, 1 if mode == "max" else -1
         self._saving: int | None = None
+        self._late: dict[int, dict[str, float]] = {}  # by step: measured, and not written yet
         self._check_scores()
         self._orbax = self._open()
 
@@ -117,9 +118,9 @@ class Checkpoints:
           OSError: this or the last save failed; what was saved before it is still there.
         """
         self.wait()
-        scores = None if metrics is None else {k: float(v) for k, v in metrics.items()}
+        scores = None if metrics is None else _floats(metrics)
         if step in self.steps:
-            if scores is not None and not self.measured(step):
+            if scores is not None:
                 self._add_scores(step, scores)
             return
         arrays = _flat(state)
@@ -140,8 +141,18 @@ class Checkpoints:
         except Exception as error:  # whatever Orbax and TensorStore raise
             raise self._failure(error) from error
 
+    def add_scores(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Puts beside a checkpoint what was measured after `save`, without waiting for that.
+
+        The next `save` or `wait` writes it. Of a process that is killed before, nobody knows that
+        the step was measured; of a step that is not saved, nobody needs to.
+        """
+        self._late[step] = _floats(metrics)
+
     def _add_scores(self, step: int, scores: Mapping[str, float]) -> None:
         """Saves what was measured late; to save all anew would be to delete all first."""
+        if step not in self.steps or self.measured(step):
+            return
         path = self.folder / str(step) / SCORES
         try:
             if jax.process_index() == 0:
@@ -169,7 +180,7 @@ class Checkpoints:
         multihost_utils.sync_global_devices("damaged scores are set aside")
 
     def wait(self) -> None:
-        """Returns when what is being saved is on disk.
+        """Returns when what is being saved is on disk, with what was measured since.
 
         Raises:
           OSError: it could not be saved.
@@ -180,6 +191,8 @@ class Checkpoints:
         except Exception as error:
             raise self._failure(error) from error
         self._saving = None
+        while self._late:
+            self._add_scores(*self._late.popitem())
 
     def _failure(self, error: Exception) -> OSError:
         step, self._saving = self._saving, None
@@ -202,7 +215,13 @@ class Checkpoints:
             time.sleep(0.1)
 
     def close(self) -> None:
-        """As `wait`, and lets go of the folder."""
+        """As `wait`, and lets go of the folder.
+
+        Of several hosts one may come here alone, after an error: what was measured late, which all
+        have to agree on, is then only written by a `wait` before.
+        """
+        if jax.process_count() > 1:
+            self._late.clear()
         self.wait()
         self._orbax.close()
 
@@ -336,6 +355,10 @@ def put(path: epath.Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(content)
     partial.replace(path)
+
+
+def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def _flat(tree: Any) -> dict[str, Any]:

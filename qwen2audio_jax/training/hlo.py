@@ -17,6 +17,7 @@ from qwen2audio_jax.training import operations
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_FLOATING = re.compile(r"b?f\d+\[")
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
@@ -173,14 +174,16 @@ class Program:
     def _flops(self, each: Instruction, body: dict[str, Instruction]) -> float:
         if each.op not in ("dot", "convolution", "custom-call"):
             return 0.0
-        shapes = [_shape(body[name].type) for name in each.operands if name in body]
+        operands = [body[name].type for name in each.operands if name in body]
+        shapes = list(map(_shape, operands))
         if each.op == "dot":
             contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.rest)
             sizes = [shapes[0][i] for i in _dims(contracted[1])]
             return 2.0 * math.prod(_shape(each.type)) * math.prod(sizes)
         if each.op == "convolution":
             return operations.convolution(each.rest, *shapes[:2], _shape(each.type))
-        return operations.kernel(each.name, each.rest, shapes)
+        floating = [_shape(kind) for kind in operands if _FLOATING.match(kind)]
+        return operations.kernel(each.name, each.rest, floating)
 
     def _bytes(self, each: Instruction, body: dict[str, Instruction]) -> float:
         """Bytes that go from and to memory: of what is sliced or updated, the part alone."""

@@ -1,15 +1,20 @@
 """Several processes as one: how they meet, and how they end when one of them is lost."""
 
+import json
 import os
 import platform
 import sys
 import time
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from qwen2audio_jax.training.settings import HostsConfig
 
 MEETING = 300  # seconds that the first process waits for the last
+BLOCK = 4096  # bytes that what they tell each other is a multiple of
 
 
 def join(config: HostsConfig) -> None:
@@ -39,6 +44,22 @@ def join(config: HostsConfig) -> None:
 def joined() -> bool:
     """Whether this process has met others."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every process has, in their order; all have to ask at once.
+
+    Args:
+      value: anything that JSON can hold.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    content = json.dumps(value).encode()
+    longest = multihost_utils.process_allgather(np.array(len(content))).max()
+    # JSON ignores blanks; few lengths are few programs to compile.
+    content = content.ljust(-(-int(longest) // BLOCK) * BLOCK)
+    every = multihost_utils.process_allgather(np.frombuffer(content, np.uint8))
+    return [json.loads(bytes(each)) for each in every]
 
 
 def here() -> str:

@@ -6,8 +6,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from qwen2audio_jax.data.batches import Batches, left_out, tell
 from qwen2audio_jax.data.chats import (
     from_messages,
     from_preference,
@@ -18,6 +20,7 @@ from qwen2audio_jax.data.chats import (
 from qwen2audio_jax.data.example import Example, Pair, why
 from qwen2audio_jax.data.instruction import Task
 from qwen2audio_jax.data.mixture import Mixture, Part
+from qwen2audio_jax.data.pack import Bad
 from qwen2audio_jax.data.sources import RandomAccess, open_source, where
 from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.prompt import IM_END, PAD
@@ -228,14 +231,23 @@ def _path(spec: str) -> tuple[str, ...]:
     return tuple((spec if "://" in spec else os.path.abspath(spec)).split("/"))
 
 
-def once(part: Part, mixture: Mixture) -> Iterator[dict[str, np.ndarray]]:
-    """All of a part in order, in the shapes of a mixture."""
+def once(
+    part: Part, mixture: Mixture, bad: list[Bad] | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """All of a part in order, in the shapes of a mixture; what was of no use is told at the end.
+
+    Args:
+      bad: where the samples that cannot be used are put.
+    """
     alone = dataclasses.replace(
         mixture, parts=(part,), epochs=1, shuffle=False, accumulate=1, host=0, hosts=1
     )
-    batches = iter(alone)
+    batches = Batches(alone, bad=bad)
     try:
         yield from batches
+        if jax.process_index() == 0:  # all have the same
+            for line in left_out(batches.counts):
+                tell(f"left out: {line}")
     finally:
         batches.close()
 

@@ -14,7 +14,7 @@ from qwen2audio_jax import sharding
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.training import checksum, flops, lora, placement, preference, step
 from qwen2audio_jax.training.loss import Sums
-from qwen2audio_jax.training.optimizer import OptimizerConfig, averaged, part_of
+from qwen2audio_jax.training.optimizer import PARTS, OptimizerConfig, averaged, part_of
 from qwen2audio_jax.training.placement import by_name
 
 
@@ -77,6 +77,14 @@ class Learner:
     def _fresh(
         self, model: Qwen2Audio, config: lora.LoraConfig, start: lora.Adapters | None
     ) -> dict[str, Any]:
+        adapted = {part_of(entry.path) for entry in lora.targets(config, model)}
+        for part in PARTS:
+            name = f"{part}_learning_rate"
+            if getattr(self.optimizer, name) and part not in adapted:
+                raise ValueError(
+                    f"{name} is of nothing that trains: with LoRA adapters alone do, and "
+                    f"target_modules name none in the {part}"
+                )
         init = lambda: lora.init(config, model, key=jax.random.key(self._seed))
         params = start or (jax.eval_shape(init) if placement.is_abstract(model) else init())
         if still := [name for name in by_name(params) if not self.optimizer.trains(name)]:

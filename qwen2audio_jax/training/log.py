@@ -41,8 +41,11 @@ class Log:
         self._options = tensorboard, wandb, settings
         self._file = self._events = self._project = None
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, *, again: bool = False) -> None:
         """Opens everything, without what was written behind `step` by a run that was killed.
+
+        Args:
+          again: whether `step` is measured again, so that what was measured then is void, too.
 
         Raises:
           ImportError: what is to be written to is not installed; the message says how to.
@@ -52,6 +55,9 @@ class Log:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / LOG
         self.rows = read(path, step)
+        if again:
+            measured = lambda row: any(name.startswith("eval/") for name in row)
+            self.rows = [row for row in self.rows if row["step"] < step or not measured(row)]
         partial = path.with_name(f".{LOG}.partial")
         partial.write_text("".join(map(_line, self.rows)), "utf-8")
         os.replace(partial, path)

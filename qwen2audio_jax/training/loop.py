@@ -52,16 +52,20 @@ def train(
     done = resume(learner, batches, checkpoints)
     if resumed is not None:
         resumed()
-    meter = Meter(learner, config, log or Log(None), checkpoints, done=done, dtype=dtype)
+    measures = lambda step: evaluate is not None and _measures(config, step, steps)
+    # An earlier start may have been ended between a checkpoint and what it would have measured.
+    due = measures(done) and not (checkpoints is not None and checkpoints.measured(done))
+    how = {"done": done, "again": due, "dtype": dtype}
+    meter = Meter(learner, config, log or Log(None), checkpoints, **how)
     with meter, Interruption() as stop:
-        if evaluate is not None and config.evaluate_first and done == 0:
-            score(evaluate, meter, stop, 0)
-        measured = evaluate is None or (checkpoints is not None and checkpoints.measured(steps))
-        if done == steps and not measured:  # an earlier start was ended while it measured
-            scores = score(evaluate, meter, stop, done)
-            save(learner, batches, checkpoints, done, meter, scores)
-            measured = scores is not None
+        if done:
+            meter.gather(_counts(batches))
+        if due:
+            due = not score(evaluate, meter, stop, checkpoints, done)
+        owed = False  # a checkpoint: of a step that moves nothing, the next that does gets it
         for number in _traced(range(done, steps), config.profile, meter):
+            if stop.signal is not None:  # it met an evaluation
+                break
             asked = time.perf_counter()
             try:
                 batch = next(batches, None)
@@ -69,47 +73,68 @@ def train(
                 if stop.signal is not None:  # it ended the processes that make batches, too
                     break
                 if done and jax.process_count() == 1:  # others would have to save with it
-                    save(learner, batches, checkpoints, done, meter, None)
+                    save(learner, batches, checkpoints, done, meter)
                 raise
             if batch is None:
                 raise ValueError(f"the batches ended after {done} of {steps} steps")
             meter.batch_came(asked)
             metrics = learner.step(batch, number)
-            meter.add(number + 1, batch, metrics, getattr(batches, "counts", {}))
-            done, scores = number + 1, None
-            last = done == steps
-            if evaluate is not None and (last or done % config.evaluate_every == 0):
-                try:
-                    scores = score(evaluate, meter, stop, done)
-                except Exception:
-                    save(learner, batches, checkpoints, done, meter, None)
-                    raise
-                measured = scores is not None
-            if last or scores or done % config.save_every == 0:
-                save(learner, batches, checkpoints, done, meter, scores)
+            done = number + 1
+            meter.add(done, batch, metrics, _counts(batches))
+            due, owed = measures(done), owed or done % config.save_every == 0
+            if owed:
+                meter.settle(_counts(batches))
+            # Before it is measured: that takes long, and may be ended.
+            if done == steps or due or (owed and not meter.bad):
+                save(learner, batches, checkpoints, done, meter)
+                owed = False
+            elif owed:
+                meter.say(f"step {done} moved nothing: the next one that does is saved instead")
             if stop.agreed(done):
                 break
-        if stop.signal is not None:
-            save(learner, batches, checkpoints, done, meter, None)
+            if due:
+                due = not score(evaluate, meter, stop, checkpoints, done)
+        if stop.signal is not None and done:
+            save(learner, batches, checkpoints, done, meter)
     if checkpoints is not None:
         checkpoints.wait()
-    return None if done == steps and measured else stop.signal
+    return None if done == steps and not due else stop.signal
+
+
+def _measures(config: LoopConfig, step: int, steps: int) -> bool:
+    if step == 0:
+        return config.evaluate_first
+    return step == steps or step % config.evaluate_every == 0
+
+
+def _counts(batches: Any) -> dict[str, Any]:
+    return getattr(batches, "counts", {})
 
 
 def score(
-    evaluate: Callable[[], dict[str, float]], meter: Meter, stop: Interruption, done: int
-) -> dict[str, float] | None:
-    """Measures the learner, unless a signal says that the run is to end: there is little time."""
+    evaluate: Callable[[], dict[str, float]],
+    meter: Meter,
+    stop: Interruption,
+    checkpoints: Checkpoints | None,
+    done: int,
+) -> bool:
+    """Measures the learner, unless a signal says that the run is to end: there is little time.
+
+    Returns:
+      Whether it was measured. What was is put beside the step's checkpoint, if there is one.
+    """
     meter.flush()
     if stop.signal is not None:
-        return None
+        return False
     try:
         with stop.at_once():
             scores = evaluate()
     except Interrupted:
-        return None
+        return False
     meter.scored(done, scores)
-    return scores
+    if checkpoints is not None:
+        checkpoints.add_scores(done, scores)
+    return True
 
 
 def resume(learner: Learner, batches: Iterator[Any], checkpoints: Checkpoints | None) -> int:
@@ -134,15 +159,18 @@ def save(
     checkpoints: Checkpoints | None,
     done: int,
     meter: Meter,
-    scores: dict[str, float] | None,
 ) -> None:
-    """Saves all that the run needs to go on, unless its gradients have ceased to be finite."""
-    meter.flush()
-    if meter.bad:
-        meter.say(f"step {done} is not saved: nothing is sound since step {done - meter.bad}")
-    elif checkpoints is not None:
+    """Saves all that the run needs to go on.
+
+    Also after steps that moved nothing: the state is that of the last one that did.
+
+    Raises:
+      FloatingPointError: the last step was one too many without a finite gradient.
+    """
+    meter.settle(_counts(batches))
+    if checkpoints is not None:
         data = {"batches": batches.get_state(), "stays": learner.identity()}
-        checkpoints.save(done, learner.state, data, scores)
+        checkpoints.save(done, learner.state, data)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from qwen2audio_jax.progress import Progress
-from qwen2audio_jax.training import flops
+from qwen2audio_jax.training import flops, hosts
 from qwen2audio_jax.training.checkpoint import Checkpoints
 from qwen2audio_jax.training.log import Log
 
@@ -19,6 +19,9 @@ RECENT = 20  # steps that rates are means over
 
 class Meter:
     """Reads a step's figures while the device is at the next, so that it never waits.
+
+    Args:
+      again: whether the step that the run begins with is measured, now or once more.
 
     Attributes:
       bad: steps in a row, up to the last that was read, that moved nothing.
@@ -32,6 +35,7 @@ class Meter:
         checkpoints: Checkpoints | None,
         *,
         done: int,
+        again: bool = False,
         dtype: str = "float32",
     ):
         self.log, self.bad = log, 0
@@ -42,6 +46,7 @@ class Meter:
         self._waiting: tuple[int, dict[str, float], Any] | None = None
         self._waited = 0.0
         self._told: set[tuple[str, str]] = set()
+        self._others: list[Mapping[str, Any]] = []  # what other hosts have counted
         self._recent: collections.deque = collections.deque(maxlen=RECENT)
         self._last, self._compiling = time.perf_counter(), True
         self._progress = Progress(
@@ -51,7 +56,7 @@ class Meter:
             initial=done,
             shown=jax.process_index() == 0,
         )
-        log.begin(done)
+        log.begin(done, again=again)
 
     def __enter__(self) -> "Meter":
         return self
@@ -89,15 +94,34 @@ class Meter:
         self._read(before)
 
     def _tell_bad(self, counts: Mapping[str, Any]) -> dict[str, int]:
-        """Says of each part and each reason that it was met; gives how often, by reason."""
+        """Says of each part and each reason that it was met; gives how often, by reason.
+
+        What other hosts met is known as of the last `gather`.
+        """
         total: dict[str, int] = collections.defaultdict(int)
-        for part, count in counts.items():
+        for part, count in (item for each in (counts, *self._others) for item in each.items()):
             for reason, (number, message) in count["bad"].items():
                 total[f"bad/{reason}"] += number
                 if (part, reason) not in self._told:
                     self._told.add((part, reason))
                     self.say(f"{part}: left out, {reason}: {message}; more are counted in the log")
         return dict(total)
+
+    def gather(self, counts: Mapping[str, Any]) -> None:
+        """Learns what the other hosts have counted; all have to ask at once."""
+        every = hosts.gathered(counts)
+        self._others = [each for i, each in enumerate(every) if i != jax.process_index()]
+
+    def settle(self, counts: Mapping[str, Any]) -> None:
+        """As `flush`, with what all hosts have counted up to the step; all have to ask at once.
+
+        Args:
+          counts: as for `add`.
+        """
+        if self._waiting is not None and jax.process_count() > 1:
+            self.gather(counts)
+            self._waiting[1]["bad"] = self._tell_bad(counts)
+        self.flush()
 
     def say(self, line: str) -> None:
         """Says something beside the bar."""
@@ -152,8 +176,8 @@ class Meter:
 
     def _rates(self) -> dict[str, float]:
         total = {k: sum(each[k] for each in self._recent) for k in self._recent[0]}
-        seconds, hosts = total.pop("seconds"), jax.process_count()
-        rates = {f"{name}_per_second": hosts * x / seconds for name, x in total.items()}
+        seconds, count = total.pop("seconds"), jax.process_count()
+        rates = {f"{name}_per_second": count * x / seconds for name, x in total.items()}
         work = rates.pop("flops_per_second")
         return rates | ({"mfu": work / self._peak} if self._peak else {})
 
@@ -170,10 +194,11 @@ class Meter:
         if self._checkpoints is None or not self._checkpoints.steps:
             return "there is no checkpoint to go on from"
         self._checkpoints.wait()
-        step = self._checkpoints.steps[-1]
+        step, rates = self._checkpoints.steps[-1], self._learner.optimizer.rates
         return (
             f"the last good checkpoint is {self._checkpoints.folder / str(step)}, and --changing "
-            "optimizer.learning_rate lets the run go on from there with another one"
+            f"{' '.join(f'optimizer.{name}' for name in rates)} lets the run go on from there with "
+            f"{'another one' if len(rates) == 1 else 'others'}"
         )
 
 

@@ -1,6 +1,7 @@
 """Multiplications and additions of a compiled program's instructions, from their text."""
 
 import functools
+import math
 import re
 
 import numpy as np
@@ -40,15 +41,19 @@ def _taps(size, taps, out, stride, pad, spread, apart) -> int:
 
 
 def kernel(name: str, text: str, shapes: list[Shape]) -> float:
-    """Splash attention's products over the blocks that its mask leaves; of other kernels none."""
+    """Splash attention's products over the blocks that its mask leaves; of other kernels none.
+
+    Args:
+      shapes: of its operands of floating point, queries and keys first. One row alone is a matrix
+        of heads: Pallas leaves out a batch of one.
+    """
     found = re.search(r'op_name="([^"]*)"', text)
     if "tpu_custom_call" not in text or found is None or "splash" not in found[1]:
         return 0.0
-    heads = [shape for shape in shapes if len(shape) >= 4 and shape[-1] <= 256]
-    rows, number, queries, width = heads[0][-4:]
-    keys = heads[1][-2]  # of all devices that share a row's queries
+    *rows, number, queries, width = shapes[0]
+    keys = shapes[1][-2]  # of all devices that share a row's queries
     backward = "dkv" in name
     products = 5 if backward else 2
     blocks = keys // flash.largest_block(queries)
     seen = (blocks + 1) / (2 * blocks) if "causal" in found[1] else 1.0
-    return 2.0 * products * rows * number * queries * keys * width * seen
+    return 2.0 * products * math.prod(rows) * number * queries * keys * width * seen

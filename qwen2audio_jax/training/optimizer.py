@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -11,10 +11,12 @@ import optax
 import optax.contrib
 
 PARTS = ("encoder", "projector", "decoder", "embeddings")
+RATES = ("learning_rate", *(f"{part}_learning_rate" for part in PARTS))
 FROZEN = ("encoder.positions",)  # sines and cosines
-# What a run may go on with otherwise: no state's shape depends on it.
+# What a run may go on with otherwise: no state's shape depends on it, but for rates of 0.
 ADJUSTABLE = (
-    *("learning_rate", "final_fraction", "schedule_type", "steps", "warmup_steps"),
+    *RATES,
+    *("final_fraction", "schedule_type", "steps", "warmup_steps"),
     *("decay_fraction", "weight_decay", "clip_norm"),
 )
 FACTORED = 64  # the shortest side of what Adafactor factors: the encoder's heads are as wide
@@ -84,8 +86,7 @@ class OptimizerConfig:
         for name in ("ema_decay", "b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"wanted {name} from 0 to below 1, got {getattr(self, name)}")
-        rates = ("learning_rate", *(f"{part}_learning_rate" for part in PARTS))
-        for name in (*rates, "weight_decay", "eps", "clip_norm"):
+        for name in (*RATES, "weight_decay", "eps", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"wanted {name} from 0, got {value}")
@@ -100,6 +101,32 @@ class OptimizerConfig:
         """The highest learning rate of one of `PARTS`, or of the rest."""
         own = getattr(self, f"{part}_learning_rate", None)
         return self.learning_rate if own is None else own
+
+    @property
+    def rates(self) -> tuple[str, ...]:
+        """The names of the learning rates that something moves by: the one of all that have none
+        of their own, and those of parts."""
+        own = [part for part in PARTS if getattr(self, f"{part}_learning_rate") is not None]
+        names = [f"{part}_learning_rate" for part in own if self.peak(part)]
+        return (*(["learning_rate"] if len(own) < len(PARTS) else []), *names)
+
+    def check_change(self, before: Mapping[str, Any]) -> None:
+        """Refuses to freeze, in a run that goes on, what has moved, or to move what was frozen.
+
+        Args:
+          before: the settings that the run had, by name.
+
+        Raises:
+          ValueError: the message names the rate with both values.
+        """
+        then = OptimizerConfig(**{name: before[name] for name in RATES if name in before})
+        for part in PARTS:
+            was, now = then.peak(part), self.peak(part)
+            if bool(was) != bool(now):
+                raise ValueError(
+                    f"optimizer.{part}_learning_rate was {was}, now {now}: a run that goes on "
+                    "moves the same parts, wanted both 0 or neither"
+                )
 
     def trains(self, path: str) -> bool:
         """Whether the parameter of this path moves."""

@@ -2,23 +2,25 @@
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import pathlib
 import re
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Bool, Float, UInt32
+from jaxtyping import Bool, Float, Int, UInt32
 
 from qwen2audio_jax.data.chats import from_preference
-from qwen2audio_jax.data.example import BadSample, Pair, why
+from qwen2audio_jax.data.example import UNFORESEEN, BadSample, Pair, why
 from qwen2audio_jax.data.mixture import Mixture, Part
+from qwen2audio_jax.data.pack import Bad
 from qwen2audio_jax.data.sources import ELSEWHERE, FEW, Made, RandomAccess, each_clip, where
 from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.progress import Progress
@@ -30,7 +32,11 @@ from qwen2audio_jax.training.settings import PreferenceSettings
 FOLDER = "ref_log_probs"
 PAIRS = "pairs"  # the folder of manifests with what the reference answered
 AUDIO = ("audio",)  # fields that name clips, beside those of conversations
+# Why a pair may be of use to the next start, though not to this one.
+PASSING = ("missing audio", "corrupt audio", UNFORESEEN)
 SAVE_EVERY = 60  # seconds: what a start that was killed has asked for is not asked for again
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +55,23 @@ class WithReference:
 
     def where(self, index: int) -> str:
         return where(self.source, index)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Some:
+    """Some rows of a source."""
+
+    source: RandomAccess
+    rows: Int[np.ndarray, " some"]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self.source[int(self.rows[index])]
+
+    def where(self, index: int) -> str:
+        return where(self.source, int(self.rows[index]))
 
 
 def settle(settings: PreferenceSettings, parts: Sequence[Part]) -> PreferenceSettings:
@@ -94,7 +117,8 @@ def compile(record: Mapping, processor: Processor) -> Pair:
     """As `from_preference`, of a row `WithReference`."""
     pair = from_preference(record, processor)
     if math.isnan(record[REFERENCE[0]]):
-        raise BadSample("no reference", "it could not be used when the reference answered")
+        message = "it could not be used when the reference answered, which was told then"
+        raise BadSample("no reference", message)
     return pair
 
 
@@ -104,7 +128,8 @@ def precompute(
     """The parts with the learner's log-probabilities as it is, before all steps.
 
     What another start of the same run has computed is read from its folder; rows that say
-    something else since then are asked for again. Parts whose rows have them stay as they are.
+    something else since then are asked for again, and so are those whose clips could not be
+    heard. Parts whose rows have them stay as they are.
     `PAIRS` has manifests of all pairs that could be used, with the columns, for other runs.
 
     Args:
@@ -142,36 +167,61 @@ def precompute(
 def _compute(
     learner: Learner, mixture: Mixture, part: Part, path: pathlib.Path, model: str
 ) -> Float[np.ndarray, "rows 2"]:
-    """Asks for what the file does not have yet, and writes it every so often."""
+    """Asks for what the file does not have yet, and writes it every so often.
+
+    A pair that is wrong in itself is not asked for again; one whose clip storage did not give is.
+    """
     first = jax.process_index() == 0
     rows = _fingerprints(part.source) if first else np.zeros(len(part.source), np.uint32)
-    logps, asked = _read(path, model, rows) or (
+    logps, state = _read(path, model, rows) or (
         np.full((len(part.source), len(REFERENCE)), np.nan, np.float32),
-        np.zeros(len(part.source), bool),
+        np.zeros((2, len(part.source)), bool),
     )
     # All ask for the same: together. A psum knows no bool.
-    logps, asked = multihost_utils.broadcast_one_to_all((logps, asked.astype(np.int32)))
-    logps, asked = np.array(logps), np.array(asked, bool)
+    logps, state = multihost_utils.broadcast_one_to_all((logps, state.astype(np.int32)))
+    logps, (asked, unheard) = np.array(logps), np.array(state, bool)
     logps[~asked] = np.nan
     if asked.all():
         return logps
-    saved = time.monotonic()
-    with Progress(len(logps), desc="reference", unit=" pairs", shown=first) as progress:
-        for batch in inputs.once(part, mixture):
+    # Who was killed makes the same batches again; for what only could not be heard a few will do.
+    again = bool((asked | unheard).all())
+    which = np.flatnonzero(~asked) if again else np.arange(len(asked))
+    bad: list[Bad] = []
+    before, saved = [asked.copy(), unheard.copy()], time.monotonic()
+    with Progress(len(which), desc="reference", unit=" pairs", shown=first) as progress:
+        some = dataclasses.replace(part, source=_Some(part.source, which)) if again else part
+        for batch in _batches(some, mixture, bad, again):
             used = batch["rows"] >= 0
-            which = batch["rows"][used]
-            if not asked[which].all():
+            pairs = which[batch["rows"][used]]
+            new = ~asked[pairs]
+            if new.any():
                 known = learner.reference_logps(batch)
-                pairs = [known[name][: len(used)][used] for name in REFERENCE]
-                logps[which], asked[which] = np.stack(pairs, axis=1), True
+                both = np.stack([known[name][: len(used)][used] for name in REFERENCE], axis=1)
+                logps[pairs[new]], asked[pairs] = both[new], True
                 if first and time.monotonic() - saved >= SAVE_EVERY:
-                    _write(path, model, rows, logps, asked)
+                    _write(path, model, rows, logps, asked, unheard)
                     saved = time.monotonic()
             progress.update(int(used.sum()))
-    asked[:] = True  # the rest could not be used
-    if first:
-        _write(path, model, rows, logps, asked)
+    for each in bad:
+        unheard[which[each.row]] = each.reason in PASSING
+        asked[which[each.row]] = each.reason not in PASSING
+    unheard &= ~asked
+    if first and not np.array_equal(before, [asked, unheard]):
+        _write(path, model, rows, logps, asked, unheard)
     return logps
+
+
+def _batches(
+    part: Part, mixture: Mixture, bad: list[Bad], again: bool
+) -> Iterator[dict[str, np.ndarray]]:
+    """All of a part; where it is asked for again, it may well be that none can be heard yet."""
+    try:
+        yield from inputs.once(part, mixture, bad)
+    except ValueError as error:
+        if not again or mixture.fatal:
+            raise
+        if jax.process_index() == 0:
+            _log.warning("%s: still without a reference: %s", part.name, error)
 
 
 def _fingerprints(source: RandomAccess) -> UInt32[np.ndarray, " rows"]:
@@ -214,8 +264,9 @@ def _identity(learner: Learner) -> str:
 
 def _read(
     path: pathlib.Path, model: str, rows: UInt32[np.ndarray, " rows"]
-) -> tuple[Float[np.ndarray, "rows 2"], Bool[np.ndarray, " rows"]] | None:
-    """What is known, and of which rows it was asked; None: nothing, of this model and source."""
+) -> tuple[Float[np.ndarray, "rows 2"], Bool[np.ndarray, "2 rows"]] | None:
+    """What is known, and of which rows it was asked or could not be, for want of sound; None:
+    nothing, of this model and source."""
     if not path.exists():
         return None
     with np.load(path) as file:
@@ -227,7 +278,9 @@ def _read(
         # Of an older version's file nobody can say what it was asked of.
         if not same or "rows" not in file or len(file["rows"]) != len(rows):
             return None
-        return file["logps"], file["asked"] & (file["rows"] == rows)
+        same = file["rows"] == rows
+        unheard = file["unheard"] if "unheard" in file else np.zeros_like(same)
+        return file["logps"], np.stack([file["asked"], unheard]) & same
 
 
 def _write(
@@ -236,10 +289,11 @@ def _write(
     rows: UInt32[np.ndarray, " rows"],
     logps: Float[np.ndarray, "rows 2"],
     asked: Bool[np.ndarray, " rows"],
+    unheard: Bool[np.ndarray, " rows"],
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
-    np.savez(partial, model=model, rows=rows, logps=logps, asked=asked)
+    np.savez(partial, model=model, rows=rows, logps=logps, asked=asked, unheard=unheard)
     os.replace(partial, path)
 
 

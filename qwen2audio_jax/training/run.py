@@ -25,7 +25,8 @@ from qwen2audio_jax.weights import settings
 
 SETTINGS = "run.json"
 
-# Metadata of a dataclass field that a resumed run may have otherwise: it changes no parameter.
+# Metadata of a dataclass field that a resumed run may have otherwise: it changes no parameter, or
+# how it is rounded.
 MAY_CHANGE = {"may_change": True}
 
 
@@ -72,6 +73,11 @@ def keep(folder: str | os.PathLike, config: Any) -> None:
     if jax.process_index() == 0:
         content = json.dumps(as_json(config), indent=2).encode() + b"\n"
         put(epath.Path(folder) / SETTINGS, content)
+
+
+def begun(folder: str | os.PathLike) -> dict[str, Any]:
+    """The settings of the run in a folder, as JSON holds them."""
+    return json.loads((epath.Path(folder) / SETTINGS).read_text())
 
 
 def goes_on(folder: str | os.PathLike) -> bool:

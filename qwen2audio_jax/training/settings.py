@@ -170,9 +170,10 @@ class DataConfig:
     """Sources that are measured and never learned. A run may go on with others; its best checkpoint
     is then still the best of all, whatever each was measured with."""
     held_out_tasks: tuple[str, ...] = field(default=(), metadata=MAY_CHANGE)
-    """Their lines; without, those of --data.tasks, but for what is made."""
+    """Their lines; without, each has the line of --data.tasks with which another split of its file
+    is learned, or the one that all have; what is made has its own."""
     held_out_tags: tuple[str, ...] = field(default=(), metadata=MAY_CHANGE)
-    """Their tags; without, those of --data.tags, but for what is made."""
+    """Their tags; without, those of --data.tags, likewise."""
     buckets: tuple[Annotated[Bucket, BUCKET], ...] = (
         Bucket(rows=4, tokens=360, clips=8, frames=1000),
     )
@@ -188,7 +189,8 @@ class DataConfig:
     masked: float = 0.0
     """The part of the clips that loses bands and spans (SpecAugment)."""
     workers: int = field(default=1, metadata=MAY_CHANGE)
-    """Processes that read, decode and draw; 0: a thread."""
+    """Processes of each host that read, decode and draw: its feeds share them, and have at least
+    one each; 0: a thread for each feed."""
     fatal: bool = field(default=False, metadata=MAY_CHANGE)
     """Whether a bad sample ends the run; else it is counted."""
 
@@ -231,13 +233,34 @@ class DataConfig:
         """Their own, or those of what is learned, of which what is made takes none."""
         if own := getattr(self, name):
             return each_of(self.held_out, own, name)
-        made = lambda source: source.startswith(WORLD)
         if len(learned) > 1:
             both = zip(self.train, learned, strict=False)
-            learned = [words for source, words in both if not made(source)]
-        others = [source for source in self.held_out if not made(source)]
-        words = iter(each_of(others, learned, name))
-        return tuple("" if made(source) else next(words) for source in self.held_out)
+            known = [(source, words) for source, words in both if not source.startswith(WORLD)]
+        else:
+            known = [("", words) for words in learned]
+        return tuple(_words_of(source, known, name) for source in self.held_out)
+
+
+def _words_of(source: str, known: Sequence[tuple[str, str]], name: str) -> str:
+    """The words with which a source's file is learned, or those of all that is.
+
+    Raises:
+      ValueError: they differ, and none or several are of its file.
+    """
+    if source.startswith(WORLD):
+        return ""
+    words = {each for _, each in known}
+    if len(words) > 1:  # a wrong prompt would be measured in silence
+        files = _files(_file_and_split(source)[0])
+        of_file = lambda other: not files.isdisjoint(_files(_file_and_split(other)[0]))
+        words = {each for other, each in known if of_file(other)}
+    if len(words) > 1 or (known and not words):
+        kind, which = name.removeprefix("held_out_"), "several are" if words else "none is"
+        raise ValueError(
+            f"held_out {source}: wanted --data.held-out-{kind}, one for each that is held out: "
+            f"those of --data.{kind} differ, and {which} of its file"
+        )
+    return next(iter(words), "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -308,15 +331,18 @@ class Lora(LoraConfig):
     target_modules: str | tuple[str, ...] | None = None
     """Ends of transformers' module names, or a regex for whole names, or "all-linear"; without,
     those of --lora.start, or all linear layers of the decoder."""
-    start: str | None = None
+    start: str | None = field(default=None, metadata=MAY_CHANGE)
     """An adapter in PEFT's format to begin with, a folder or a hub id; what else is said of r,
     lora_alpha and target_modules has to agree."""
 
     def __post_init__(self):
         if self.start is None:
             for name in ("lora_alpha", "target_modules"):
+                usual = getattr(LoraConfig, name)
                 if getattr(self, name) is None:
-                    object.__setattr__(self, name, getattr(LoraConfig, name))
+                    object.__setattr__(self, name, usual)
+                elif not self.r and getattr(self, name) != usual:
+                    raise ValueError(f"lora.{name} is of no adapters: wanted lora.r too, got 0")
         if self.r:
             super().__post_init__()
 
@@ -367,10 +393,10 @@ class Settings:
     """Of the arithmetic, and of the model that comes out."""
     weight_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the parameters while they are trained."""
-    remat_policy: Policy = "none"
+    remat_policy: Policy = field(default="none", metadata=MAY_CHANGE)
     """What blocks keep for the backward pass: all (none), nothing but their input (full), what
     matrices make (minimal) or some of it; offloaded ones keep it in the host's memory."""
-    attention: Attention = "autoselected"
+    attention: Attention = field(default="autoselected", metadata=MAY_CHANGE)
     """flash never holds its scores, and is what autoselected takes on TPUs from 256 tokens on; on
     GPUs it is cuDNN's, in bfloat16, where it is asked for."""
     scan_layers: bool = True

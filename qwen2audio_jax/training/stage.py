@@ -24,13 +24,24 @@ from jax.sharding import Mesh
 
 from qwen2audio_jax import sharding, spread, weights
 from qwen2audio_jax.config import Config
+from qwen2audio_jax.data.batches import added, report
 from qwen2audio_jax.data.feeds import Feeds
 from qwen2audio_jax.data.mixture import Mixture
 from qwen2audio_jax.data.sources import on_disk
 from qwen2audio_jax.evaluation import held_out
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
-from qwen2audio_jax.training import inputs, learner, loop, lora, peft, placement, run, summary
+from qwen2audio_jax.training import (
+    hosts,
+    inputs,
+    learner,
+    loop,
+    lora,
+    peft,
+    placement,
+    run,
+    summary,
+)
 from qwen2audio_jax.training.checkpoint import Checkpoints
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.log import Log
@@ -63,7 +74,8 @@ def train(settings: Settings) -> int | None:
     kept = inputs.held_out(settings.data, settings.evaluation.samples, pairs=pairs)
     sizes = model_settings.read(locate(settings.model, huggingface.PATTERNS))
     processor = Processor.from_pretrained(settings.model)
-    run.begin(settings.out, settings, model=sizes, processor=processor)
+    if run.begin(settings.out, settings, model=sizes, processor=processor):
+        settings.optimizer.check_change(run.begun(settings.out)["optimizer"])
     settled = settle(settings, [*parts, *(each.part for each in kept)]) if pairs else settings
     trainee = _learner(settled, sizes, mesh)
     mixture = Mixture(
@@ -78,6 +90,15 @@ def train(settings: Settings) -> int | None:
         workers=settings.data.workers,
         fatal=settings.data.fatal,
     )
+    if (times := mixture.hosts * mixture.accumulate) > 1 and jax.process_index() == 0:
+        sizes = dict.fromkeys(
+            f"{bucket.rows * times}x{bucket.tokens}" for bucket in mixture.buckets
+        )
+        print(
+            f"rows and tokens of a step: {', '.join(sizes)} ({mixture.hosts} feeds, "
+            f"{mixture.accumulate} batches of each)",
+            flush=True,
+        )
     if pairs and settled.precompute_ref_log_probs and settings.preference.wants_reference:
         known = partial(precompute, trainee, mixture, folder=settings.out)
         # by their rows, which a run may go on with otherwise
@@ -165,8 +186,9 @@ def _run(
         if signal is None:
             _export(settings, trainee, processor)
             best = _export_best(settings, trainee, processor, checkpoints)
+            counts = report(added(hosts.gathered(batches.counts)), mixture.sizes)
             if jax.process_index() == 0:
-                summary.write(folder, log.rows, batches.report(), best, config.best)
+                summary.write(folder, log.rows, counts, best, config.best)
     return signal
 
 

@@ -12,6 +12,15 @@ def laptop(*frames: int) -> tuple[Bucket, ...]:
     )
 
 
+def pairs(*frames: int) -> tuple[Bucket, ...]:
+    """Buckets for preferences, each pair with a row and a clip of up to so many frames."""
+    rows = {most: max(2, 5120 // most) for most in frames}
+    return tuple(
+        Bucket(rows=rows[most], tokens=most // 4 + 100, clips=rows[most], frames=most)
+        for most in frames
+    )
+
+
 def pod(*, rows: int, tokens: int, clips: int) -> tuple[Bucket, ...]:
     """Packed rows with as much sound a batch, whether in clips of up to 5, 10 or 30 s.
 

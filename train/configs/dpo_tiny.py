@@ -8,9 +8,9 @@ as no answer's reward is the higher at first, to above 0.9.
 
 import pathlib
 
-from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.settings import DataConfig, LoopConfig, PreferenceSettings
+from train.configs import pairs
 
 SETTINGS = PreferenceSettings(
     out=pathlib.Path("runs/dpo"),
@@ -18,10 +18,7 @@ SETTINGS = PreferenceSettings(
     data=DataConfig(
         train=("world:small/preference",),
         held_out=("world:small/preference:test",),
-        buckets=(
-            Bucket(rows=16, tokens=96, clips=16, frames=320),
-            Bucket(rows=8, tokens=400, clips=8, frames=3000),
-        ),
+        buckets=pairs(320, 1000, 3000),
     ),
     optimizer=OptimizerConfig(
         name="muon", learning_rate=7e-5, steps=200, warmup_steps=10, weight_decay=0.0

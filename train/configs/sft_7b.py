@@ -3,8 +3,10 @@
     python -m train.sft 7b --data.train chats.jsonl:train --data.held-out chats.jsonl:test
 
 r 8, alpha 32, 1e-4 on all linear layers of the decoder, tower and projector frozen, warm-up 5 %:
-as ms-swift has it; a global batch of 32. Expected: `adapter/` for PEFT and `model/`, merged; an
-answer style from a thousand conversations in an epoch or two.
+as ms-swift has it; a step of 32 rows on one host (on four: --gradient-accumulation-steps 1), each
+of several conversations. A thousand of them are learned once in some ten steps; say how many you
+want: --optimizer.steps. Expected: `adapter/` for PEFT and `model/`, merged; an answer style in two
+or three passes, which summary.md counts.
 """
 
 import pathlib

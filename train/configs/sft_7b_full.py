@@ -2,8 +2,9 @@
 
     python -m train.sft 7b-full --data.train chats.jsonl:train --data.held-out chats.jsonl:test
 
-5e-6 at a global batch of 32 rows of 4096 tokens: as Megatron-Bridge has it. Expected: as LoRA's
-preset, with more to gain from more data, and more to lose from less.
+5e-6 at 32 rows of 4096 tokens a step, as Megatron-Bridge has it: of one host, with four batches a
+step; on four hosts say --gradient-accumulation-steps 1. Expected: as LoRA's preset, with more to
+gain from more data, and more to lose from less.
 """
 
 import dataclasses
