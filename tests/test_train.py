@@ -149,7 +149,9 @@ def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, data, capsys, ca
     ids = np.array([[1, 20, 30, 40]])
     np.testing.assert_allclose(parameters(out / "model")(ids), merged(ids), atol=1e-5)
 
-    said = capsys.readouterr().err.splitlines()  # which is no terminal
+    told = capsys.readouterr()
+    assert "rows and tokens of a step: 16x160 (feeds 1, batches of each 2)\n" in told.out
+    said = told.err.splitlines()  # which is no terminal
     line = r"training: 3/3 steps, loss \d.*, tokens/s [\d,]+, audio s/s .*elapsed, 00:00 left"
     assert any(re.fullmatch(line, each) for each in said), said
     assert [each[:7] for each in said if each.startswith("step")] == [

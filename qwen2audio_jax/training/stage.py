@@ -90,15 +90,7 @@ def train(settings: Settings) -> int | None:
         workers=settings.data.workers,
         fatal=settings.data.fatal,
     )
-    if (times := mixture.hosts * mixture.accumulate) > 1 and jax.process_index() == 0:
-        sizes = dict.fromkeys(
-            f"{bucket.rows * times}x{bucket.tokens}" for bucket in mixture.buckets
-        )
-        print(
-            f"rows and tokens of a step: {', '.join(sizes)} ({mixture.hosts} feeds, "
-            f"{mixture.accumulate} batches of each)",
-            flush=True,
-        )
+    _tell_rows(mixture)
     if pairs and settled.precompute_ref_log_probs and settings.preference.wants_reference:
         known = partial(precompute, trainee, mixture, folder=settings.out)
         # by their rows, which a run may go on with otherwise
@@ -110,6 +102,15 @@ def train(settings: Settings) -> int | None:
         kept = [dataclasses.replace(e, part=p) for e, p in zip(kept, kept_parts, strict=True)]
         mixture = dataclasses.replace(mixture, parts=known(parts), references=True)
     return _run(settings, trainee, mixture, processor, kept)
+
+
+def _tell_rows(mixture: Mixture) -> None:
+    """Says how large a step is, where that is not what --data.buckets say."""
+    times = mixture.hosts * mixture.accumulate
+    if times > 1 and jax.process_index() == 0:
+        each = dict.fromkeys(f"{bucket.rows * times}x{bucket.tokens}" for bucket in mixture.buckets)
+        feeds = f"feeds {mixture.hosts}, batches of each {mixture.accumulate}"
+        print(f"rows and tokens of a step: {', '.join(each)} ({feeds})", flush=True)
 
 
 def _with_start(settings: Settings) -> Settings:
