@@ -33,6 +33,12 @@ from train import command
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORDS = ("low", "middle", "high", "highest")
+TOLD = {
+    "kill": "kill -9 at a random step",
+    "save": "kill -9 in a save",
+    "term": "SIGTERM",
+    "full": "a full disk",
+}
 FULL = 300 * 1024  # bytes that a file may have on the disk that is full: no checkpoint's
 
 
@@ -60,8 +66,24 @@ class Settings:
     """A JSON file for what happened; a table is put beside it."""
 
 
-def main(settings: Settings) -> dict[str, object]:
+def main(settings: Settings) -> None:
     """Raises SystemExit if anything differs."""
+    result = measure(settings)
+    print(json.dumps(result, indent=2))
+    same = result["same"]
+    if settings.out:
+        ways = collections.Counter(event["way"] for event in result["events"])
+        lines = ["| ended by | times |", "|---|---|"]
+        lines += [f"| {TOLD[way]} | {count} |" for way, count in ways.items()]
+        told = ", ".join(f"{name} {'equal' if ok else 'DIFFER'}" for name, ok in same.items())
+        about = f"{settings.steps} steps of train.sft, started again each time: {told}"
+        sides.save(settings.out, {**sides.machine(), **result}, about, ["\n".join(lines)])
+    if not all(same.values()):
+        raise SystemExit("benchmarks.interruption: the runs differ")
+
+
+def measure(settings: Settings) -> dict[str, object]:
+    """What ended a run, and whether it came to the same as one that nothing ended."""
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         write_clips(folder)
@@ -76,18 +98,7 @@ def main(settings: Settings) -> dict[str, object]:
             "parameters": digest(whole) == digest(ended),
             "steps": exact(whole) == exact(ended),
         }
-    result = {"steps": settings.steps, "events": events, "same": same}
-    print(json.dumps(result, indent=2))
-    if settings.out:
-        ways = collections.Counter(event["way"] for event in events)
-        lines = ["| ended by | times |", "|---|---|"]
-        lines += [f"| {way} | {count} |" for way, count in ways.items()]
-        told = ", ".join(f"{name} {'equal' if ok else 'DIFFER'}" for name, ok in same.items())
-        about = f"{settings.steps} steps of train.sft, started again each time: {told}"
-        sides.save(settings.out, {**sides.machine(), **result}, about, ["\n".join(lines)])
-    if not all(same.values()):
-        raise SystemExit("benchmarks.interruption: the runs differ")
-    return result
+    return {"steps": settings.steps, "events": events, "same": same}
 
 
 def write_clips(folder: pathlib.Path, count: int = 40) -> None:

@@ -484,7 +484,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(base, tmp_path):
     settings = interruption.Settings(
         kills=1, saves=1, steps=20, save_every=2, model=str(base), workers=0
     )
-    result = interruption.main(settings)
+    result = interruption.measure(settings)
     assert result["same"] == {"parameters": True, "steps": True}
     status = {event["way"]: event["status"] for event in result["events"]}
     assert {event["way"] for event in result["events"] if event["torn"]} >= {"save"}
