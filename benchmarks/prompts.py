@@ -158,7 +158,7 @@ def draw(figures: list[dict[str, Any]], path: pathlib.Path) -> None:
         axes.plot(places, values.T, ".", color="black", markersize=4)
     axes.set_xticks(np.arange(len(tasks)), tasks)
     axes.set(ylabel="held out, right, %", ylim=(0, 105))
-    axes.legend(ncols=len(ways), loc="lower right")
+    figure.legend(ncols=len(ways), loc="outside upper center")
     figure.savefig(path, dpi=110)
 
 
