@@ -255,7 +255,17 @@ class _Forward(soundfile.SoundFile):
         return False
 
 
-class _Endless(io.BytesIO):
+class _Bytes(io.BytesIO):
+    """Stays where it is when damage sends libsndfile to before its beginning: what is raised there
+    would be printed, with its trace, and not reach us."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_SET and offset < 0:
+            return self.tell()
+        return super().seek(offset, whence)
+
+
+class _Endless(_Bytes):
     """Pretends to be a hundred times as long.
 
     Of an mp3 without a length libsndfile guesses one from the file's size and the first frame's
@@ -276,7 +286,7 @@ def _decode(data: bytes) -> tuple[Float[np.ndarray, "S channels"], float]:
             data = _ffmpeg(data, kind)
             break
     _refuse_cut(data)
-    file, samples, log = _play(io.BytesIO(data))
+    file, samples, log = _play(_Bytes(data))
     if file.format == "MP3":
         tag = XING.match(data, _after_id3(data))
         if len(samples) == file.frames and not (tag and tag["fields"][0] & 1):
@@ -291,7 +301,7 @@ def _decode(data: bytes) -> tuple[Float[np.ndarray, "S channels"], float]:
     return samples, float(file.samplerate)
 
 
-def _play(data: io.BytesIO) -> tuple[_Forward, Float[np.ndarray, "S channels"], str]:
+def _play(data: _Bytes) -> tuple[_Forward, Float[np.ndarray, "S channels"], str]:
     """Has libsndfile decode all there is; the file, closed, its samples, and what it logged."""
     file, got = None, 0
     try:

@@ -425,6 +425,14 @@ def test_damage_is_heard_or_refused_never_a_trace(data):
         assert "\n" not in str(error)
 
 
+def test_damage_that_leads_before_the_beginning_leaves_no_trace():
+    """libsndfile looks for the sound of an AIFF whose chunk has another name at -1."""
+    clip = bytearray(encoded(np.sin(np.arange(3000) / 5), format="AIFF"))
+    clip[clip.index(b"SSND")] = 0
+    with pytest.raises(audio.AudioError, match="^[^\n]+$"):
+        audio.load(clip)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 3000), st.integers(1, 700), st.integers(0, 9))
 def test_windows_cover_the_wave(samples, longest, seed):
