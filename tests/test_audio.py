@@ -429,7 +429,7 @@ def test_damage_that_leads_before_the_beginning_leaves_no_trace():
     """libsndfile looks for the sound of an AIFF whose chunk has another name at -1."""
     clip = bytearray(encoded(np.sin(np.arange(3000) / 5), format="AIFF"))
     clip[clip.index(b"SSND")] = 0
-    with pytest.raises(audio.AudioError, match="^[^\n]+$"):
+    with pytest.raises(audio.AudioError, match=r"^[^\n]+$"):
         audio.load(clip)
 
 
