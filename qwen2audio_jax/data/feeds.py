@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen2audio_jax.data.batches import Batches, added, report
+from qwen2audio_jax.data.batches import Batches, added
 from qwen2audio_jax.data.mixture import Mixture
 from qwen2audio_jax.processor import Inputs
 
@@ -90,9 +90,6 @@ class Feeds:
     def counts(self) -> dict[str, dict[str, Any]]:
         """As `Batches.counts`, of all feeds here."""
         return added([batches.counts for batches in self._batches])
-
-    def report(self) -> str:
-        return report(self.counts, self.mixture.sizes)
 
     def close(self) -> None:
         for batches in self._batches:

@@ -94,10 +94,8 @@ def fed(config: Any) -> Any:
     """
     feeds, hosts = config.data.feeds, jax.process_count()
     if not feeds:
-        path = epath.Path(config.out) / SETTINGS
-        begun = goes_on(config.out) and path.exists()
-        known = json.loads(path.read_text())["data"] if begun else {}
-        feeds = known.get("feeds") or hosts
+        known = goes_on(config.out) and (epath.Path(config.out) / SETTINGS).exists()
+        feeds = (begun(config.out)["data"].get("feeds") if known else None) or hosts
     if feeds % hosts:
         raise ValueError(
             f"wanted a number of hosts that divides the {feeds} feeds of the data, got {hosts}"
@@ -111,9 +109,8 @@ def as_json(config: Any) -> dict[str, Any]:
 
 
 def _compare(folder: epath.Path, config: Any) -> None:
-    path = folder / SETTINGS
     try:
-        then = json.loads(path.read_text())
+        then = begun(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} holds checkpoints, but no {SETTINGS} to read: {error}"
