@@ -2,10 +2,14 @@
 
     python -m benchmarks.interruption                     # fifteen times, ten of them kill -9
     python -m benchmarks.interruption --kills 2 --saves 1 --steps 8
+    python -m benchmarks.interruption --processes 4 --kills 5 --saves 1 --steps 40
 
 Both are `python -m train.sft` on clips made here. One is ended by kill -9 at random steps and
 while it saves, by SIGTERM, and by a disk that is full, and is started again each time. In the end
 parameters, and every step's loss and gradient, have to be the same to the bit.
+
+With several processes it is a random one that is killed: the others have to end by themselves, in
+LIMIT seconds, and to say which is lost.
 """
 
 import collections
@@ -17,11 +21,13 @@ import pathlib
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -40,6 +46,8 @@ TOLD = {
     "full": "a full disk",
 }
 FULL = 300 * 1024  # bytes that a file may have on the disk that is full: no checkpoint's
+SILENCE = 10  # seconds after which a process counts as lost
+LIMIT = 60  # seconds that the others may go on for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +66,10 @@ class Settings:
     save_every: int = 5
     """Steps between checkpoints."""
     model: str = "tiny"
+    processes: int = 1
+    """Of a run, as on as many hosts."""
     workers: int = 1
-    """Processes that make batches."""
+    """Processes that make batches, of each of these."""
     seed: int = 0
     """Of the moments."""
     out: pathlib.Path | None = None
@@ -75,8 +85,9 @@ def main(settings: Settings) -> None:
         ways = collections.Counter(event["way"] for event in result["events"])
         lines = ["| ended by | times |", "|---|---|"]
         lines += [f"| {TOLD[way]} | {count} |" for way, count in ways.items()]
-        told = ", ".join(f"{name} {'equal' if ok else 'DIFFER'}" for name, ok in same.items())
-        about = f"{settings.steps} steps of train.sft, started again each time: {told}"
+        ends = ", ".join(f"{name} {'equal' if ok else 'DIFFER'}" for name, ok in same.items())
+        several = f" in {settings.processes} processes" * (settings.processes > 1)
+        about = f"{settings.steps} steps of train.sft{several}, started again each time: {ends}"
         sides.save(settings.out, {**sides.machine(), **result}, about, ["\n".join(lines)])
     if not all(same.values()):
         raise SystemExit("benchmarks.interruption: the runs differ")
@@ -98,7 +109,12 @@ def measure(settings: Settings) -> dict[str, object]:
             "parameters": digest(whole) == digest(ended),
             "steps": exact(whole) == exact(ended),
         }
-    return {"steps": settings.steps, "events": events, "same": same}
+    return {
+        "steps": settings.steps,
+        "processes": settings.processes,
+        "events": events,
+        "same": same,
+    }
 
 
 def write_clips(folder: pathlib.Path, count: int = 40) -> None:
@@ -118,33 +134,54 @@ def write_clips(folder: pathlib.Path, count: int = 40) -> None:
 
 def begin(
     settings: Settings, data: pathlib.Path, out: pathlib.Path, limit: int | None = None
-) -> subprocess.Popen:
-    """Starts or goes on with a run; `limit` is how large a file may become."""
+) -> list[subprocess.Popen]:
+    """Starts or goes on with a run, gives its processes; `limit` is how large a file may become."""
     command = [sys.executable, "-m", "train.sft", "tiny", "--model", settings.model]
     command += ["--out", out, "--data.train", data / "rows.jsonl", "--data.held-out"]
     command += ["--data.workers", settings.workers, "--no-tensorboard"]
     command += ["--loop.save-every", settings.save_every, "--optimizer.steps", settings.steps]
     command += ["--optimizer.warmup-steps", 2, "--loop.keep", 1]
+    if settings.processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command += ["--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.timeout", SILENCE]
+        command += ["--hosts.count", settings.processes]
     full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    with open(out.with_suffix(".log"), "ab") as told:
-        return subprocess.Popen(
-            list(map(str, command)),
-            cwd=ROOT,
-            stdout=told,
-            stderr=told,
-            preexec_fn=None if limit is None else full,
-        )
+    started = []
+    for number in range(settings.processes):
+        mine = ["--hosts.number", number] if settings.processes > 1 else []
+        with open(told(out, number), "wb") as said:
+            started.append(
+                subprocess.Popen(
+                    list(map(str, command + mine)),
+                    cwd=ROOT,
+                    stdout=said,
+                    stderr=said,
+                    preexec_fn=None if limit is None else full,
+                )
+            )
+    return started
 
 
-def finish(process: subprocess.Popen) -> None:
-    if status := process.wait():
-        raise SystemExit(f"benchmarks.interruption: wanted a run to end well, got status {status}")
+def told(out: pathlib.Path, number: int) -> pathlib.Path:
+    """What a process says, since its last start."""
+    return out.with_suffix(f".{number}.log")
+
+
+def finish(started: list[subprocess.Popen]) -> None:
+    if any(statuses := [process.wait() for process in started]):
+        raise SystemExit(f"benchmarks.interruption: wanted a run to end well, got {statuses}")
 
 
 def interrupt(
-    settings: Settings, start: Callable[..., subprocess.Popen], out: pathlib.Path
+    settings: Settings, start: Callable[..., list[subprocess.Popen]], out: pathlib.Path
 ) -> list[dict[str, object]]:
-    """Ends a run in every way, in random order; gives how, and at which step."""
+    """Ends a run in every way, in random order; gives how, and at which step.
+
+    Raises:
+      SystemExit: the others went on without the one that was killed, or did not say which it was.
+    """
     rng = random.Random(settings.seed)
     ways = ["kill"] * settings.kills + ["save"] * settings.saves
     ways += ["term"] * settings.terms + ["full"] * settings.full_disks
@@ -153,17 +190,36 @@ def interrupt(
     for number, way in enumerate(ways):
         # Moments that are spread over the run, so that there is always something left to end.
         moment = settings.steps * (number + rng.random()) / (len(ways) + 1)
-        process = start(out, limit=FULL if way == "full" else None)
+        started = start(out, limit=FULL if way == "full" else None)
+        lost = rng.randrange(len(started))
         if way != "full":
             wait = at_a_save if way == "save" else at_a_step
-            wait(process, out, moment)
+            wait(started[lost], out, moment)
             time.sleep(0 if way == "save" else rng.uniform(0, 0.1))
-            process.send_signal(signal.SIGTERM if way == "term" else signal.SIGKILL)
-        status = process.wait()
-        torn = bool(unfinished(out))
-        events.append({"way": way, "step": last_step(out), "status": status, "torn": torn})
-        print(json.dumps(events[-1]), flush=True)
+            started[lost].send_signal(signal.SIGTERM if way == "term" else signal.SIGKILL)
+        since = time.monotonic()
+        statuses = [process.wait() for process in started]
+        event = {"way": way, "step": last_step(out), "statuses": statuses}
+        event |= {"torn": bool(unfinished(out)), "lost": lost, "took_s": time.monotonic() - since}
+        events.append(event)
+        print(json.dumps(event), flush=True)
+        if way in ("kill", "save"):
+            check(settings, out, event)
     return events
+
+
+def check(settings: Settings, out: pathlib.Path, event: dict[str, Any]) -> None:
+    """Refuses survivors that go on, or that do not say which one they have lost."""
+    lost = event["lost"]
+    for number, status in enumerate(event["statuses"]):
+        if number == lost:
+            continue
+        said, took = told(out, number).read_text("utf-8", "replace"), event["took_s"]
+        if not status or took > LIMIT or f"lost process {lost}" not in said:
+            raise SystemExit(
+                f"benchmarks.interruption: wanted process {number} to end within {LIMIT} s and to "
+                f"name process {lost}, got status {status} in {took:.0f} s: {said[-500:]}"
+            )
 
 
 def at_a_step(process: subprocess.Popen, out: pathlib.Path, step: float) -> None:

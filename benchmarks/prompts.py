@@ -22,8 +22,9 @@ from qwen2audio_jax.data.instruction import STYLES
 from qwen2audio_jax.data.world import World
 from qwen2audio_jax.evaluation import world as evaluation
 from qwen2audio_jax.training import log, stage
+from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.optimizer import OptimizerConfig
-from qwen2audio_jax.training.settings import DataConfig, LoopConfig, Settings
+from qwen2audio_jax.training.settings import LoopConfig, Settings
 from train import command, demo
 from train.configs import laptop
 

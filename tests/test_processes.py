@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import platform
 import signal
 import socket
 import subprocess
@@ -134,7 +135,8 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on(given, undisturbed, tm
     started[1].wait()
     assert started[0].wait(120) != 0
     assert time.monotonic() - died < 60
-    assert "process 0 of 2" in pathlib.Path(f"{out}.0.txt").read_text()
+    line = f"process 0 of 2 on {platform.node()}: lost process 1 of 2 on {platform.node()}: "
+    assert line in pathlib.Path(f"{out}.0.txt").read_text()
     finish(start(given, out, processes=2), out)
     wanted = parameters(undisturbed)
     for name, value in parameters(out).items():

@@ -11,7 +11,7 @@ from qwen2audio_jax import Processor, preset
 from qwen2audio_jax.training import run
 from qwen2audio_jax.training import settings as training
 from qwen2audio_jax.training.checkpoint import Checkpoints
-from qwen2audio_jax.training.settings import DataConfig
+from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.weights import settings
 
 

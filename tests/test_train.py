@@ -25,14 +25,10 @@ from qwen2audio_jax.data import sources
 from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.training import log, lora, loss, peft, reference, stage, trainee
 from qwen2audio_jax.training.checkpoint import CHECKPOINTS
+from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.optimizer import OptimizerConfig
-from qwen2audio_jax.training.settings import (
-    DataConfig,
-    LoopConfig,
-    PreferenceSettings,
-    Settings,
-)
+from qwen2audio_jax.training.settings import LoopConfig, PreferenceSettings, Settings
 from train import launch
 
 WORDS = ("low", "mid", "high", "top")
@@ -486,6 +482,6 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(base, tmp_path):
     )
     result = interruption.measure(settings)
     assert result["same"] == {"parameters": True, "steps": True}
-    status = {event["way"]: event["status"] for event in result["events"]}
+    status = {event["way"]: event["statuses"][0] for event in result["events"]}
     assert {event["way"] for event in result["events"] if event["torn"]} >= {"save"}
     assert status == {"kill": -9, "save": -9, "term": 143, "full": 1}

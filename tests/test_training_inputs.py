@@ -21,9 +21,10 @@ from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.data.sources import Made, where
 from qwen2audio_jax.training import inputs, reference
+from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.preference import PreferenceConfig
-from qwen2audio_jax.training.settings import DataConfig, PreferenceSettings
+from qwen2audio_jax.training.settings import PreferenceSettings
 
 ASR = "[AUDIO:speech] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from qwen2audio_jax.processor import count_tokens
+from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.lora import LoraConfig
 from qwen2audio_jax.training.settings import (
-    DataConfig,
     EvaluationConfig,
     LoopConfig,
     Lora,

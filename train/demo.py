@@ -33,14 +33,10 @@ from qwen2audio_jax.evaluation import recognition
 from qwen2audio_jax.evaluation import world as evaluation
 from qwen2audio_jax.evaluation.world import Row
 from qwen2audio_jax.training import log, memory
+from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.preference import PreferenceConfig
-from qwen2audio_jax.training.settings import (
-    DataConfig,
-    LoopConfig,
-    PreferenceSettings,
-    Settings,
-)
+from qwen2audio_jax.training.settings import LoopConfig, PreferenceSettings, Settings
 from qwen2audio_jax.weights import settings as model_settings
 from train import command
 from train.configs import laptop

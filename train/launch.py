@@ -12,7 +12,7 @@ import jax
 import tyro
 
 from qwen2audio_jax.training import hosts, memory
-from qwen2audio_jax.training.settings import WORLD
+from qwen2audio_jax.training.data_config import WORLD
 from train import command, configs
 
 SMALLER = "smaller --data.buckets, --remat-policy full, or more devices"

@@ -32,9 +32,9 @@ def answer(
       The tokens of each answer, in the order of the examples; padding may follow.
     """
     is_open = lambda i: choices[i] is None
-    seconds = lambda i: sum(map(len, examples[i].waves))
+    size = lambda i: (len(examples[i].waves), sum(map(len, examples[i].waves)))
     answers: dict[int, Int[np.ndarray, " _"]] = {}
-    order = sorted(range(len(examples)), key=lambda i: (is_open(i), seconds(i)))
+    order = sorted(range(len(examples)), key=lambda i: (is_open(i), size(i)))
     for alike, group in itertools.groupby(order, key=is_open):
         group = list(group)
         for some in (group[i : i + rows] for i in range(0, len(group), rows)):

@@ -9,12 +9,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # the service's store has no public name; orbax asks here too
 from jax.experimental import multihost_utils
 
 from qwen2audio_jax.training.settings import HostsConfig
 
 MEETING = 300  # seconds that the first process waits for the last
 BLOCK = 4096  # bytes that what they tell each other is a multiple of
+WORD = 5  # seconds that those who are left have to say that they are
+NAMES, LEFT = "qwen2audio_jax/names", "qwen2audio_jax/left"  # what processes tell the service
 
 
 def join(config: HostsConfig) -> None:
@@ -39,6 +42,7 @@ def join(config: HostsConfig) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"distributed: the processes did not meet: {reason}") from error
+    _tell(NAMES, here())
 
 
 def joined() -> bool:
@@ -68,13 +72,35 @@ def here() -> str:
 
 
 def lost(name: str, error: Exception, config: HostsConfig) -> None:
-    """Ends this process after another one was lost.
+    """Ends this process after another one was lost, and says which.
 
     What was computed together cannot go on, and nothing here may wait for the lost one. The service
     that all report to notices who is silent, says so, and ends this process; if it does not, this
     does.
     """
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    print(f"{name}: error: {here()}: another one is lost: {reason}", file=sys.stderr, flush=True)
+    who = "; ".join(_silent()) or "another one"
+    print(f"{name}: error: {here()}: lost {who}: {reason}", file=sys.stderr, flush=True)
     time.sleep(2 * config.timeout)
     os._exit(1)
+
+
+def _silent() -> list[str]:
+    """Which processes do not say, within WORD, that they are left."""
+    try:
+        _tell(LEFT, "")
+        time.sleep(WORD)
+        left = _told(LEFT)
+        return [who for number, who in sorted(_told(NAMES).items()) if number not in left]
+    except jax.errors.JaxRuntimeError:
+        return ["process 0, where all report"]
+
+
+def _tell(what: str, value: str) -> None:
+    distributed.global_state.client.key_value_set(f"{what}/{jax.process_index()}", value)
+
+
+def _told(what: str) -> dict[int, str]:
+    """What each process has told, if it has."""
+    entries = distributed.global_state.client.key_value_dir_get(what)
+    return {int(key.rpartition("/")[2]): value for key, value in entries}

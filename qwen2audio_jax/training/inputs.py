@@ -24,7 +24,7 @@ from qwen2audio_jax.data.pack import Bad
 from qwen2audio_jax.data.sources import RandomAccess, open_source, where
 from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.prompt import IM_END, PAD
-from qwen2audio_jax.training.settings import TFDS, WORLD, DataConfig, each_of
+from qwen2audio_jax.training.data_config import TFDS, WORLD, DataConfig, each_of
 
 MADE = 10**6  # samples that a made world tells apart
 LOOKED = 50  # rows of a source that tell what all are

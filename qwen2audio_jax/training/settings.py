@@ -2,41 +2,26 @@
 
 import dataclasses
 import math
-import os
 import pathlib
-import re
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Literal
 
 import jax
-import tyro
 from jax.sharding import Mesh
 
 from qwen2audio_jax import sharding
-from qwen2audio_jax.data.instruction import STYLES
-from qwen2audio_jax.data.pack import Bucket
-from qwen2audio_jax.data.sources import SUFFIX, shards
 from qwen2audio_jax.flash import Attention
 from qwen2audio_jax.remat import Policy
+from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.lora import LoraConfig
 from qwen2audio_jax.training.optimizer import ADJUSTABLE, OptimizerConfig
 from qwen2audio_jax.training.preference import PreferenceConfig
 from qwen2audio_jax.training.run import MAY_CHANGE
 
-# Begin the names of sources that are made, and of those that tfds prepared.
-WORLD, TFDS = "world:", "tfds:"
 # Ends of the names of figures of what is held out, and which of them are better low.
 LOW = ("loss", "wer", "nll", "ctc", "rejected_match")
 HIGH = ("accuracy", "exact_match", "margins")
-# A bucket as one word of the command line.
-BUCKET = tyro.constructors.PrimitiveConstructorSpec(
-    nargs=1,
-    metavar="ROWSxTOKENS,CLIPSxFRAMES",
-    instance_from_str=lambda words: Bucket.parse(words[0]),
-    is_instance=lambda value: isinstance(value, Bucket),
-    str_from_instance=lambda bucket: [str(bucket)],
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,158 +94,6 @@ class HostsConfig:
             raise ValueError(f"wanted a hosts.number within 0..{self.count - 1}, got {self.number}")
         if self.timeout < 1:
             raise ValueError(f"wanted a hosts.timeout of at least 1 s, got {self.timeout}")
-
-
-def _share_rows(one: str, other: str) -> bool:
-    """Whether two sources are of the same file, and one of them is all of it or both one split."""
-    if one.startswith(WORLD) or other.startswith(WORLD):
-        return one == other
-    (file, split), (other_file, other_split) = map(_file_and_split, (one, other))
-    if _files(file).isdisjoint(_files(other_file)):
-        return False
-    (name, part, _), (other_name, other_part, _) = (s.partition("[") for s in (split, other_split))
-    overlap = name == other_name and not (part and other_part)  # parts are the user's business
-    return split == other_split or overlap or not split or not other_split
-
-
-def _files(source: str) -> set[str]:
-    """What a source is of, however it is written; of shards on this disk each."""
-    of_shards = SUFFIX in source or os.path.isdir(source)
-    found = shards(source) if of_shards and "://" not in source else []
-    return {os.path.abspath(path) for path in found or [source]}
-
-
-def _file_and_split(source: str) -> tuple[str, str]:
-    found = re.fullmatch(r"(.+\.jsonl?)(?::([^:/]+))?", source)
-    if found is None and source.startswith(TFDS):
-        found = re.fullmatch(r"(tfds:[^:]+)(?::(.+))?", source)
-    return (found[1], found[2] or "") if found else (source, "")
-
-
-def each_of(sources: Sequence[str], words: Sequence[str], name: str = "words") -> tuple[str, ...]:
-    """Lines or tags of sources: each has its own, all have one, or there are none.
-
-    Raises:
-      ValueError: there are more or fewer; the message says of what, by `name`.
-    """
-    if sources and len(words) not in (0, 1, len(sources)):
-        raise ValueError(f"wanted {name} for {len(sources)} sources, got {len(words)}")
-    return tuple(words) if len(words) == len(sources) else (*words, "")[:1] * len(sources)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is learned, and what is kept to measure it."""
-
-    train: tuple[str, ...] = ()
-    """Sources: rows.jsonl, rows.jsonl:SPLIT, ArrayRecord shards, tfds:name/config:split; or made
-    sound, world:NAME/KIND, of which KIND may be `tasks`, all of them."""
-    tasks: tuple[str, ...] = ()
-    """A line for each source, or one for all: `[AUDIO:audio] What is said? -> [TEXT:text]`. With
-    an empty one, or without any, rows are conversations, or pairs of answers to one."""
-    style: Literal[STYLES] = "prompt"
-    """How tasks are hinted at: in words, in tags (--data.tags), or not at all."""
-    tags: tuple[str, ...] = ()
-    """What says each line's task in --data.style tags, or one for all."""
-    rate: int | None = None
-    """Sampling rate of tfds: sources that state none; whatever states one keeps its own."""
-    weights: tuple[float, ...] = ()
-    """How often samples come from each source, relative to the others; without, all alike."""
-    held_out: tuple[str, ...] = field(default=(), metadata=MAY_CHANGE)
-    """Sources that are measured and never learned. A run may go on with others; its best checkpoint
-    is then still the best of all, whatever each was measured with."""
-    held_out_tasks: tuple[str, ...] = field(default=(), metadata=MAY_CHANGE)
-    """Their lines; without, each has the line of --data.tasks with which another split of its file
-    is learned, or the one that all have; what is made has its own."""
-    held_out_tags: tuple[str, ...] = field(default=(), metadata=MAY_CHANGE)
-    """Their tags; without, those of --data.tags, likewise."""
-    buckets: tuple[Annotated[Bucket, BUCKET], ...] = (
-        Bucket(rows=4, tokens=360, clips=8, frames=1000),
-    )
-    """The shapes of each feed's batches: rows of tokens, clips of mel frames (10 ms each). A sample
-    goes to the first that it fits."""
-    feeds: int = 0
-    """Of which a global batch is made, each with samples of its own; a host has one or several, and
-    a run can go on with as many hosts as divide them. 0: one for each host that it begins with."""
-    pack: bool = True
-    """Whether a row holds as many samples as fit."""
-    augmented: float = 0.0
-    """The part of the clips that is moved to other rooms, microphones, noises, speeds, levels."""
-    masked: float = 0.0
-    """The part of the clips that loses bands and spans (SpecAugment)."""
-    workers: int = field(default=1, metadata=MAY_CHANGE)
-    """Processes of each host that read, decode and draw: its feeds share them, and have at least
-    one each; 0: a thread for each feed."""
-    fatal: bool = field(default=False, metadata=MAY_CHANGE)
-    """Whether a bad sample ends the run; else it is counted."""
-
-    def __post_init__(self):
-        if self.feeds < 0:
-            raise ValueError(f"wanted feeds from 0, got {self.feeds}")
-        if self.rate is not None and self.rate < 1:
-            raise ValueError(f"wanted a sampling rate of at least 1, got {self.rate}")
-        each_of(self.train, self.tasks, "tasks")
-        each_of(self.train, self.tags, "tags")
-        self._each_held_out("held_out_tasks", self.tasks)
-        self._each_held_out("held_out_tags", self.tags)
-        if self.train and len(self.weights) not in (0, len(self.train)):
-            raise ValueError(
-                f"wanted weights for {len(self.train)} sources, got {len(self.weights)}"
-            )
-        for source in self.held_out:
-            for learned in self.train:
-                if _share_rows(source, learned):
-                    raise ValueError(
-                        f"held_out {source} is learned, too: train has {learned}; name splits"
-                    )
-        for name in ("augmented", "masked"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"wanted {name} from 0 to 1, got {getattr(self, name)}")
-        if self.workers < 0:
-            raise ValueError(f"wanted workers from 0, got {self.workers}")
-
-    @property
-    def lines_held_out(self) -> tuple[str, ...]:
-        """Of each source that is held out."""
-        return self._each_held_out("held_out_tasks", self.tasks)
-
-    @property
-    def tags_held_out(self) -> tuple[str, ...]:
-        """Likewise."""
-        return self._each_held_out("held_out_tags", self.tags)
-
-    def _each_held_out(self, name: str, learned: Sequence[str]) -> tuple[str, ...]:
-        """Their own, or those of what is learned, of which what is made takes none."""
-        if own := getattr(self, name):
-            return each_of(self.held_out, own, name)
-        if len(learned) > 1:
-            both = zip(self.train, learned, strict=False)
-            known = [(source, words) for source, words in both if not source.startswith(WORLD)]
-        else:
-            known = [("", words) for words in learned]
-        return tuple(_words_of(source, known, name) for source in self.held_out)
-
-
-def _words_of(source: str, known: Sequence[tuple[str, str]], name: str) -> str:
-    """The words with which a source's file is learned, or those of all that is.
-
-    Raises:
-      ValueError: they differ, and none or several are of its file.
-    """
-    if source.startswith(WORLD):
-        return ""
-    words = {each for _, each in known}
-    if len(words) > 1:  # a wrong prompt would be measured in silence
-        files = _files(_file_and_split(source)[0])
-        of_file = lambda other: not files.isdisjoint(_files(_file_and_split(other)[0]))
-        words = {each for other, each in known if of_file(other)}
-    if len(words) > 1 or (known and not words):
-        kind, which = name.removeprefix("held_out_"), "several are" if words else "none is"
-        raise ValueError(
-            f"held_out {source}: wanted --data.held-out-{kind}, one for each that is held out: "
-            f"those of --data.{kind} differ, and {which} of its file"
-        )
-    return next(iter(words), "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -381,7 +214,7 @@ class Settings:
     a model that starts from nothing learns to listen several times sooner."""
     seed: int = 0
     """Of parameters, order, augmentation and dropout."""
-    data: DataConfig = DataConfig()
+    data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: Lora = Lora()
     loop: LoopConfig = field(default=LoopConfig(), metadata=MAY_CHANGE)

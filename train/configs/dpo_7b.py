@@ -10,7 +10,8 @@ import dataclasses
 import pathlib
 
 from qwen2audio_jax.data.pack import Bucket
-from qwen2audio_jax.training.settings import DataConfig, PreferenceSettings
+from qwen2audio_jax.training.data_config import DataConfig
+from qwen2audio_jax.training.settings import PreferenceSettings
 from train.configs import sft_7b
 
 _SFT = sft_7b.SETTINGS

@@ -8,8 +8,9 @@ as no answer's reward is the higher at first, to above 0.9.
 
 import pathlib
 
+from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.optimizer import OptimizerConfig
-from qwen2audio_jax.training.settings import DataConfig, LoopConfig, PreferenceSettings
+from qwen2audio_jax.training.settings import LoopConfig, PreferenceSettings
 from train.configs import pairs
 
 SETTINGS = PreferenceSettings(

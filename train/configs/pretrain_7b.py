@@ -18,8 +18,9 @@ stays level; with --from-scratch nothing useful in so few steps.
 
 import pathlib
 
+from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.optimizer import OptimizerConfig
-from qwen2audio_jax.training.settings import DataConfig, EvaluationConfig, LoopConfig, Settings
+from qwen2audio_jax.training.settings import EvaluationConfig, LoopConfig, Settings
 from train.configs import pod
 
 SETTINGS = Settings(

@@ -8,8 +8,9 @@ and counts nine in ten are right (as in train.demo, whose first stage this is).
 
 import pathlib
 
+from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.optimizer import OptimizerConfig
-from qwen2audio_jax.training.settings import DataConfig, LoopConfig, Settings
+from qwen2audio_jax.training.settings import LoopConfig, Settings
 from train.configs import laptop
 
 SETTINGS = Settings(

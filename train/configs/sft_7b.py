@@ -11,14 +11,9 @@ or three passes, which summary.md counts.
 
 import pathlib
 
+from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.optimizer import OptimizerConfig
-from qwen2audio_jax.training.settings import (
-    DataConfig,
-    EvaluationConfig,
-    LoopConfig,
-    Lora,
-    Settings,
-)
+from qwen2audio_jax.training.settings import EvaluationConfig, LoopConfig, Lora, Settings
 from train.configs import pod
 
 SETTINGS = Settings(

@@ -11,8 +11,9 @@ and two in a hundred after 300.
 
 import pathlib
 
+from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.optimizer import OptimizerConfig
-from qwen2audio_jax.training.settings import DataConfig, LoopConfig, Settings
+from qwen2audio_jax.training.settings import LoopConfig, Settings
 from train.configs import laptop
 
 SETTINGS = Settings(
