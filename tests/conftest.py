@@ -27,9 +27,11 @@ def hurry(request):
 
 @pytest.fixture(scope="session", autouse=True)
 def cached(tmp_path_factory):
-    """Many tests compile the same programs; all workers share what one has compiled."""
+    """Many tests compile the same programs; all workers, and all processes that tests start, share
+    what one has compiled."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    os.environ["QWEN2AUDIO_CACHE"] = str(folder / "programs")
     jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import pytest
 import soundfile
 import tiny
@@ -412,44 +411,6 @@ def test_interrupted(run, monkeypatch):
     monkeypatch.setattr(ask, "stream", interrupted)
     status, out, err = run("ask", "a.wav")
     assert (status, out, err) == (130, "", "\n")
-
-
-@pytest.fixture
-def set_to(monkeypatch):
-    """What jax is told to be, which knows of no folder for programs."""
-    before, told = jax.config.jax_compilation_cache_dir, {}
-    jax.config.update("jax_compilation_cache_dir", None)
-    with monkeypatch.context() as patched:
-        patched.setattr(session.jax.config, "update", told.__setitem__)
-        yield told
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
-def test_programs_are_kept(monkeypatch, tmp_path, set_to):
-    """Where compiled programs lie: as the user says, else as jax is told, else in the cache."""
-    monkeypatch.delenv("QWEN2AUDIO_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    session.cache_programs()
-    assert set_to["jax_compilation_cache_dir"] == str(tmp_path / "qwen2audio" / "compiled")
-    (tmp_path / "file").touch()
-    for nowhere in ("", str(tmp_path / "file" / "folder")):
-        set_to.clear()
-        monkeypatch.setenv("QWEN2AUDIO_CACHE", nowhere)
-        session.cache_programs()
-        assert not set_to
-
-
-def test_a_user_without_a_home(monkeypatch, set_to):
-    """Nothing is kept, unless a folder is named."""
-
-    def homeless():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(session.pathlib.Path, "home", homeless)
-    for name in ("QWEN2AUDIO_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    session.cache_programs()
-    assert not set_to
 
 
 def test_as_a_program(folder, clips, tmp_path):

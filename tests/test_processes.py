@@ -30,18 +30,22 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory, chirp):
-    """A model, and conversations about clips."""
+    """A model; conversations about clips, and pairs of answers to the same."""
     folder = tmp_path_factory.mktemp("given")
     tiny.save(folder / "model")
-    rows = []
+    rows, pairs = [], []
     for i in range(24):
         soundfile.write(folder / f"{i}.wav", chirp(0.3, i), 16_000)
         wave = "lost.wav" if i in LOST else f"{i}.wav"
         asked = [{"type": "audio", "audio": wave}, {"type": "text", "text": "How high?"}]
         answer = {"role": "assistant", "content": WORDS[i % 4]}
         split = "test" if i > 19 else "train"
-        rows.append({"messages": [{"role": "user", "content": asked}, answer], "split": split})
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        asked = {"role": "user", "content": asked}
+        rows.append({"messages": [asked, answer], "split": split})
+        two = {"chosen": answer["content"], "rejected": WORDS[(i + 1) % 4]}
+        pairs.append({"messages": [asked], "split": split, **two})
+    (folder / "sft.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "dpo.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     return folder
 
 
@@ -51,11 +55,11 @@ def port():
         return free.getsockname()[1]
 
 
-def start(given, out, *args, processes=1, devices=1):
+def start(given, out, *args, stage="sft", processes=1, devices=1):
     """Starts a training on so many processes of so many devices each."""
-    rows = given / "rows.jsonl"
-    command = [sys.executable, "-m", "train.sft", "tiny", "--model", given / "model", "--out", out]
-    command += ["--data.train", f"{rows}:train", "--data.held-out", f"{rows}:test"]
+    rows = given / f"{stage}.jsonl"
+    command = [sys.executable, "-m", f"train.{stage}", "tiny", "--model", given / "model"]
+    command += ["--out", out, "--data.train", f"{rows}:train", "--data.held-out", f"{rows}:test"]
     command += ["--data.workers", 0, "--data.augmented", 0, "--data.masked", 0]
     command += ["--data.feeds", 2, "--optimizer.steps", STEPS, "--optimizer.warmup-steps", 1]
     command += ["--loop.save-every", 2, "--loop.evaluate-every", 100, "--loop.no-evaluate-first"]
@@ -123,6 +127,21 @@ def test_two_processes_are_one(given, undisturbed, tmp_path):
     assert trained_on(undisturbed) == trained_on(out) and "missing audio" in trained_on(out)
 
 
+@pytest.mark.parametrize(("stage", "args"), [("sft", ["--lora.r", 2]), ("dpo", [])])
+def test_adapters_and_preferences_too(given, tmp_path, stage, args):
+    """Devices of a process share rows by heads, processes share the parameters; as in one."""
+    args = [*args, "--mesh.ici-tensor-parallelism", 2]
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(start(given, two, *args, stage=stage, processes=2, devices=2), two)
+    finish(start(given, one, *args, stage=stage, devices=4), one)
+    for name in ("loss", "grad_norm", "tokens"):
+        ours, theirs = ([row[name] for row in steps(each)] for each in (one, two))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    theirs = parameters(two)
+    for name, value in parameters(one).items():
+        np.testing.assert_allclose(value, theirs[name], atol=1e-5, err_msg=name)
+
+
 def test_a_process_that_dies_ends_all_and_the_run_goes_on(given, undisturbed, tmp_path):
     """Within seconds, with a line that names it; the end is the same to the bit."""
     out = tmp_path / "killed"
@@ -165,18 +184,31 @@ def test_a_process_that_is_to_end_ends_all_at_one_step(given, undisturbed, tmp_p
         np.testing.assert_array_equal(value, wanted[name], err_msg=name)
 
 
-def test_a_run_goes_on_with_fewer_processes(given, undisturbed, tmp_path):
-    """The same samples in the same order, so the same losses, on half of the devices."""
-    out = tmp_path / "fewer"
-    half = ["--loop.save-every", STEPS // 2]
-    started = start(given, out, *half, processes=2)
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"processes": 2}, {}),
+        ({"devices": 8}, {"devices": 4, "tensor": 2}),
+        ({"devices": 4, "context": 2}, {"processes": 2, "devices": 2}),
+    ],
+)
+def test_a_run_goes_on_elsewhere(given, undisturbed, tmp_path, first, then):
+    """With fewer processes or devices, or other axes: the same samples in the same order, so the
+    same losses."""
+    out = tmp_path / "moved"
+
+    def begin(*args, tensor=1, context=1, **where):
+        mesh = ["--mesh.ici-tensor-parallelism", tensor, "--mesh.ici-context-parallelism", context]
+        return start(given, out, *args, *mesh, **where)
+
+    started = begin("--loop.save-every", STEPS // 2, **first)
     while not (out / "checkpoints" / str(STEPS // 2)).exists():
         assert all(process.poll() is None for process in started)
         time.sleep(0.05)
     for process in started:
         process.kill()
         process.wait()
-    finish(start(given, out), out)
+    finish(begin(**then), out)
     ours, theirs = ([row["loss"] for row in steps(each)] for each in (out, undisturbed))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import tyro
 
+from qwen2audio_jax import compilation_cache
 from qwen2audio_jax.training import hosts, memory
 from qwen2audio_jax.training.data_config import WORLD
 from train import command, configs
@@ -38,6 +39,7 @@ def launch(stage: str, train: Callable[[Any], int | None], about: str) -> None:
     """
     name = f"train.{stage}"
     memory.keep()
+    compilation_cache.keep()
     with command.guard(name):
         settings = _without_others(_parse(stage, about), name)
         if settings.distributed or settings.hosts.coordinator:

@@ -4,15 +4,14 @@ import argparse
 import contextlib
 import json
 import os
-import pathlib
 import re
 import sys
 import warnings
 from collections.abc import Iterator
 
-import jax
 import tqdm
 
+from qwen2audio_jax import compilation_cache
 from qwen2audio_jax.commands import PROGRAM
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import LongAudioWarning
@@ -29,7 +28,7 @@ PATH = re.compile(r"(\.\.?|~[^\s/]*)?/")
 
 def load(options: argparse.Namespace) -> Qwen2Audio:
     """The model that the options name; compiled programs are kept for the next run."""
-    cache_programs()
+    compilation_cache.keep()
     shown = options.model != "tiny" and sys.stderr.isatty()
     return Qwen2Audio.from_pretrained(options.model, dtype=options.dtype, progress=shown)
 
@@ -53,37 +52,6 @@ def sampling(options: argparse.Namespace) -> Sampling:
         repetition_penalty=options.repetition_penalty,
         seed=options.seed or 0,
     )
-
-
-def cache_programs() -> None:
-    """Keeps compiled programs on disk, so that only the first run waits for them.
-
-    They lie in QWEN2AUDIO_CACHE (none are kept if that is empty), else where jax is told to keep
-    them, else under the user's cache folder. A folder that cannot be written is done without.
-    """
-    folder = os.environ.get("QWEN2AUDIO_CACHE")
-    if folder is None:
-        folder = jax.config.jax_compilation_cache_dir or _usual_cache()
-    if not folder:
-        return
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError:
-        return
-    if not os.access(folder, os.W_OK):
-        return
-    jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _usual_cache() -> pathlib.Path | None:
-    """The user's cache folder; None for a user without a home."""
-    try:
-        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    return pathlib.Path(home, PROGRAM, "compiled")
 
 
 def is_clip(argument: str) -> bool:
