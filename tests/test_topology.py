@@ -95,13 +95,21 @@ def test_a_refusal_says_what_is_needed_and_by_what():
 
 
 @pytest.mark.slow
-def test_the_real_compiler_takes_a_step():
-    """For chips that are not here; skipped where the extra is not installed."""
+@pytest.mark.parametrize("work", [WORK, Work(batch=4, tokens=256, frames=40)])
+def test_the_real_compiler_takes_a_step(work):
+    """For chips that are not here, of several rows a chip, and of one long enough for flash
+    attention; skipped where the extra is not installed."""
     pytest.importorskip("libtpu")
     there = topology.describe("v5e:2x2")
     lowered = topology.lower(
-        "sft", small.EVEN, WORK, settings(), sharding.mesh(devices=there.devices, fsdp=4)
+        "sft", small.EVEN, work, settings(), sharding.mesh(devices=there.devices, fsdp=4)
     )
-    report, _ = compiled.compile(lowered, there)
-    assert report.fits and 0 < report.hbm_peak_bytes < report.hbm_chip_bytes
-    assert report.flops > 0 and 0 < report.mfu_bound <= 1
+    report, program = compiled.compile(lowered, there)
+    assert report.fits and report.argument_bytes < report.hbm_peak_bytes < report.hbm_chip_bytes
+    assert report.flops > report.model_flops and 0 < report.mfu_bound <= 1
+    # Every parameter is fetched for both directions, and each gradient is summed.
+    held = sum(x.size for x in placement.by_name(lowered.held["trained"]).values())
+    assert report.collectives["all-gather"]["bytes"] > held
+    assert {"reduce-scatter", "all-reduce"} & report.collectives.keys()
+    flash = work.tokens >= 256
+    assert ("tpu_custom_call" in program.as_text()) == flash

@@ -11,7 +11,8 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from qwen2audio_jax.training import hosts
+from qwen2audio_jax import compilation_cache
+from qwen2audio_jax.training import hosts, memory, xla_flags
 
 T = TypeVar("T")
 
@@ -37,6 +38,13 @@ def run(
     with guard(name, extra):
         cli = functools.partial(tyro.cli, settings, prog=f"python -m {name}", description=doc)
         sys.exit(main(read(cli)))
+
+
+def prepare() -> None:
+    """What a program that trains asks of the machine, before all else."""
+    memory.keep()
+    xla_flags.ask()
+    compilation_cache.keep()
 
 
 def read(cli: Callable[[], T]) -> T:

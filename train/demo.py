@@ -24,7 +24,7 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from qwen2audio_jax import Processor, Qwen2Audio, compilation_cache, draw, preset, weights
+from qwen2audio_jax import Processor, Qwen2Audio, draw, preset, weights
 from qwen2audio_jax.data import dialogue, manifest, sources, synth
 from qwen2audio_jax.data.example import BadSample, hear
 from qwen2audio_jax.data.pack import Bucket
@@ -32,7 +32,7 @@ from qwen2audio_jax.data.world import MODES, World
 from qwen2audio_jax.evaluation import recognition
 from qwen2audio_jax.evaluation import world as evaluation
 from qwen2audio_jax.evaluation.world import Row
-from qwen2audio_jax.training import log, memory
+from qwen2audio_jax.training import log
 from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.preference import PreferenceConfig
@@ -80,8 +80,7 @@ def main(demo: Demo) -> int:
     """Trains, scores and shows; gives the exit status, which says what signal ended it, if any."""
     from qwen2audio_jax.training import stage  # Grain is an extra
 
-    memory.keep()
-    compilation_cache.keep()
+    command.prepare()
     world = World.named(demo.world)
     begin(demo, world)
     told: dict[str, list[Row]] = {}

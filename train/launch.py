@@ -11,8 +11,7 @@ from typing import Any
 import jax
 import tyro
 
-from qwen2audio_jax import compilation_cache
-from qwen2audio_jax.training import hosts, memory
+from qwen2audio_jax.training import hosts
 from qwen2audio_jax.training.data_config import WORLD
 from train import command, configs
 
@@ -38,8 +37,7 @@ def launch(stage: str, train: Callable[[Any], int | None], about: str) -> None:
     gradients, or its disk. Both with one line.
     """
     name = f"train.{stage}"
-    memory.keep()
-    compilation_cache.keep()
+    command.prepare()
     with command.guard(name):
         settings = _without_others(_parse(stage, about), name)
         if settings.distributed or settings.hosts.coordinator:
