@@ -384,6 +384,7 @@ def steps_in(folder):
     return [int(path.name) for path in paths if path.name.isdigit()]
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(spawn, tmp_path):
     """Killed at five random moments while it saves and deletes, with one checkpoint kept."""
     rng, last, torn = random.Random(0), 0, 0

@@ -25,6 +25,7 @@ def test_stages_show_what_each_did(tmp_path):
     assert (a != b).any(axis=-1).mean() > 0.01
 
 
+@pytest.mark.slow
 def test_heard_shows_a_clip_and_its_words(tmp_path, chirp):
     """Mel and attention fill most of the picture with colours."""
     World.named("small").write_tokenizer(tmp_path, vocabulary=512)

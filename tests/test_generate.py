@@ -120,7 +120,7 @@ def tiny():
 
 
 @pytest.mark.parametrize("clips", BATCHES, ids=len)
-@pytest.mark.parametrize("shape", ["two_kv_heads", "tied"])
+@pytest.mark.parametrize("shape", [pytest.param("two_kv_heads", marks=pytest.mark.slow), "tied"])
 def test_greedy_tokens_equal_the_references(pairs, shape, clips):
     """64 greedy tokens are transformers', with and without a repetition penalty."""
     pair = pairs(shape)

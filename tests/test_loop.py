@@ -77,6 +77,7 @@ def test_every_batch_is_one_step_of_the_history():
     assert log.rows[-1]["loss"] < log.rows[0]["loss"]
 
 
+@pytest.mark.slow
 def test_what_is_held_out_may_be_measured_before_the_first_step(tmp_path):
     """Once: a run that goes on does not measure its beginning again."""
     config = LoopConfig(save_every=100, evaluate_every=4, evaluate_first=True, best="accuracy")
@@ -124,7 +125,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["all", pytest.param("adapters", marks=pytest.mark.slow)])
 def test_a_run_that_was_ended_ends_with_the_same_bits(tmp_path, way):
     """SIGTERM saves; what goes on from there, dropout and moments too, is what would have been."""
     how = WAYS[way]
@@ -217,6 +218,7 @@ def broken_at(*words):
     return breaks
 
 
+@pytest.mark.slow
 def test_a_step_that_moved_nothing_loses_none_before_it(tmp_path, capsys):
     """A signal there saves, and so does the end; else the next step that moves is saved."""
     config, breaks = LoopConfig(save_every=3, evaluate_every=100), broken_at(13, 15)
@@ -309,7 +311,7 @@ class Killed(BaseException):
     """What no program survives."""
 
 
-@pytest.mark.parametrize("killed", ["in it", "behind it"])
+@pytest.mark.parametrize("killed", [pytest.param("in it", marks=pytest.mark.slow), "behind it"])
 def test_a_step_is_saved_before_it_is_measured(tmp_path, killed):
     """What is killed meanwhile measures first when it goes on, and ends as if nothing had been."""
     config = LoopConfig(save_every=2, evaluate_every=2, keep=1)

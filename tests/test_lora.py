@@ -188,15 +188,9 @@ def score(model, batch):
     return -jnp.where(labels != loss.IGNORED, taken, 0).sum() / (labels != loss.IGNORED).sum()
 
 
-@pytest.mark.parametrize(
-    ("name", "stacked"),
-    [
-        ("one_layer", True),
-        pytest.param("decoder", False, marks=pytest.mark.slow),
-        pytest.param("decoder", True, marks=pytest.mark.slow),
-        pytest.param("one_layer", False, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("name", ["one_layer", "decoder"])
 def test_only_adapters_learn(models, name, stacked):
     """Fresh ones change nothing; steps lower the loss; a layer that has none keeps none."""
     model, target = models[stacked], TARGETS[name][0]

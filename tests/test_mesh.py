@@ -74,10 +74,10 @@ def after():
 
 
 def combinations():
-    """All but SFT's are `slow`."""
+    """All but SFT's are `slow`, and of these the simpler ones."""
     for way in WAYS:
         for name in MESHES:
-            marks = () if way == "sft" else pytest.mark.slow
+            marks = () if way == "sft" and "context" in MESHES[name] else pytest.mark.slow
             yield pytest.param(way, name, marks=marks, id=f"{name}-{way}")
 
 

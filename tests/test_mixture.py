@@ -215,6 +215,7 @@ def test_feeds_share_a_process_s_workers(tokenizer, workers, shares, monkeypatch
     assert sorted(made) == sorted([*shares, 0, 0, 0, 0])
 
 
+@pytest.mark.slow
 def test_workers_that_are_killed_are_all_told_of(tokenizer):
     part = Part(name="n", source=numbers(50), compile=text_only)
     how = {"parts": (part,), "processor": tokenizer, "buckets": (SHORT,), "hosts": 2, "workers": 1}

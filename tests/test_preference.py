@@ -145,6 +145,7 @@ def test_the_loss_is_the_mean_over_pairs_that_teach(models):
         assert logs["accuracy"] == (margins > 0).mean() and logs["pairs"] == 2
 
 
+@pytest.mark.slow
 def test_references_from_anywhere_are_the_same(models, monkeypatch):
     """Held beside the model or computed beforehand; the clips are heard once by each model."""
     model, base = models
@@ -254,6 +255,7 @@ def test_dpo_equals_torch(chirp, tmp_path):
     compare_with_torch([chirp(s, i) for i, s in enumerate((1.2, 0.31, 2.0, 0.8))], tmp_path)
 
 
+@pytest.mark.slow
 def test_dpo_equals_torch_on_speech(shared_data, tmp_path):
     names = ("librispeech/1255-90413-0010.flac", "ami_ES2011a_40s_46s.wav", "jfk.flac")
     waves = [audio.load(str(shared_data / "speech_en" / name)) for name in names]

@@ -214,6 +214,7 @@ def test_arithmetic_may_be_shorter_than_parameters(model, plain):
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
 
 
+@pytest.mark.slow
 def test_one_batch_is_learned_by_heart(model, plain):
     """Twenty steps on the same rows: the loss falls to less than half; so does the average's."""
     config = OptimizerConfig(learning_rate=0.03, steps=20, warmup_steps=2, ema_decay=0.8)

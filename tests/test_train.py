@@ -208,6 +208,7 @@ def everywhere(data, tmp_path, monkeypatch):
     return [data / "all.jsonl", tmp_path / "shards", "tfds:made_speech/en:train"]
 
 
+@pytest.mark.slow
 def test_pretraining_begins_from_nothing(run, tmp_path, base, everywhere):
     """A declared task, answered from its closed set; the parameters are the seed's.
 
@@ -446,6 +447,7 @@ def disk(tmp_path):
         subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_or_read_only(ends, disk, tmp_path, monkeypatch):
     """A real one. With more room the same command goes on, to the same bits."""
     out = disk("size=2500k") / "run"
