@@ -62,6 +62,12 @@ def mesh(
 
 def _laid_out(shape, over, devices) -> np.ndarray:
     """Devices in the order of the axes, those of a slice next to each other."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1 and math.prod(over) != slices:
+        raise ValueError(
+            f"the devices are of {slices} slices: wanted dcn mesh sizes that multiply to it, as "
+            f"--mesh.dcn-data-parallelism {slices}, got {math.prod(over)}"
+        )
     if math.prod(over) == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     marks = ("slice_index", "process_index")
@@ -72,7 +78,7 @@ def _laid_out(shape, over, devices) -> np.ndarray:
                 shape, over, devices, process_is_granule=mark == marks[1]
             )
     if devices[0].platform != "cpu":
-        raise ValueError(f"wanted {math.prod(over)} slices, the devices are of {len(known)}")
+        raise ValueError(f"wanted {math.prod(over)} slices, the devices are of {slices}")
     # to rehearse with the devices of one machine: neighbours are a slice
     parts = np.array(devices).reshape(*over, *shape)
     order = [axis for i in range(len(shape)) for axis in (i, i + len(shape))]

@@ -104,11 +104,51 @@ def test_what_devices_exchange_is_counted_in_bytes_they_take_in():
         ("replica_groups={{0,2},{1,3}}", (0, 2)),
         ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
         ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b','a'}", (0, 4, 1, 5, 2, 6, 3, 7)),
+        ("replica_groups=mesh['a'=8] {'a':(2)2}", (0, 2)),
+        ("replica_groups=mesh['a'=8] {'a':(1)4}", (0, 2, 4, 6)),
+        ("replica_groups=mesh['a'=2,'b'=4] device_ids=([8]<=[4,2]T(1,0)) {'b'}", (0, 2, 4, 6)),
+        ("replica_groups={}", tuple(range(8))),
         ("source_target_pairs={{3,4},{4,3}}", (3, 4)),
     ],
 )
 def test_groups_are_read_in_every_form(text, group):
     assert hlo._group(text, 8) == group
+
+
+def test_a_group_in_another_form_is_not_guessed():
+    with pytest.raises(ValueError, match="wanted replica_groups in a known form, got all"):
+        hlo._group("replica_groups=all", 8)
+
+
+CHAIN = """
+%start (p: f32[8]) -> (f32[8], f32[64]) {
+  %p = f32[8]{0} parameter(0)
+  %g = f32[64]{0} all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %t = (f32[8]{0}, f32[64]{0}) tuple(%p, %g)
+}
+%done (a: f32[8], b: f32[64]) -> f32[64] {
+  %a = f32[8]{0} parameter(0)
+  %b = f32[64]{0} parameter(1)
+  ROOT %h = f32[64]{0} all-gather(%a), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+}
+ENTRY %main (x: f32[8]) -> f32[64] {
+  %x = f32[8]{0} parameter(0)
+  %s = (f32[8]{0}, f32[64]{0}) fusion(%x), output_to_operand_aliasing={{0}: (0, {})}, calls=%start
+  %u = f32[8]{0} get-tuple-element(%s), index=0
+  %v = f32[64]{0} get-tuple-element(%s), index=1
+  %more = f32[64]{0} all-gather(%u), channel_id=8, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %r = f32[64]{0} fusion(%u, %v), output_to_operand_aliasing={{}: (1, {})}, calls=%done
+}
+"""
+
+
+def test_an_exchange_that_goes_on_meanwhile_counts_once():
+    """What begins it and what ends it both name it, by its channel; another one is another one."""
+    found = hlo.Program(CHAIN, devices=8).costs().collectives
+    assert [(each.channel, each.bytes) for each in found] == [("7", 224.0), ("8", 224.0)]
 
 
 def test_links_depend_on_how_a_group_lies():
@@ -118,6 +158,20 @@ def test_links_depend_on_how_a_group_lies():
     assert links(chip, row(16), (16, 16, 1)) == 2 * chip.link
     pod = [(i, j, 0) for i in range(16) for j in range(16)]
     assert links(chip, pod, (16, 16, 1)) == 4 * chip.link
+
+
+def test_cubes_are_rings_on_all_axes_or_none():
+    """Of chips that optical switches join: a block that is no cube wide is none."""
+    chip, line = CHIPS["v5p"], [(0, 0, i) for i in range(4)]
+    assert links(chip, line, (2, 2, 4)) == chip.link
+    assert links(chip, line, (4, 4, 4)) == 2 * chip.link
+
+
+def test_what_all_send_to_all_crosses_the_middle():
+    """Half of what half of the chips have: over a line's middle, or over a ring's two."""
+    chip, row = CHIPS["v5e"], lambda n: [(i, 0, 0) for i in range(n)]
+    assert links(chip, row(4), (4, 4, 1), to_all=True) == chip.link
+    assert links(chip, row(16), (16, 16, 1), to_all=True) == chip.link / 2
 
 
 def test_what_is_sent_takes_the_shorter_way():

@@ -72,6 +72,9 @@ def guard(name: str, extra: str = "train") -> Iterator[None]:
         yield
     except Exception as error:
         if not isinstance(error, (*GIVEN, *MET)):
+            if hosts.joined():
+                traceback.print_exception(error)
+                leave(1)
             raise
         if os.environ.get("QWEN2AUDIO_TRACEBACK"):
             traceback.print_exception(error)
@@ -79,14 +82,20 @@ def guard(name: str, extra: str = "train") -> Iterator[None]:
         more = f"; pip install 'qwen2audio_jax[{extra}]'" if missing else ""
         stop(name, f"{error}{more}", 2 if isinstance(error, GIVEN) else 1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(130)
 
 
 def stop(name: str, error: object, status: int) -> NoReturn:
     who = f"{hosts.here()}: " if hosts.joined() else ""
     print(f"{name}: error: {who}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    if hosts.joined():  # to leave in order would be to wait for the others, who wait for this one
+    leave(status)
+
+
+def leave(status: int) -> NoReturn:
+    """Exits; at once where others have been met, who would wait for it as it for them."""
+    if hosts.joined():
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 

@@ -51,7 +51,8 @@ def launch(stage: str, train: Callable[[Any], int | None], about: str) -> None:
 
 def _train(train: Callable[[Any], int | None], settings: Any, name: str) -> int | None:
     try:
-        return train(settings)
+        with hosts.together(settings.hosts):
+            return train(settings)
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
@@ -60,9 +61,7 @@ def _train(train: Callable[[Any], int | None], settings: Any, name: str) -> int 
         if "RESOURCE_EXHAUSTED" in str(error):
             reason = str(error).splitlines()[0]
             command.stop(name, f"no room for a step: wanted {SMALLER} ({reason})", 1)
-        if not hosts.joined():
-            raise
-        hosts.lost(name, error, settings.hosts)
+        raise
 
 
 def _parse(stage: str, about: str) -> Any:

@@ -88,7 +88,7 @@ SOUND_GROWS = (
     Step("sft", "v5e:4x4", "--batch 32 --tokens 2048 --clips 2", sound=60),
     Step("sft", "v5e:4x4", "--batch 16 --tokens 4096 --clips 4", sound=120),
     Step("sft", "v5e:4x4", f"--batch 8 --tokens 8192 --clips 10 {SPREAD} 2", sound=300),
-    Step("sft", "v5e:4x4", f"--batch 4 --tokens 16384 --clips 20 {SPREAD} 4", sound=600),
+    Step("sft", "v5e:4x4", f"--batch 8 --tokens 16384 --clips 20 {SPREAD} 2", sound=600),
 )
 HEAD = (
     "| stage | chips | | memory | operations / model's | bound by | MFU at most | compiled in |",

@@ -257,14 +257,13 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract: Any) -> Restored:
-        wanted = _flat(abstract)
-        with quietly():
-            kept = self._orbax.metadata(step).custom_metadata
-        if _crc(leaves := kept["leaves"]) != kept["crc32"]:
-            raise ValueError("its metadata do not match their checksum")
-        _check(leaves, wanted)
-        files, failure = _HostFiles(), None
+        wanted, files, failure = _flat(abstract), _HostFiles(), None
         try:
+            with quietly():
+                kept = self._orbax.metadata(step).custom_metadata
+            if _crc(leaves := kept["leaves"]) != kept["crc32"]:
+                raise ValueError("its metadata do not match their checksum")
+            _check(leaves, wanted)
             arrays = self._load(step, {"state": wanted, "data": files})["state"]
             data = files.data(kept["hosts"])
         except Exception as error:

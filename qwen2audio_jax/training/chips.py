@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 GIB = 2**30
+CUBE = 4  # chips along each edge of what optical switches join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +16,8 @@ class Chip:
       hbm: bytes of memory.
       bandwidth: bytes per second from and to it.
       link: bytes per second of one link to a neighbour, one way.
-      ring: from how many chips on an axis its ends are linked, in multiples of so many.
+      ring: from how many chips on an axis its ends are linked, in multiples of so many; CUBE: on
+        all three axes at once.
       dcn: bytes per second from one chip to another slice.
       kind: how jax calls a device.
       cores: devices that jax sees in a chip, which share its rates and memory.
@@ -45,21 +47,31 @@ CHIPS = {
 # fmt: on
 
 
-def links(chip: Chip, group: Sequence[Sequence[int]], shape: Sequence[int]) -> float:
+def links(
+    chip: Chip, group: Sequence[Sequence[int]], shape: Sequence[int], *, to_all: bool = False
+) -> float:
     """Bytes per second that each of a group of chips can take in at the same time.
 
     Args:
       group: the chips' places in the topology.
       shape: of the topology, in chips.
+      to_all: whether each sends something else to each of the others, which crosses the middle of
+        an axis, rather than the same to all, which goes from neighbour to neighbour.
     """
-    axes = [i for i, _ in enumerate(shape) if len({place[i] for place in group}) > 1]
-    whole = lambda i: len({place[i] for place in group}) == shape[i]
-    return chip.link * max(1, sum(2 if wraps(chip, shape[i]) and whole(i) else 1 for i in axes))
+    counts = [len({place[i] for place in group}) for i, _ in enumerate(shape)]
+    whole = lambda i: counts[i] == shape[i] and wraps(chip, shape, i)
+    axes = [i for i, count in enumerate(counts) if count > 1]
+    if to_all:
+        # Half of what half of a line's chips have goes over its middle; a ring has two.
+        return chip.link * min(((8 if whole(i) else 4) / counts[i] for i in axes), default=1)
+    return chip.link * max(1, sum(2 if whole(i) else 1 for i in axes))
 
 
-def wraps(chip: Chip, size: int) -> bool:
-    """Whether the ends of an axis of so many chips are linked."""
-    return size % chip.ring == 0
+def wraps(chip: Chip, shape: Sequence[int], axis: int) -> bool:
+    """Whether the ends of an axis are linked; in three dimensions all are, or none."""
+    if chip.ring == CUBE:
+        return all(size % CUBE == 0 for size in shape)
+    return shape[axis] % chip.ring == 0
 
 
 def route(
@@ -73,7 +85,7 @@ def route(
     at = list(start)
     for axis, size in enumerate(shape):
         far = end[axis] - at[axis]
-        if wraps(chip, size) and 2 * abs(far) > size:
+        if wraps(chip, shape, axis) and 2 * abs(far) > size:
             far -= size if far > 0 else -size
         step = 1 if far > 0 else -1
         for _ in range(abs(far)):

@@ -61,13 +61,17 @@ class Report:
 
 
 def compile(lowered: Lowered, topology: Topology) -> tuple[Report, jax.stages.Compiled | None]:
-    """Compiles; a program for which there is no room is an answer, too."""
+    """Compiles; a program for which there is no room is an answer, too.
+
+    Raises:
+      ValueError: the compiler refuses it for another reason.
+    """
     start, cpu = time.perf_counter(), time.process_time()
     try:
         program, refused = lowered.program.compile(), None
     except jax.errors.JaxRuntimeError as error:
         if (refused := _refusal(str(error))) is None:
-            raise
+            raise ValueError(f"the compiler refuses it: {str(error).splitlines()[0]}") from error
         program = None
     number = len(topology.devices)
     known = {
@@ -125,8 +129,8 @@ def _peak(memory: Any) -> int:
 def _exchange(costs: hlo.Costs, lowered: Lowered, topology: Topology) -> float:
     """Seconds that the links need at least.
 
-    Groups exchange one after the other, those of several slices over their network; what one device
-    sends to another goes on beside what takes other links.
+    Groups exchange one after the other, those of several slices over their network, too; what one
+    device sends to another goes on beside what takes other links.
     """
     chip = topology.chip
     places = [tuple(device.coords) for device in lowered.devices]
@@ -143,16 +147,22 @@ def _exchange(costs: hlo.Costs, lowered: Lowered, topology: Topology) -> float:
                 loads[parts[start], link] += moved / chip.link
         if each.pairs or len(each.group) == 1:
             continue
-        apart = len({parts[i] for i in each.group}) > 1
-        rate = chip.dcn if apart else links(chip, [places[i] for i in each.group], shape)
-        groups += moved / rate
+        slices, number = len({parts[i] for i in each.group}), len(each.group)
+        if slices > 1:
+            # First within a slice, then between those who have the same part of it, which is all
+            # that crosses the network.
+            crossing = (slices - 1) / slices * slices / number
+            groups += moved * crossing / ((number - 1) / number) / chip.dcn
+        near = [places[i] for i in each.group if parts[i] == parts[each.group[0]]]
+        if len(near) > 1:
+            groups += moved / links(chip, near, shape, to_all=each.kind in hlo.TO_ALL)
     return groups + max(loads.values(), default=0.0)
 
 
 def _refusal(message: str) -> tuple[int, int, tuple[str, ...]] | None:
     """What the compiler says of memory: needed, there, and the largest arrays; None: of others."""
     size = lambda number, unit: int(float(number) * GIB / {"G": 1, "M": 1024, "K": 1024**2}[unit])
-    found = re.search(r"[Uu]sed ([\d.]+)([GMK])i?B? of ([\d.]+)([GMK])", message)
+    found = re.search(r"[Uu]sed ([\d.]+)([GMK])i?B? of ([\d.]+)([GMK])i?B? hbm", message)
     if "RESOURCE_EXHAUSTED" not in message or found is None:
         return None
     used, there = size(*found.group(1, 2)), size(*found.group(3, 4))

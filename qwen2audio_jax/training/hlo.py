@@ -19,12 +19,14 @@ _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _FLOATING = re.compile(r"b?f\d+\[")
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
+_ALIASED = re.compile(r"output_to_operand_aliasing=\{(.*?\))\}(?:,|$)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
+TO_ALL = ("all-to-all", "ragged-all-to-all")
 # what moves nothing by itself
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"),
@@ -60,6 +62,7 @@ class Collective:
       group: the devices of the first group, as numbers in the program's order.
       pairs: of a collective-permute, who sends to whom.
       times: how often it happens.
+      channel: what the compiler knows it by, in each part of the program that works on it.
     """
 
     kind: str
@@ -69,6 +72,7 @@ class Collective:
     pairs: tuple[tuple[int, int], ...]
     times: float
     where: str
+    channel: str | None
 
 
 @dataclasses.dataclass
@@ -118,6 +122,7 @@ class Program:
     def costs(self) -> Costs:
         costs = Costs()
         self._walk(self.entry, 1.0, costs, fused=False)
+        costs.collectives = _each_once(costs.collectives)
         return costs
 
     def _walk(self, name: str, times: float, costs: Costs, *, fused: bool) -> None:
@@ -204,7 +209,7 @@ class Program:
         if each.op != "fusion" or not each.called:
             return sum(map(_size, operands)) + _size(each.type)
         inside = self.computations[each.called[0]]
-        return self._read(inside, operands) + self._written(inside, each.type)
+        return self._read(inside, operands) + self._written(inside, each)
 
     def _read(self, inside: dict[str, Instruction], operands: list[str]) -> float:
         total = 0.0
@@ -220,14 +225,21 @@ class Program:
                     and each.name == user.operands[0]
                 ):
                     part += _plain_size(user.type)
-                elif user.op != "dynamic-update-slice" or each.name != user.operands[0]:
+                elif user.op != "tuple" and (
+                    user.op != "dynamic-update-slice" or each.name != user.operands[0]
+                ):
                     part = whole
                     break
             total += min(part, whole)
         return total
 
-    def _written(self, inside: dict[str, Instruction], kind: str) -> float:
-        root = _root(inside)
+    def _written(self, inside: dict[str, Instruction], each: Instruction) -> float:
+        kind, root = each.type, _root(inside)
+        if passed := _ALIASED.search(each.rest):  # outputs that are operands as they were
+            numbers = {int(n) for n in re.findall(r"\{(\d+)[\d,]*\}:", passed[1])}
+            arrays = [found[0] for found in _ARRAY.finditer(kind)]
+            if numbers and root.op == "tuple" and len(arrays) == len(root.operands):
+                return sum(_size(array) for i, array in enumerate(arrays) if i not in numbers)
         while root.op == "bitcast" and root.operands[0] in inside:
             root = inside[root.operands[0]]
         if root.op == "dynamic-update-slice":
@@ -248,8 +260,27 @@ class Program:
             "collective-permute": 1,
         }.get(kind, (n - 1) / n)
         where = re.search(r'op_name="([^"]*)"', each.rest)
-        where = where[1] if where else ""
-        return Collective(kind, size * share, each.type, group, _pairs(each.rest), times, where)
+        channel = re.search(r"channel_id=(\d+)", each.rest)
+        return Collective(
+            kind=kind,
+            bytes=size * share,
+            shape=each.type,
+            group=group,
+            pairs=_pairs(each.rest),
+            times=times,
+            where=where[1] if where else "",
+            channel=channel and channel[1],
+        )
+
+
+def _each_once(collectives: list[Collective]) -> list[Collective]:
+    """Without repetitions: what begins, waits for and ends an exchange each name it."""
+    known: dict[str, Collective] = {}
+    for number, each in enumerate(collectives):
+        key = each.channel or f"without {number}"
+        if key not in known or each.times > known[key].times:
+            known[key] = each
+    return list(known.values())
 
 
 def _root(body: dict[str, Instruction]) -> Instruction:
@@ -328,17 +359,55 @@ def _size(kind: str) -> float:
 
 
 def _group(text: str, devices: int) -> tuple[int, ...]:
-    """The first group of devices that exchange something."""
+    """The first group of devices that exchange something.
+
+    Raises:
+      ValueError: it is written in no form that is known.
+    """
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return _dims(found[1])
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, order, turned = (_dims(x or "") for x in found.groups())
-        numbers = np.arange(math.prod(order)).reshape(order)
-        numbers = numbers.transpose(turned) if turned else numbers
-        return tuple(int(n) for n in numbers.reshape(shape)[0])
+    if found := re.search(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return tuple(int(n) for n in _iota(found[1])[0])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](.*?) ?\{([^}]*)\}", text):
+        return _along_axes(*found.groups())
     if pairs := _pairs(text):
         return pairs[0]
-    return tuple(range(devices))
+    if (found := re.search(r"replica_groups=(\S*)", text)) is None or found[1].startswith("{}"):
+        return tuple(range(devices))
+    raise ValueError(f"wanted replica_groups in a known form, got {found[1]}")
+
+
+def _iota(text: str) -> np.ndarray:
+    """`[4,2]<=[2,4]T(1,0)`: numbers from 0 in one shape, with its axes turned, in another."""
+    shape, order, turned = (
+        _dims(x or "")
+        for x in re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    )
+    numbers = np.arange(math.prod(order)).reshape(order)
+    return (numbers.transpose(turned) if turned else numbers).reshape(shape)
+
+
+def _along_axes(mesh: str, order: str, axes: str) -> tuple[int, ...]:
+    """The first group along axes `'a','b'` of a mesh `'a'=2,'b'=4`.
+
+    `'b':(2)2` is a part of an axis, 2 of its devices, of which the ones of a part of 2 are apart.
+
+    Raises:
+      ValueError: the mesh's devices are in an order that is not understood.
+    """
+    sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    numbers = np.arange(math.prod(sizes.values()))
+    if order:
+        if (found := re.search(r"(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", order)) is None:
+            raise ValueError(f"wanted a mesh in a known order, got {order}")
+        numbers = _iota(found[1]).ravel()
+    numbers, group = numbers.reshape(tuple(sizes.values())), np.zeros(1, int)
+    stride = dict(zip(sizes, (np.array(numbers.strides) // numbers.itemsize).tolist(), strict=True))
+    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
+        count = int(size or sizes[name])
+        step = stride[name] * (sizes[name] // (int(before or 1) * count))
+        group = (group[:, None] + step * np.arange(count)).ravel()
+    return tuple(int(n) for n in numbers.ravel()[group])
 
 
 def _pairs(text: str) -> tuple[tuple[int, int], ...]:

@@ -1,11 +1,16 @@
 """Several processes as one: how they meet, and how they end when one of them is lost."""
 
+import atexit
+import contextlib
+import itertools
 import json
 import os
 import platform
 import sys
+import threading
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -16,8 +21,9 @@ from qwen2audio_jax.training.settings import HostsConfig
 
 MEETING = 300  # seconds that the first process waits for the last
 BLOCK = 4096  # bytes that what they tell each other is a multiple of
-WORD = 5  # seconds that those who are left have to say that they are
-NAMES, LEFT = "qwen2audio_jax/names", "qwen2audio_jax/left"  # what processes tell the service
+BEAT, PATIENCE = 2, 7  # seconds between signs of life, and without one until a process is lost
+# What processes tell the service.
+NAMES, LIFE, LOST = (f"qwen2audio_jax/{what}" for what in ("names", "life", "lost"))
 
 
 def join(config: HostsConfig) -> None:
@@ -43,6 +49,7 @@ def join(config: HostsConfig) -> None:
         reason = str(error).splitlines()[0]
         raise ValueError(f"distributed: the processes did not meet: {reason}") from error
     _tell(NAMES, here())
+    _live()
 
 
 def joined() -> bool:
@@ -71,33 +78,78 @@ def here() -> str:
     return f"process {jax.process_index()} of {jax.process_count()} on {platform.node()}"
 
 
-def lost(name: str, error: Exception, config: HostsConfig) -> None:
-    """Ends this process after another one was lost, and says which.
+@contextlib.contextmanager
+def together(config: HostsConfig) -> Iterator[None]:
+    """Ends this process if what it does with the others fails, without waiting for any of them."""
+    try:
+        yield
+    except Exception as error:
+        if not joined() or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        lost = _lost()
+        if not lost and not isinstance(error, jax.errors.JaxRuntimeError):
+            raise  # it is this process's own, which can be told in order
+        _end(error, lost, config)
 
-    What was computed together cannot go on, and nothing here may wait for the lost one. The service
-    that all report to notices who is silent, says so, and ends this process; if it does not, this
-    does.
+
+def _end(error: Exception, lost: str, config: HostsConfig) -> NoReturn:
+    """Says which process is lost, if one is, and ends this one.
+
+    What was computed together cannot go on. The first process, which has the service, stays until
+    the others know; those that notice nothing are ended by the service, which says who is silent.
     """
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    who = "; ".join(_silent()) or "another one"
-    print(f"{name}: error: {here()}: lost {who}: {reason}", file=sys.stderr, flush=True)
-    time.sleep(2 * config.timeout)
+    said = f"{here()}: lost {lost}: {reason}" if lost else f"{here()}: {reason}"
+    print(f"train: error: {said}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if lost and jax.process_index() == 0:
+        time.sleep(config.timeout)
     os._exit(1)
 
 
-def _silent() -> list[str]:
-    """Which processes do not say, within WORD, that they are left."""
+def _lost() -> str:
+    """Which processes are lost, if any: as the one says that has noticed first, as the others will
+    miss that one, too."""
     try:
-        _tell(LEFT, "")
-        time.sleep(WORD)
-        left = _told(LEFT)
-        return [who for number, who in sorted(_told(NAMES).items()) if number not in left]
+        if known := _told(LOST):
+            return next(iter(known.values()))
+        if silent := "; ".join(_silent()):
+            _tell(LOST, silent)
     except jax.errors.JaxRuntimeError:
-        return ["process 0, where all report"]
+        return "process 0, where all report"
+    return silent
+
+
+def _silent() -> list[str]:
+    """Which processes give no sign of life any more."""
+    before = _told(LIFE)
+    time.sleep(PATIENCE)
+    now, names = _told(LIFE), _told(NAMES)
+    return [who for number, who in sorted(names.items()) if now.get(number) == before.get(number)]
+
+
+def _live() -> None:
+    """Gives signs of life until this process ends, in order or not."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        for number in itertools.count():
+            try:
+                _tell(LIFE, str(number))
+            except jax.errors.JaxRuntimeError:  # the service has ended
+                return
+            if ended.wait(BEAT):
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    # before jax, which leaves the service
+    atexit.register(lambda: (ended.set(), thread.join(BEAT)))
 
 
 def _tell(what: str, value: str) -> None:
-    distributed.global_state.client.key_value_set(f"{what}/{jax.process_index()}", value)
+    client = distributed.global_state.client
+    client.key_value_set(f"{what}/{jax.process_index()}", value, allow_overwrite=True)
 
 
 def _told(what: str) -> dict[int, str]:

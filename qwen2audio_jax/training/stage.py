@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from qwen2audio_jax import sharding, spread, weights
+from qwen2audio_jax import flash, sharding, spread, weights
 from qwen2audio_jax.config import Config
 from qwen2audio_jax.data.batches import added, report
 from qwen2audio_jax.data.feeds import Feeds
@@ -93,14 +93,14 @@ def train(settings: Settings) -> int | None:
     _tell_rows(mixture)
     if pairs and settled.precompute_ref_log_probs and settings.preference.wants_reference:
         known = partial(precompute, trainee, mixture, folder=settings.out)
-        # by their rows, which a run may go on with otherwise
-        kept_parts = known([dataclasses.replace(each.part, name=each.rows) for each in kept])
-        kept_parts = (
-            dataclasses.replace(part, name=each.part.name)
-            for part, each in zip(kept_parts, kept, strict=True)
-        )
-        kept = [dataclasses.replace(e, part=p) for e, p in zip(kept, kept_parts, strict=True)]
-        mixture = dataclasses.replace(mixture, parts=known(parts), references=True)
+        with flash.using(settings.attention):
+            # by their rows, which a run may go on with otherwise
+            kept_parts = known([dataclasses.replace(each.part, name=each.rows) for each in kept])
+            kept = [
+                dataclasses.replace(each, part=dataclasses.replace(part, name=each.part.name))
+                for part, each in zip(kept_parts, kept, strict=True)
+            ]
+            mixture = dataclasses.replace(mixture, parts=known(parts), references=True)
     return _run(settings, trainee, mixture, processor, kept)
 
 
@@ -173,7 +173,12 @@ def _run(
     )
     checkpoints = Checkpoints(folder, keep=config.keep, best=config.best, mode=config.mode)
     evaluate = partial(_evaluate, settings, trainee, mixture, processor, kept) if kept else None
-    with contextlib.closing(checkpoints), contextlib.closing(log), _batches(mixture) as batches:
+    with (
+        contextlib.closing(checkpoints),
+        contextlib.closing(log),
+        _batches(mixture) as batches,
+        hosts.together(settings.hosts),  # closing would wait for a save with the one that is lost
+    ):
         signal = loop.train(
             trainee,
             batches,

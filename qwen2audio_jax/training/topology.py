@@ -67,6 +67,11 @@ class Work:
     frames: int = 3000
     """Of a clip, each 10 ms."""
 
+    def __post_init__(self):
+        for name in ("batch", "tokens", "clips", "frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"wanted {name} of at least 1, got {getattr(self, name)}")
+
     def arrays(self, c: config.Config, stage: str, parts: int = 1) -> dict[str, np.ndarray]:
         """A batch in which every row is full, and all is learned that is not heard.
 
@@ -191,6 +196,7 @@ def lower(
     if stage in ("prefill", "decode"):
         with flash.using(settings.attention):
             return (_reading if stage == "prefill" else _saying)(sizes, work, settings, mesh)
+    sharding.check_hosts(mesh.devices)
     parts = settings.gradient_accumulation_steps
     batch = work.arrays(sizes, stage, parts)
     model = _shapes(sizes, settings.weight_dtype, mesh, scan_layers=settings.scan_layers)

@@ -5,7 +5,7 @@ import os
 
 # The plugins of jax's extras for GPUs.
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-# Both are off by default, and are what jax's guide to GPUs begins with.
+# What jax's guide to GPUs begins with; not every version has it on by itself.
 GPU = {
     # Parameters come from other devices while the layer before theirs computes.
     "--xla_gpu_enable_latency_hiding_scheduler": "true",

@@ -1,0 +1,83 @@
+"""Which process is lost is known from the signs of life that it no longer gives."""
+
+import itertools
+
+import jax
+import pytest
+
+from qwen2audio_jax.training import hosts
+from qwen2audio_jax.training.settings import HostsConfig
+
+
+class Ended(BaseException):
+    """In the place of the end of this process."""
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """What three processes have told the service; number 1 is silent, this is number 2."""
+    told = {f"{hosts.NAMES}/{i}": f"process {i} of 3 on host-{i}" for i in range(3)}
+    beats = itertools.count()
+
+    class Client:
+        def key_value_set(self, key, value, allow_overwrite):
+            assert allow_overwrite
+            told[key] = value
+
+        def key_value_dir_get(self, folder):
+            told[f"{hosts.LIFE}/1"] = "7"
+            told.update({f"{hosts.LIFE}/{i}": str(next(beats)) for i in (0, 2)})
+            return [(key, value) for key, value in told.items() if key.startswith(f"{folder}/")]
+
+    def end(status):
+        raise Ended(status)
+
+    monkeypatch.setattr(hosts.distributed.global_state, "client", Client())
+    monkeypatch.setattr(hosts, "joined", lambda: True)
+    monkeypatch.setattr(hosts, "here", lambda: "process 2 of 3 on host-2")
+    monkeypatch.setattr(hosts.jax, "process_index", lambda: 2)
+    monkeypatch.setattr(hosts.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(hosts.os, "_exit", end)
+    return told
+
+
+def failing(error):
+    with hosts.together(HostsConfig()):
+        raise error
+
+
+def test_who_is_silent_is_named_to_all(store, capsys):
+    with pytest.raises(Ended, match="1"):
+        failing(jax.errors.JaxRuntimeError("closed by peer\nmore"))
+    line = "train: error: process 2 of 3 on host-2: lost process 1 of 3 on host-1: closed by peer\n"
+    assert capsys.readouterr().err == line
+    assert store[f"{hosts.LOST}/2"] == "process 1 of 3 on host-1"
+
+
+def test_the_first_word_counts(store, capsys):
+    """The one that has said it has ended since, and would be missed, too."""
+    store[f"{hosts.LOST}/0"] = "process 1 of 3 on host-1"
+    with pytest.raises(Ended):
+        failing(OSError("cannot save step 4"))
+    assert "lost process 1 of 3 on host-1: cannot save step 4" in capsys.readouterr().err
+
+
+def test_where_nobody_is_silent_the_mistake_is_told_as_it_is(store, monkeypatch, capsys):
+    """A step that fails here ends this process; what was given wrong is left to the program."""
+    monkeypatch.setattr(hosts, "_silent", list)
+    with pytest.raises(Ended):
+        failing(jax.errors.JaxRuntimeError("INTERNAL: a kernel"))
+    assert capsys.readouterr().err == "train: error: process 2 of 3 on host-2: INTERNAL: a kernel\n"
+    with pytest.raises(ValueError, match="a mistake"):
+        failing(ValueError("a mistake"))
+    assert f"{hosts.LOST}/2" not in store
+
+
+def test_a_service_that_is_gone_was_the_first_process(store, monkeypatch, capsys):
+    def gone(folder):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE")
+
+    monkeypatch.setattr(hosts, "_told", gone)
+    with pytest.raises(Ended):
+        failing(jax.errors.JaxRuntimeError("closed by peer"))
+    assert "lost process 0, where all report: closed by peer" in capsys.readouterr().err
