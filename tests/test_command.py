@@ -82,3 +82,23 @@ def test_what_nobody_foresaw_keeps_its_trace(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "pods.md"])
     with pytest.raises(RuntimeError, match="a bug"):
         command.run(main, pods.Options, "x.y", "about")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyError("unforeseen"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_who_has_met_others_waits_for_none_of_them(monkeypatch, capsys, error, status):
+    """To leave in order would be to meet them once more."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(status):
+        raise Ended(status)
+
+    monkeypatch.setattr(command.hosts, "joined", lambda: True)
+    monkeypatch.setattr(command.os, "_exit", end)
+    with pytest.raises(Ended) as ended, command.guard("train.sft"):
+        raise error
+    assert ended.value.args == (status,)
+    assert ("KeyError: 'unforeseen'" in capsys.readouterr().err) == (status == 1)

@@ -1,6 +1,7 @@
 """A model on a mesh is the same model, with nothing large on every device."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -144,3 +145,13 @@ def test_hosts_that_would_share_rows_are_refused():
     sharding.check_hosts(of(0, 0, 1, 1))
     with pytest.raises(ValueError, match=r"\(2 devices\) reach over the hosts 0, 1; wanted"):
         sharding.check_hosts(of(0, 1, 0, 1))
+
+
+def test_slices_that_nobody_mentions_are_told_of():
+    """With the flag that is missing, rather than by an assertion of jax's."""
+    devices = [types.SimpleNamespace(platform="tpu", slice_index=i // 4) for i in range(8)]
+    message = r"of 2 slices: wanted .*, as --mesh.dcn-data-parallelism 2, got 1$"
+    with pytest.raises(ValueError, match=message):
+        sharding._laid_out((1, 8, 1, 1), (1, 1, 1, 1), devices)
+    with pytest.raises(ValueError, match=r"of 2 slices: wanted .*, got 4$"):
+        sharding._laid_out((1, 2, 1, 1), (4, 1, 1, 1), devices)

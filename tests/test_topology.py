@@ -70,6 +70,8 @@ def test_mistakes_are_lines(mesh, monkeypatch):
     )
     with pytest.raises(ValueError, match=r"6 rows do not split over the 4 devices of .* fsdp"):
         lower(batch=6)
+    with pytest.raises(ValueError, match="wanted batch of at least 1, got 0"):
+        lower(batch=0)
     with pytest.raises(ValueError, match="more than the 10 tokens of their clips, got 8"):
         lower(tokens=8)
     with pytest.raises(ValueError, match=r"wanted a topology as v5e:4x4, of v4, .* 'v9:2'"):
