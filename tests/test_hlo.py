@@ -109,7 +109,7 @@ def test_what_devices_exchange_is_counted_in_bytes_they_take_in():
         ("replica_groups=mesh['a'=2,'b'=4] {'b','a'}", (0, 4, 1, 5, 2, 6, 3, 7)),
         ("replica_groups=mesh['a'=8] {'a':(2)2}", (0, 2)),
         ("replica_groups=mesh['a'=8] {'a':(1)4}", (0, 2, 4, 6)),
-        ("replica_groups=mesh['a'=2,'b'=4] device_ids=([8]<=[4,2]T(1,0)) {'b'}", (0, 2, 4, 6)),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", (0, 2, 4, 6)),
         ("replica_groups={}", tuple(range(8))),
         ("source_target_pairs={{3,4},{4,3}}", (3, 4)),
     ],
@@ -121,6 +121,8 @@ def test_groups_are_read_in_every_form(text, group):
 def test_a_group_in_another_form_is_not_guessed():
     with pytest.raises(ValueError, match="wanted replica_groups in a known form, got all"):
         hlo._group("replica_groups=all", 8)
+    with pytest.raises(ValueError, match="wanted a mesh in a known order, got , device_ids=any"):
+        hlo._group("replica_groups=mesh['a'=8], device_ids=any {'a'}", 8)
 
 
 CHAIN = """

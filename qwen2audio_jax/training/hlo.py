@@ -366,8 +366,11 @@ def _group(text: str, devices: int) -> tuple[int, ...]:
     """
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return _dims(found[1])
-    if found := re.search(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", text):
-        return tuple(int(n) for n in _iota(found[1])[0])
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape, order, turned = (_dims(x or "") for x in found.groups())
+        numbers = np.arange(math.prod(order)).reshape(order)
+        numbers = numbers.transpose(turned) if turned else numbers
+        return tuple(int(n) for n in numbers.reshape(shape)[0])
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\](.*?) ?\{([^}]*)\}", text):
         return _along_axes(*found.groups())
     if pairs := _pairs(text):
@@ -375,16 +378,6 @@ def _group(text: str, devices: int) -> tuple[int, ...]:
     if (found := re.search(r"replica_groups=(\S*)", text)) is None or found[1].startswith("{}"):
         return tuple(range(devices))
     raise ValueError(f"wanted replica_groups in a known form, got {found[1]}")
-
-
-def _iota(text: str) -> np.ndarray:
-    """`[4,2]<=[2,4]T(1,0)`: numbers from 0 in one shape, with its axes turned, in another."""
-    shape, order, turned = (
-        _dims(x or "")
-        for x in re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
-    )
-    numbers = np.arange(math.prod(order)).reshape(order)
-    return (numbers.transpose(turned) if turned else numbers).reshape(shape)
 
 
 def _along_axes(mesh: str, order: str, axes: str) -> tuple[int, ...]:
@@ -397,10 +390,12 @@ def _along_axes(mesh: str, order: str, axes: str) -> tuple[int, ...]:
     """
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh)}
     numbers = np.arange(math.prod(sizes.values()))
-    if order:
-        if (found := re.search(r"(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", order)) is None:
+    if order:  # `, device_ids=([4,2]T(1,0))`: counted in this shape, with its axes turned
+        found = re.fullmatch(r", device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", order)
+        if found is None:
             raise ValueError(f"wanted a mesh in a known order, got {order}")
-        numbers = _iota(found[1]).ravel()
+        numbers = numbers.reshape(_dims(found[1]))
+        numbers = (numbers.transpose(_dims(found[2])) if found[2] else numbers).ravel()
     numbers, group = numbers.reshape(tuple(sizes.values())), np.zeros(1, int)
     stride = dict(zip(sizes, (np.array(numbers.strides) // numbers.itemsize).tolist(), strict=True))
     for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):

@@ -5,8 +5,8 @@
         --data.held-out digits/manifest.jsonl:test --data.tasks \\
         "[AUDIO:audio] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"
 
-Expected: of digits that `--model runs/demo` hears, half of the words wrong before the first step,
-and two in a hundred after 300.
+Expected: of digits that `--model runs/demo` hears, seven words in ten wrong before the first step,
+and one in a hundred after 300.
 """
 
 import pathlib
