@@ -16,7 +16,8 @@ def keep() -> None:
     folder = os.environ.get("QWEN2AUDIO_CACHE")
     if folder is None:
         folder = jax.config.jax_compilation_cache_dir or _usual()
-    if not folder or not ("://" in (folder := os.fspath(folder)) or _writable(folder)):
+    folder = os.fspath(folder or "")
+    if not folder or ("://" not in folder and not _writable(folder)):
         return
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

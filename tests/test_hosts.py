@@ -16,6 +16,7 @@ class Ended(BaseException):
 @pytest.fixture
 def store(monkeypatch):
     """What three processes have told the service; number 1 is silent, this is number 2."""
+    hosts._lost.cache_clear()
     told = {f"{hosts.NAMES}/{i}": f"process {i} of 3 on host-{i}" for i in range(3)}
     beats = itertools.count()
 
@@ -68,6 +69,7 @@ def test_where_nobody_is_silent_the_mistake_is_told_as_it_is(store, monkeypatch,
     with pytest.raises(Ended):
         failing(jax.errors.JaxRuntimeError("INTERNAL: a kernel"))
     assert capsys.readouterr().err == "train: error: process 2 of 3 on host-2: INTERNAL: a kernel\n"
+    hosts._lost.cache_clear()
     with pytest.raises(ValueError, match="a mistake"):
         failing(ValueError("a mistake"))
     assert f"{hosts.LOST}/2" not in store
@@ -81,3 +83,12 @@ def test_a_service_that_is_gone_was_the_first_process(store, monkeypatch, capsys
     with pytest.raises(Ended):
         failing(jax.errors.JaxRuntimeError("closed by peer"))
     assert "lost process 0, where all report: closed by peer" in capsys.readouterr().err
+
+
+def test_signs_of_life_are_waited_for_once(store, monkeypatch):
+    """However many contexts an error passes on its way out."""
+    waited = []
+    monkeypatch.setattr(hosts, "_silent", lambda: waited.append(1) or [])
+    with pytest.raises(ValueError, match="a mistake"), hosts.together(HostsConfig()):
+        failing(ValueError("a mistake"))
+    assert waited == [1]

@@ -112,17 +112,22 @@ def undisturbed(given, tmp_path_factory):
     return out
 
 
+def alike(one, other):
+    """Whether two runs have the same losses and parameters within rounding."""
+    for name in ("loss", "grad_norm", "tokens"):
+        ours, theirs = ([row[name] for row in steps(each)] for each in (one, other))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    theirs = parameters(other)
+    for name, value in parameters(one).items():
+        np.testing.assert_allclose(value, theirs[name], atol=1e-5, err_msg=name)
+
+
 def test_two_processes_are_one(given, undisturbed, tmp_path):
     """The same losses and parameters as of one process with as many devices, and the same data."""
     out = tmp_path / "one"
     finish(start(given, out, devices=2), out)
     assert all(row["tokens"] > 0 for row in steps(undisturbed))
-    for name in ("loss", "grad_norm", "tokens"):
-        ours, theirs = ([row[name] for row in steps(each)] for each in (out, undisturbed))
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-    theirs = parameters(undisturbed)
-    for name, value in parameters(out).items():
-        np.testing.assert_allclose(value, theirs[name], atol=1e-5, err_msg=name)
+    alike(out, undisturbed)
     assert left_out(undisturbed) == left_out(out) and left_out(out)[-1] > 0
     assert trained_on(undisturbed) == trained_on(out) and "missing audio" in trained_on(out)
 
@@ -134,12 +139,7 @@ def test_adapters_and_preferences_too(given, tmp_path, stage, args):
     one, two = tmp_path / "one", tmp_path / "two"
     finish(start(given, two, *args, stage=stage, processes=2, devices=2), two)
     finish(start(given, one, *args, stage=stage, devices=4), one)
-    for name in ("loss", "grad_norm", "tokens"):
-        ours, theirs = ([row[name] for row in steps(each)] for each in (one, two))
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-    theirs = parameters(two)
-    for name, value in parameters(one).items():
-        np.testing.assert_allclose(value, theirs[name], atol=1e-5, err_msg=name)
+    alike(one, two)
 
 
 def test_a_process_that_dies_ends_all_and_the_run_goes_on(given, undisturbed, tmp_path):

@@ -18,7 +18,7 @@ import sys
 from dataclasses import field
 from typing import Any
 
-from qwen2audio_jax import compilation_cache, config, flash, remat
+from qwen2audio_jax import config, flash, remat
 from qwen2audio_jax.training import compiled, topology
 from qwen2audio_jax.training.chips import GIB
 from qwen2audio_jax.training.optimizer import OptimizerConfig
@@ -63,7 +63,6 @@ class Compile(topology.Work):
 
 
 def main(given: Compile) -> None:
-    compilation_cache.keep()
     where = topology.describe(given.topology, slices=given.slices)
     if given.search:
         trials = []

@@ -151,8 +151,7 @@ def _exchange(costs: hlo.Costs, lowered: Lowered, topology: Topology) -> float:
         if slices > 1:
             # First within a slice, then between those who have the same part of it, which is all
             # that crosses the network.
-            crossing = (slices - 1) / slices * slices / number
-            groups += moved * crossing / ((number - 1) / number) / chip.dcn
+            groups += moved * (slices - 1) / (number - 1) / chip.dcn
         near = [places[i] for i in each.group if parts[i] == parts[each.group[0]]]
         if len(near) > 1:
             groups += moved / links(chip, near, shape, to_all=each.kind in hlo.TO_ALL)

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -107,9 +108,13 @@ def _end(error: Exception, lost: str, config: HostsConfig) -> NoReturn:
     os._exit(1)
 
 
+@functools.cache
 def _lost() -> str:
     """Which processes are lost, if any: as the one says that has noticed first, as the others will
-    miss that one, too."""
+    miss that one, too.
+
+    Looked for once: an error that ends this process may pass through `together` twice.
+    """
     try:
         if known := _told(LOST):
             return next(iter(known.values()))
