@@ -6,7 +6,6 @@ import jax
 import pytest
 
 from qwen2audio_jax.training import hosts
-from qwen2audio_jax.training.settings import HostsConfig
 
 
 class Ended(BaseException):
@@ -43,7 +42,7 @@ def store(monkeypatch):
 
 
 def failing(error):
-    with hosts.together(HostsConfig()):
+    with hosts.together():
         raise error
 
 
@@ -89,6 +88,55 @@ def test_signs_of_life_are_waited_for_once(store, monkeypatch):
     """However many contexts an error passes on its way out."""
     waited = []
     monkeypatch.setattr(hosts, "_silent", lambda: waited.append(1) or [])
-    with pytest.raises(ValueError, match="a mistake"), hosts.together(HostsConfig()):
+    with pytest.raises(ValueError, match="a mistake"), hosts.together():
         failing(ValueError("a mistake"))
     assert waited == [1]
+
+
+@pytest.fixture
+def watch(store, monkeypatch):
+    """Of the first process, after its first look."""
+    monkeypatch.setattr(hosts.jax, "process_index", lambda: 0)
+    watch = hosts.Watch(timeout=10)
+    assert watch.lost(now=100.0) == ""
+    return watch
+
+
+def test_the_first_process_notices_who_is_silent(watch):
+    """Also while all wait for that one, so that nothing fails."""
+    assert watch.lost(now=109.0) == ""
+    assert watch.lost(now=111.0) == "process 1 of 3 on host-1"
+
+
+def test_who_has_left_is_not_lost(watch, store, monkeypatch):
+    """It may be long until the first process has written what both have learned."""
+    told = hosts._told
+    left = lambda what: told(what) | ({1: hosts.LEFT} if what == hosts.LIFE else {})
+    monkeypatch.setattr(hosts, "_told", left)
+    assert watch.lost(now=101.0) == watch.lost(now=1000.0) == ""
+
+
+def test_the_others_learn_of_it_from_whoever_noticed(store, capsys):
+    """They end within a beat; nobody but the first looks for silence."""
+    watch = hosts.Watch(timeout=10)
+    assert watch.lost(now=0.0) == watch.lost(now=1000.0) == ""
+    store[f"{hosts.LOST}/0"] = "process 1 of 3 on host-1"
+    with pytest.raises(Ended, match="1"):
+        watch.run()
+    line = "process 2 of 3 on host-2: lost process 1 of 3 on host-1: no sign of life\n"
+    assert capsys.readouterr().err.endswith(line)
+
+
+def test_a_service_that_does_not_answer_is_asked_again(store, monkeypatch):
+    """Nothing ends because of one answer that did not come."""
+    beats = []
+
+    def refuses(what, value):
+        beats.append(value)
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE")
+
+    watch = hosts.Watch(timeout=10)
+    monkeypatch.setattr(hosts, "_tell", refuses)
+    monkeypatch.setattr(watch._leaves, "wait", lambda seconds: len(beats) == 3)
+    watch.run()
+    assert beats == ["0", "1", "2"]

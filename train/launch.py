@@ -51,7 +51,7 @@ def launch(stage: str, train: Callable[[Any], int | None], about: str) -> None:
 
 def _train(train: Callable[[Any], int | None], settings: Any, name: str) -> int | None:
     try:
-        with hosts.together(settings.hosts):
+        with hosts.together():
             return train(settings)
     except OSError as error:
         if error.errno is None or error.filename is not None:

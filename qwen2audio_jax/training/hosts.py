@@ -10,7 +10,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -22,9 +22,12 @@ from qwen2audio_jax.training.settings import HostsConfig
 
 MEETING = 300  # seconds that the first process waits for the last
 BLOCK = 4096  # bytes that what they tell each other is a multiple of
-BEAT, PATIENCE = 2, 7  # seconds between signs of life, and without one until a process is lost
+BEAT = 2  # seconds between signs of life
+MISSED = 4  # so many in a row: once something has failed, the process is lost
+LEFT = "left"  # the last sign of a process that ends in order
 # What processes tell the service.
 NAMES, LIFE, LOST = (f"qwen2audio_jax/{what}" for what in ("names", "life", "lost"))
+_ENDING = threading.Lock()
 
 
 def join(config: HostsConfig) -> None:
@@ -38,7 +41,7 @@ def join(config: HostsConfig) -> None:
             coordinator_address=config.coordinator,
             num_processes=config.count,
             process_id=config.number,
-            heartbeat_timeout_seconds=config.timeout,
+            heartbeat_timeout_seconds=2 * config.timeout,  # the watch is first, which names it
             initialization_timeout=MEETING,
         )
     except ValueError as error:
@@ -50,7 +53,9 @@ def join(config: HostsConfig) -> None:
         reason = str(error).splitlines()[0]
         raise ValueError(f"distributed: the processes did not meet: {reason}") from error
     _tell(NAMES, here())
-    _live()
+    watch = Watch(config.timeout)
+    watch.start()
+    atexit.register(watch.leave)  # before jax, which leaves the service
 
 
 def joined() -> bool:
@@ -80,7 +85,7 @@ def here() -> str:
 
 
 @contextlib.contextmanager
-def together(config: HostsConfig) -> Iterator[None]:
+def together() -> Iterator[None]:
     """Ends this process if what it does with the others fails, without waiting for any of them."""
     try:
         yield
@@ -90,66 +95,102 @@ def together(config: HostsConfig) -> Iterator[None]:
         lost = _lost()
         if not lost and not isinstance(error, jax.errors.JaxRuntimeError):
             raise  # it is this process's own, which can be told in order
-        _end(error, lost, config)
+        _end((str(error).splitlines() or [type(error).__name__])[0], lost)
 
 
-def _end(error: Exception, lost: str, config: HostsConfig) -> NoReturn:
+class Watch(threading.Thread):
+    """Gives signs of life, and ends this process once another is lost: the main thread may be
+    waiting for that one.
+
+    The first process notices who is silent for `timeout` seconds; the others learn it from there.
+    """
+
+    def __init__(self, timeout: int):
+        super().__init__(daemon=True)
+        self._timeout = timeout
+        self._leaves = threading.Event()
+        self._last: dict[int, tuple[str, float]] = {}  # each one's last sign, and since when
+
+    def run(self) -> None:
+        for number in itertools.count():
+            # what the service does not take now it may take later; if it is gone, jax makes an end
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                _tell(LIFE, str(number))
+                if lost := self.lost(time.monotonic()):
+                    _end("no sign of life", lost)
+            if self._leaves.wait(BEAT):
+                return
+
+    def lost(self, now: float) -> str:
+        """Which processes are lost, if any: as one of them says, or as the first one notices."""
+        if said := _said():
+            return said
+        if jax.process_index():
+            return ""
+        for number, sign in _told(LIFE).items():
+            if self._last.get(number, ("",))[0] != sign:
+                self._last[number] = sign, now
+        return _named(
+            number
+            for number, (sign, since) in self._last.items()
+            if sign != LEFT and now - since > self._timeout
+        )
+
+    def leave(self) -> None:
+        """Lets this process end in order, however long it then waits for the others."""
+        self._leaves.set()
+        self.join()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _tell(LIFE, LEFT)
+
+
+def _end(reason: str, lost: str) -> NoReturn:
     """Says which process is lost, if one is, and ends this one.
 
     What was computed together cannot go on. The first process, which has the service, stays until
-    the others know; those that notice nothing are ended by the service, which says who is silent.
+    the others have learnt of it.
     """
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    said = f"{here()}: lost {lost}: {reason}" if lost else f"{here()}: {reason}"
-    print(f"train: error: {said}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    if lost and jax.process_index() == 0:
-        time.sleep(config.timeout)
-    os._exit(1)
+    with _ENDING:  # for ever: the main thread and the watch may both notice
+        if lost:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                _tell(LOST, lost)
+        said = f"{here()}: lost {lost}: {reason}" if lost else f"{here()}: {reason}"
+        print(f"train: error: {said}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        if lost and jax.process_index() == 0:
+            time.sleep(2 * BEAT)
+        os._exit(1)
 
 
 @functools.cache
 def _lost() -> str:
-    """Which processes are lost, if any: as the one says that has noticed first, as the others will
-    miss that one, too.
+    """Which processes are lost, if any, now that something has failed.
 
     Looked for once: an error that ends this process may pass through `together` twice.
     """
     try:
-        if known := _told(LOST):
-            return next(iter(known.values()))
-        if silent := "; ".join(_silent()):
-            _tell(LOST, silent)
+        return _said() or _named(_silent())
     except jax.errors.JaxRuntimeError:
         return "process 0, where all report"
-    return silent
 
 
-def _silent() -> list[str]:
-    """Which processes give no sign of life any more."""
-    before = _told(LIFE)
-    time.sleep(PATIENCE)
-    now, names = _told(LIFE), _told(NAMES)
-    return [who for number, who in sorted(names.items()) if now.get(number) == before.get(number)]
+def _said() -> str:
+    """Which processes are lost as one says that has noticed: it will be missed itself, too."""
+    return next(iter(_told(LOST).values()), "")
 
 
-def _live() -> None:
-    """Gives signs of life until this process ends, in order or not."""
-    ended = threading.Event()
+def _silent() -> list[int]:
+    """Who gives no sign of life while this process, which may be slow itself, gives `MISSED`."""
+    mine, before = jax.process_index(), _told(LIFE)
+    wanted = int(before.get(mine, 0)) + MISSED
+    while int((now := _told(LIFE)).get(mine, 0)) < wanted:
+        time.sleep(BEAT / 4)
+    return [number for number, sign in now.items() if LEFT != sign == before.get(number)]
 
-    def beat() -> None:
-        for number in itertools.count():
-            try:
-                _tell(LIFE, str(number))
-            except jax.errors.JaxRuntimeError:  # the service has ended
-                return
-            if ended.wait(BEAT):
-                return
 
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    # before jax, which leaves the service
-    atexit.register(lambda: (ended.set(), thread.join(BEAT)))
+def _named(numbers: Iterable[int]) -> str:
+    names = _told(NAMES)
+    return "; ".join(names[number] for number in sorted(numbers))
 
 
 def _tell(what: str, value: str) -> None:

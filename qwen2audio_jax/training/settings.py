@@ -73,6 +73,9 @@ class MeshConfig:
         return sizes
 
 
+SHORTEST_TIMEOUT = 10  # some signs of life, which come every other second
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostsConfig:
     """Where no cluster says it: how this process finds the others, which run the same command."""
@@ -92,8 +95,10 @@ class HostsConfig:
             raise ValueError(f"wanted hosts.coordinator, count and number, or none, got {told}")
         if self.count is not None and not 0 <= self.number < self.count:
             raise ValueError(f"wanted a hosts.number within 0..{self.count - 1}, got {self.number}")
-        if self.timeout < 1:
-            raise ValueError(f"wanted a hosts.timeout of at least 1 s, got {self.timeout}")
+        if self.timeout < SHORTEST_TIMEOUT:
+            raise ValueError(
+                f"wanted a hosts.timeout of at least {SHORTEST_TIMEOUT} s, got {self.timeout}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

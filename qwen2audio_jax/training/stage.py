@@ -177,7 +177,7 @@ def _run(
         contextlib.closing(checkpoints),
         contextlib.closing(log),
         _batches(mixture) as batches,
-        hosts.together(settings.hosts),  # closing would wait for a save with the one that is lost
+        hosts.together(),  # closing would wait for a save with the one that is lost
     ):
         signal = loop.train(
             trainee,
