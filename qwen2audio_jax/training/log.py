@@ -1,12 +1,13 @@
 """Where a run's figures go: log.jsonl, TensorBoard, Weights & Biases."""
 
 import json
+import logging
 import math
 import os
 import pathlib
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ import jax
 LOG = "log.jsonl"
 
 Row = Mapping[str, int | float]
+
+_logger = logging.getLogger(__name__)
 
 
 class Log:
@@ -48,7 +51,8 @@ class Log:
           again: whether `step` is measured again, so that what was measured then is void, too.
 
         Raises:
-          ImportError: what is to be written to is not installed; the message says how to.
+          ImportError: as `check_packages`.
+          ValueError: Weights & Biases lets nobody in.
         """
         if self.folder is None or jax.process_index():
             return
@@ -66,7 +70,7 @@ class Log:
         if tensorboard:
             self._events = _Events(self.folder / "tensorboard", step)
         if wandb is not None:
-            self._project = _wandb(self.folder, wandb, settings)
+            self._project = _Project(self.folder, wandb, settings)
 
     def write(self, step: int, values: Row) -> None:
         row = {"step": step, **values}
@@ -76,15 +80,26 @@ class Log:
         if self._events is not None:
             self._events.write(step, values)
         if self._project is not None:
-            self._project.log(dict(values), step=step)
+            self._project.write(step, values)
 
     def close(self) -> None:
-        for each in (self._file, self._events):
+        for each in (self._file, self._events, self._project):
             if each is not None:
                 each.close()
-        if self._project is not None:
-            self._project.finish()
         self._file = self._events = self._project = None
+
+
+def check_packages(*, tensorboard: bool, wandb: str | None) -> None:
+    """Refuses what a log could not be written to, before all that takes long.
+
+    Raises:
+      ImportError: a package is not installed; the message says how to.
+    """
+    if jax.process_index() == 0:  # which alone writes
+        if tensorboard:
+            _tensorboard()
+        if wandb is not None:
+            _wandb()
 
 
 def read(path: pathlib.Path, last: int | None = None) -> list[dict[str, int | float]]:
@@ -105,18 +120,33 @@ def _line(row: Row) -> str:
     return json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n"
 
 
+def _tensorboard() -> Any:
+    try:
+        from tensorboardX import event_file_writer, proto, summary
+    except ImportError as error:
+        raise ImportError(
+            "TensorBoard's events want tensorboardX: pip install 'qwen2audio_jax[train]', "
+            "or --no-tensorboard"
+        ) from error
+    return event_file_writer, proto, summary
+
+
+def _wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(
+            "--wandb wants Weights & Biases: pip install 'qwen2audio_jax[wandb]'"
+        ) from error
+    return wandb
+
+
 class _Events:
     """TensorBoard's events, written in this thread: tensorboardX's own dies of a full disk, and
     then whoever writes waits for it forever."""
 
     def __init__(self, folder: pathlib.Path, step: int):
-        try:
-            from tensorboardX import event_file_writer, proto, summary
-        except ImportError as error:
-            raise ImportError(
-                "TensorBoard's events want tensorboardX: pip install 'qwen2audio_jax[train]', "
-                "or --no-tensorboard"
-            ) from error
+        event_file_writer, proto, summary = _tensorboard()
         folder.mkdir(exist_ok=True)
         self._proto, self._summary = proto.event_pb2, summary
         self._file = event_file_writer.EventsWriter(str(folder / "events"))
@@ -136,21 +166,47 @@ class _Events:
         self._file.close()
 
 
-def _wandb(folder: pathlib.Path, project: str, settings: Mapping[str, Any] | None) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError(
-            "--wandb wants Weights & Biases: pip install 'qwen2audio_jax[wandb]'"
-        ) from error
-    known = folder / "wandb-id"  # other runs have folders of the same name
-    if not known.exists():
-        known.write_text(secrets.token_hex(4))
-    return wandb.init(
-        project=project,
-        dir=folder,
-        id=known.read_text(),
-        name=folder.resolve().name,
-        resume="allow",
-        config=dict(settings or {}),
-    )
+class _Project:
+    """A run at Weights & Biases. What it does not take once the training is going on is told, and
+    no more is sent: log.jsonl has it."""
+
+    def __init__(self, folder: pathlib.Path, project: str, settings: Mapping[str, Any] | None):
+        known = folder / "wandb-id"  # other runs have folders of the same name
+        if not known.exists():
+            known.write_text(secrets.token_hex(4))
+        try:
+            self._run = _wandb().init(
+                project=project,
+                dir=folder,
+                id=known.read_text(),
+                name=folder.resolve().name,
+                resume="allow",
+                config=dict(settings or {}),
+            )
+        except Exception as error:  # its own have no base class that its client's share
+            raise ValueError(
+                f"--wandb {project}: {_line_of(error)}; wanted a `wandb login` and a network, "
+                "WANDB_MODE=offline, or no --wandb"
+            ) from error
+
+    def write(self, step: int, values: Row) -> None:
+        self._ask(lambda: self._run.log(dict(values), step=step))
+
+    def close(self) -> None:
+        self._ask(lambda: self._run.finish())
+        self._run = None
+
+    def _ask(self, act: Callable[[], Any]) -> None:
+        if self._run is None:
+            return
+        try:
+            act()
+        except Exception as error:  # likewise
+            _logger.warning(
+                "Weights & Biases gets no more figures, which %s has: %s", LOG, _line_of(error)
+            )
+            self._run = None
+
+
+def _line_of(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
