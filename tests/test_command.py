@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from train import command, compile, demo, pods, shard
+from train import command, compile, demo, launch, pods, shard
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,22 @@ def test_a_mistaken_flag_is_one_line(monkeypatch, capsys, program, settings, arg
     assert error.count("\n") == 1 and error.startswith(f"{program}: error: ")
     assert error.endswith("; --help teaches\n") and not set(error) & set("│╭╰─")
     assert re.search(message, error)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["tiny", "--optimizer.steps", "1"], "Error parsing --optimizer: wanted fewer warm-up st"),
+        (["tiny", "--changing", "seed"], "Error parsing Settings: wanted changing of optimizer.l"),
+        (["none"], "Unrecognized options: none; Available subcommands: "),
+    ],
+)
+def test_a_mistake_within_a_preset_names_the_flag(monkeypatch, args, message):
+    """Not what tyro calls the settings that a preset begins with."""
+    monkeypatch.setattr(sys, "argv", ["x", *args])
+    with pytest.raises(ValueError) as caught:
+        launch._parse("sft", "about")
+    assert str(caught.value).startswith(message) and "tyro" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

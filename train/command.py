@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -102,6 +103,7 @@ def leave(status: int) -> NoReturn:
 
 def _essence(box: str) -> str:
     """Of a box of tyro's, what is wrong, and the names that come near."""
+    box = re.sub(r"__tyro-dummy-inner__\.?", "--", box)  # settings that a preset begins with
     parts = [[]]
     for line in box.splitlines()[1:-1]:
         line = line.strip("│| ")

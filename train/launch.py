@@ -15,7 +15,10 @@ from qwen2audio_jax.training import hosts
 from qwen2audio_jax.training.data_config import WORLD
 from train import command, configs
 
-SMALLER = "smaller --data.buckets, --remat-policy full, or more devices"
+SMALLER = (
+    "smaller --data.buckets, --remat-policy full, or more devices; "
+    "in an evaluation fewer --evaluation.rows"
+)
 
 
 def presets(stage: str) -> dict[str, tuple[str, Any]]:

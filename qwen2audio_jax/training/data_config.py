@@ -1,6 +1,7 @@
 """What a run is told of its data: sources, what is asked of them, and the shapes of batches."""
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -59,7 +60,8 @@ class DataConfig:
     goes to the first that it fits."""
     feeds: int = 0
     """Of which a global batch is made, each with samples of its own; a host has one or several, and
-    a run can go on with as many hosts as divide them. 0: one for each host that it begins with."""
+    a run can go on with as many hosts as divide them. 0: one for each host that it begins with.
+    Hosts that share rows, where tensor or context reaches over them, have the same: as one host."""
     pack: bool = True
     """Whether a row holds as many samples as fit."""
     augmented: float = 0.0
@@ -85,6 +87,8 @@ class DataConfig:
             raise ValueError(
                 f"wanted weights for {len(self.train)} sources, got {len(self.weights)}"
             )
+        if wrong := [weight for weight in self.weights if not 0 < weight < math.inf]:
+            raise ValueError(f"wanted weights above 0, got {', '.join(map(str, wrong))}")
         for source in self.held_out:
             for learned in self.train:
                 if _share_rows(source, learned):

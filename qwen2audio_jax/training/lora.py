@@ -56,6 +56,8 @@ class LoraConfig:
     def __post_init__(self):
         if self.r < 1:
             raise ValueError(f"wanted r of at least 1, got {self.r}")
+        if not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"wanted lora_alpha above 0, got {self.lora_alpha}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"wanted lora_dropout from 0 to below 1, got {self.lora_dropout}")
 

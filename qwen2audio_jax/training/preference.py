@@ -5,6 +5,7 @@ also models the prompt, this one does not.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -51,7 +52,9 @@ class PreferenceConfig:
             )
         if self.loss_type == "orpo" and self.rpo_alpha is not None:
             raise ValueError("orpo learns the chosen answers already: wanted no rpo_alpha")
-        if self.beta <= 0:
+        if self.rpo_alpha is not None and not 0 <= self.rpo_alpha < math.inf:
+            raise ValueError(f"wanted rpo_alpha from 0, got {self.rpo_alpha}")
+        if not 0 < self.beta < math.inf:
             raise ValueError(f"wanted beta above 0, got {self.beta}")
 
     @property
