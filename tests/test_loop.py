@@ -56,9 +56,10 @@ class Counted:
         self.number = states["0"]
 
 
-def learner(loss=losses.next_token, **how):
+def learner(loss=losses.next_token, *, model=0, **how):
+    """Of the model of some seed."""
     optimizer = OptimizerConfig(learning_rate=0.01, steps=STEPS, warmup_steps=1)
-    return Learner(Qwen2Audio(small.CONFIG, rngs=nnx.Rngs(0)), optimizer, loss, **how)
+    return Learner(Qwen2Audio(small.CONFIG, rngs=nnx.Rngs(model)), optimizer, loss, **how)
 
 
 def test_every_batch_is_one_step_of_the_history():
@@ -181,6 +182,46 @@ def test_a_base_that_has_changed_is_refused(tmp_path):
     checkpoints.close()
 
 
+def test_another_model_is_refused_though_all_of_it_trains(tmp_path):
+    """What was drawn may be drawn otherwise, and adapters are told apart where they begin with
+    some."""
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        one = learner()
+        assert loop.resume(one, Counted(), checkpoints) == 0
+        one.step(next(Counted()), 0)
+        loop.save(one, Counted(), checkpoints, 1, Meter(one, LoopConfig(), Log(None), None, done=0))
+        checkpoints.wait()
+        with pytest.raises(ValueError, match="began with other parameters than --model has now"):
+            loop.resume(learner(model=1), Counted(), checkpoints)
+        assert loop.resume(learner(model=1, drawn=True), Counted(), checkpoints) == 1
+    assert learner(adapters=Lora(r=2)).began is None
+    some = learner(adapters=Lora(r=2)).state.params
+    assert learner(adapters=Lora(r=2), start=some).began is not None
+
+
+@pytest.mark.parametrize(
+    ("done", "window", "traced"),
+    [(0, (2, 3), [2, 3]), (2, (2, 3), [3]), (3, (4, 9), [4, 5]), (3, (2, 3), []), (0, None, [])],
+)
+def test_what_is_left_of_a_profile_is_traced(monkeypatch, capsys, done, window, traced):
+    """In a run that goes on behind its first step; one that is past is told of."""
+    tracing, seen = [], []
+
+    @contextlib.contextmanager
+    def trace(folder):
+        tracing.append(folder)
+        yield
+        tracing.clear()
+
+    monkeypatch.setattr(loop, "_trace", trace)
+    with Meter(learner(), LoopConfig(), Log(None), None, done=done) as meter:
+        for number in loop._traced(range(done, STEPS), window, meter):
+            seen += [number + 1] * len(tracing)
+    assert seen == traced and not tracing
+    told = "no profile: steps 2 to 3 are past, it goes on behind 3" in capsys.readouterr().err
+    assert told == (window is not None and not traced)
+
+
 def test_gradients_that_are_no_numbers_stop_the_training(tmp_path):
     """After some in a row, naming the step and the last good checkpoint, which stays the last."""
 
@@ -245,7 +286,8 @@ def test_a_step_that_moved_nothing_loses_none_before_it(tmp_path, capsys):
 
 
 def test_the_log_has_the_rate_that_was_used(tmp_path):
-    """A step that is skipped does not move the schedule, also where a run goes on behind it."""
+    """A step that is skipped does not move the schedule, also where a run goes on behind it; parts
+    with one of their own have theirs."""
 
     class Noting(Learner):
         def step(self, batch, number):
@@ -253,7 +295,8 @@ def test_the_log_has_the_rate_that_was_used(tmp_path):
             used.append(float(self.optimizer.schedule()(int(max(counts)))))
             return super().step(batch, number)
 
-    used, optimizer = [], OptimizerConfig(learning_rate=0.01, steps=STEPS, warmup_steps=1)
+    used, own = [], {"encoder_learning_rate": 0.04, "decoder_learning_rate": 0.0}
+    optimizer = OptimizerConfig(learning_rate=0.01, steps=STEPS, warmup_steps=1, **own)
     for signal_at in (3, None):
         model = Qwen2Audio(small.CONFIG, rngs=nnx.Rngs(0))
         with (
@@ -267,6 +310,10 @@ def test_the_log_has_the_rate_that_was_used(tmp_path):
     assert [row["skipped"] for row in log.rows] == [0, 1, 1, 1, 1]
     assert [row["learning_rate"] for row in log.rows] == used
     assert used[1] == used[2] > used[3] > used[4]
+    np.testing.assert_allclose(
+        [row["encoder_learning_rate"] for row in log.rows], 4 * np.array(used)
+    )
+    assert "decoder_learning_rate" not in log.rows[0] and used[1] > 0
 
 
 class Dropping(Counted):

@@ -9,6 +9,8 @@ import pytest
 from qwen2audio_jax.processor import count_tokens
 from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.lora import LoraConfig
+from qwen2audio_jax.training.optimizer import OptimizerConfig
+from qwen2audio_jax.training.preference import PreferenceConfig
 from qwen2audio_jax.training.settings import (
     EvaluationConfig,
     LoopConfig,
@@ -158,6 +160,14 @@ def test_adapters_are_like_those_that_they_begin_with():
         (DataConfig, {"workers": -1}, "workers from 0, got -1"),
         (EvaluationConfig, {"rows": 0}, "rows of at least 1, got 0"),
         (LoopConfig, {"profile": (9, 3)}, r"a first and a last step to profile, got \(9, 3\)"),
+        (LoopConfig, {"peak_tflops": -1.0}, "peak_tflops above 0, got -1.0"),
+        (Settings, {"loop": LoopConfig(profile=(990, 1001))}, r"the 1000 steps, got \(990, 1001\)"),
+        (DataConfig, {"train": ("a", "b"), "weights": (float("nan"), 1.0)}, "above 0, got nan"),
+        (DataConfig, {"train": ("a", "b"), "weights": (1.0, 0.0)}, "weights above 0, got 0.0"),
+        (PreferenceConfig, {"rpo_alpha": -1.0}, "rpo_alpha from 0, got -1.0"),
+        (PreferenceConfig, {"beta": float("nan")}, "beta above 0, got nan"),
+        (Lora, {"r": 2, "lora_alpha": 0}, "lora_alpha above 0, got 0"),
+        (OptimizerConfig, {"muon_beta": 1.0}, "muon_beta from 0 to below 1, got 1.0"),
         (LoopConfig, {"best": "colour"}, "wanted a best of .*, got 'colour'"),
         (Lora, {"r": -1}, "wanted r of at least 1, got -1"),
         (Settings, {"gradient_accumulation_steps": 0}, "at least 1, got 0"),

@@ -1,6 +1,7 @@
 """A model taken apart into what trains and what stays, each on its devices, and moved by steps."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -33,6 +34,7 @@ class Learner:
       dtype: of the arithmetic, where that is not the parameters' own.
       accumulate: batches that make up a step, along their arrays' first axis.
       seed: of adapters and of their dropout.
+      drawn: whether the model's parameters are a seed's, which tell it from no other.
 
     Attributes:
       state: all that a step changes; a checkpoint holds it.
@@ -51,6 +53,7 @@ class Learner:
         dtype: Any = None,
         accumulate: int = 1,
         seed: int = 0,
+        drawn: bool = False,
     ):
         if mesh is not None:
             graph, whole = nnx.split(model)
@@ -58,6 +61,7 @@ class Learner:
         self.config, self.optimizer = model.config, optimizer
         self.adapters, self.mesh, self.accumulate = adapters, mesh, accumulate
         self.reference, self._dtype, self._seed = reference, dtype, seed
+        self._drawn = drawn if adapters is None else start is None
         optimizer.check(by_name(nnx.state(model)))
         if adapters is None:
             self._graph, params, frozen = step.split(model, optimizer.trains)
@@ -219,9 +223,16 @@ class Learner:
         self.state = None
         return abstract
 
-    def identity(self) -> str:
+    @functools.cached_property
+    def stays(self) -> str:
         """A checksum of what stays as it is, and so is in no checkpoint."""
         return checksum.of(self._fixed)
+
+    @functools.cached_property
+    def began(self) -> str | None:
+        """A checksum of what trains as it was given, if it is asked for before the first step;
+        None: it was drawn, which another kind of device rounds otherwise."""
+        return None if self._drawn else checksum.of(self.state.params)
 
     def flops(self, batch: Mapping[str, Any]) -> float:
         """Operations of a step on this host's batch."""

@@ -139,11 +139,20 @@ def score(
 
 def resume(learner: Learner, batches: Iterator[Any], checkpoints: Checkpoints | None) -> int:
     """Puts a learner and its batches where the last good checkpoint was; gives its step."""
-    if checkpoints is None or not checkpoints.steps:
+    if checkpoints is None:
         return 0
-    stays, abstract = learner.identity(), learner.release()
-    restored = checkpoints.restore(abstract)
-    if restored.data[0]["stays"] != stays:
+    stays, began = learner.stays, learner.began
+    if not checkpoints.steps:
+        return 0
+    restored = checkpoints.restore(learner.release())
+    known = restored.data[0]
+    if None not in (began, known.get("began")) and known["began"] != began:
+        what = "--model" if learner.adapters is None else "--lora.start"
+        raise ValueError(
+            f"{checkpoints.folder} is of a run that began with other parameters than {what} has "
+            "now: wanted the same, wherever it lies, or another --out"
+        )
+    if known["stays"] != stays:
         raise ValueError(
             f"{checkpoints.folder} was made beside other parameters than --model has now: those "
             "that do not train differ"
@@ -169,7 +178,7 @@ def save(
     """
     meter.settle(_counts(batches))
     if checkpoints is not None:
-        data = {"batches": batches.get_state(), "stays": learner.identity()}
+        data = {"batches": batches.get_state(), "stays": learner.stays, "began": learner.began}
         checkpoints.save(done, learner.state, data)
 
 
@@ -184,14 +193,21 @@ def _trace(folder: pathlib.Path) -> Iterator[None]:
         jax.profiler.stop_trace()
 
 
-def _traced(numbers: Iterable[int], window: tuple[int, int] | None, meter: Meter) -> Iterator[int]:
-    """The same numbers; what happens from step to step of the window is traced."""
+def _traced(numbers: range, window: tuple[int, int] | None, meter: Meter) -> Iterator[int]:
+    """The same numbers; what happens from step to step of the window is traced, or what is left
+    of it."""
+    first, last = window or (0, 0)
+    if window is not None and last <= numbers.start:
+        meter.say(
+            f"no profile: steps {first} to {last} are past, it goes on behind {numbers.start}"
+        )
+    first = max(first, numbers.start + 1)
     with contextlib.ExitStack() as traces:
         for number in numbers:
-            if window is not None and number + 1 == window[0]:
+            if number + 1 == first <= last:
                 meter.flush()
                 traces.enter_context(_trace((meter.log.folder or pathlib.Path()) / "profile"))
             yield number
-            if window is not None and number + 1 == window[1]:
+            if number + 1 == last:
                 meter.flush()
                 traces.close()

@@ -59,6 +59,8 @@ class OptimizerConfig:
     """Per step and learning rate, of all but norms, biases and positions."""
     b1: float = 0.9
     """Adam's memory of gradients."""
+    muon_beta: float = 0.95
+    """Muon's, of those of blocks' matrices."""
     b2: float = 0.95
     """Adam's memory of squared gradients."""
     eps: float = 1e-8
@@ -83,7 +85,7 @@ class OptimizerConfig:
         for name in ("final_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"wanted {name} from 0 to 1, got {getattr(self, name)}")
-        for name in ("ema_decay", "b1", "b2"):
+        for name in ("ema_decay", "b1", "muon_beta", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"wanted {name} from 0 to below 1, got {getattr(self, name)}")
         for name in (*RATES, "weight_decay", "eps", "clip_norm"):
@@ -183,10 +185,11 @@ class OptimizerConfig:
             factored = optax.scale_by_factored_rms(min_dim_size_to_factor=FACTORED)
             return optax.chain(factored, optax.clip_by_block_rms(1.0))
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype)
-        return _muon(adam, mu_dtype=self.mu_dtype) if self.name == "muon" else adam
+        momentum = {"beta": self.muon_beta, "mu_dtype": self.mu_dtype}
+        return _muon(adam, **momentum) if self.name == "muon" else adam
 
 
-def _muon(adam: optax.GradientTransformation, *, mu_dtype: str) -> optax.GradientTransformation:
+def _muon(adam: optax.GradientTransformation, **momentum: Any) -> optax.GradientTransformation:
     """Momentum whose matrices are made orthogonal, for the kernels of blocks; `adam` for the rest.
 
     Its updates are scaled to Adam's typical size, so that one learning rate serves both.
@@ -194,7 +197,7 @@ def _muon(adam: optax.GradientTransformation, *, mu_dtype: str) -> optax.Gradien
     kernel = lambda path: ".blocks." in path and path.endswith(".kernel")
     axes = lambda kernels: jax.tree.map_with_path(lambda p, x: _axes(name_of(p), x.ndim), kernels)
     orthogonal = optax.chain(
-        optax.contrib.scale_by_muon(weight_dimension_numbers=axes, mu_dtype=mu_dtype),
+        optax.contrib.scale_by_muon(weight_dimension_numbers=axes, **momentum),
         optax.stateless(lambda updates, _: jax.tree.map(_scale_orthogonal, updates, axes(updates))),
     )
     label = lambda path: "orthogonal" if kernel(path) else "adam"

@@ -259,7 +259,7 @@ def _number(value: Any) -> Any:
 
 
 def _identity(learner: Learner) -> str:
-    return f"{learner.identity()} {checksum.of(learner.state.params)}"
+    return f"{learner.stays} {checksum.of(learner.state.params)}"
 
 
 def _read(

@@ -136,7 +136,8 @@ class LoopConfig:
     bad_steps: int = 10
     """Steps in a row without a finite gradient, after which the run stops."""
     profile: tuple[int, int] | None = None
-    """The first and the last step to trace, for TensorBoard or xprof."""
+    """The first and the last step to trace, for TensorBoard or xprof; of a run that goes on behind
+    the first of them, those that are left."""
     peak_tflops: float | None = None
     """What all devices could do, for MFU; None: what is known of them, in bfloat16."""
 
@@ -146,6 +147,8 @@ class LoopConfig:
                 raise ValueError(f"wanted {name} of at least 1, got {getattr(self, name)}")
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
             raise ValueError(f"wanted a first and a last step to profile, got {self.profile}")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise ValueError(f"wanted peak_tflops above 0, got {self.peak_tflops}")
         if not self.best.endswith((*LOW, *HIGH)):
             raise ValueError(
                 f"wanted a best of {', '.join((*LOW, *HIGH))}, of all that is held out or of "
@@ -251,14 +254,24 @@ class Settings:
     optimizer.steps for more of them, or data.train for the same rows in another place."""
 
     def __post_init__(self):
-        known = [*(f"optimizer.{name}" for name in ADJUSTABLE), "data.train"]
-        if wrong := [name for name in self.changing if name not in known]:
-            raise ValueError(f"wanted changing of {', '.join(known)}, got {', '.join(wrong)}")
+        if wrong := [name for name in self.changing if name not in self.changeable]:
+            known = ", ".join(self.changeable)
+            raise ValueError(f"wanted changing of {known}, got {', '.join(wrong)}")
         if self.gradient_accumulation_steps < 1:
             steps = self.gradient_accumulation_steps
             raise ValueError(f"wanted gradient_accumulation_steps of at least 1, got {steps}")
-        if self.ctc < 0:
+        if not 0 <= self.ctc < math.inf:
             raise ValueError(f"wanted a weight of ctc from 0, got {self.ctc}")
+        if self.loop.profile is not None and self.loop.profile[1] > self.optimizer.steps:
+            raise ValueError(
+                f"wanted loop.profile within the {self.optimizer.steps} steps, "
+                f"got {self.loop.profile}"
+            )
+
+    @property
+    def changeable(self) -> tuple[str, ...]:
+        """What `changing` may name."""
+        return (*(f"optimizer.{name}" for name in ADJUSTABLE), "data.train")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

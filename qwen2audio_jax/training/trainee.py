@@ -36,6 +36,7 @@ def trainee_of(
         dtype=None if settings.dtype == settings.weight_dtype else settings.dtype,
         accumulate=settings.gradient_accumulation_steps,
         seed=settings.seed,
+        drawn=settings.from_scratch,
     )
 
 
