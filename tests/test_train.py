@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import prepared
@@ -23,6 +24,7 @@ pytest.importorskip("grain")
 from qwen2audio_jax import Qwen2Audio, weights
 from qwen2audio_jax.data import sources
 from qwen2audio_jax.data.pack import Bucket
+from qwen2audio_jax.evaluation import held_out
 from qwen2audio_jax.training import log, lora, loss, peft, reference, stage, trainee
 from qwen2audio_jax.training.checkpoint import CHECKPOINTS
 from qwen2audio_jax.training.data_config import DataConfig
@@ -120,9 +122,11 @@ def parameters(folder):
     return Qwen2Audio.from_pretrained(folder, dtype="float32")
 
 
-def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, data, capsys, caplog):
-    """LoRA on a mesh, in parts: adapter, merged model, figures, and a run that is done."""
-    out = tmp_path / "run"
+def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, data, capsys, caplog, monkeypatch):
+    """LoRA on a mesh, in parts: adapters, merged models, figures, and a run that is done."""
+    out, scores, wer = tmp_path / "run", held_out.scores, iter((0.9, 0.1, 0.5, 0.05))
+    # the second evaluation's is the best, until the run is given another step
+    monkeypatch.setattr(held_out, "scores", lambda x: scores(x) | {"wer": next(wer)})
     args = ["--optimizer.steps", 3, "--loop.evaluate-every", 2, "--lora.r", 2, "--tensorboard"]
     args += ["--gradient-accumulation-steps", 2, "--loop.profile", 2, 2, "--loop.evaluate-first"]
     assert run("sft", "chats", out, *args) == 0
@@ -140,10 +144,14 @@ def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, data, capsys, ca
     bad = [row.get("eval/bad_samples") for row in log.read(out / log.LOG) if "loss" not in row]
     assert bad == [2, 2, 2]  # the last two lines of the file
     assert re.search(r"chats.jsonl:test: 2 bad row, the last: line 15 of .*: bad ", caplog.text)
-    config, adapters = peft.load(out / "adapter", parameters(base))
-    merged = lora.merge(parameters(base), adapters, config)
-    ids = np.array([[1, 20, 30, 40]])
-    np.testing.assert_allclose(parameters(out / "model")(ids), merged(ids), atol=1e-5)
+    ids, both = np.array([[1, 20, 30, 40]]), []
+    for end in ("", "-best"):
+        config, adapters = peft.load(out / f"adapter{end}", parameters(base))
+        merged = lora.merge(parameters(base), adapters, config)
+        np.testing.assert_allclose(parameters(out / f"model{end}")(ids), merged(ids), atol=1e-5)
+        both.append(adapters)
+    assert any(map(np.any, jax.tree.leaves(jax.tree.map(np.subtract, *both))))
+    assert "The best by wer is model-best/, of step 2." in told
 
     told = capsys.readouterr()
     assert "rows and tokens of a step: 16x160 (feeds 1, batches of each 2)\n" in told.out
@@ -160,7 +168,8 @@ def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, data, capsys, ca
     assert run("sft", "chats", out, *args, "--optimizer.learning-rate", 1) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("train.sft: error: ")
-    assert "holds a run with other settings: optimizer.learning_rate was 0.0005, now 1.0" in error
+    assert "holds a run with other settings: optimizer.learning_rate was 0.0005, now 1.0; " in error
+    assert error.endswith("; --changing optimizer.learning_rate goes on so, another --out anew")
     more = ("--optimizer.steps", 4, "--optimizer.learning-rate", 1e-4)
     assert run("sft", "chats", out, *args, *more, "--changing", "optimizer.steps") == 2
     assert "optimizer.learning_rate was" in capsys.readouterr().err
@@ -168,7 +177,10 @@ def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, data, capsys, ca
     more += ("--data.train", moved / "chats.jsonl:train", "--data.held-out")  # nothing, any more
     changing = ("--changing", "optimizer.steps", "optimizer.learning_rate")
     assert run("sft", "chats", out, *args, *more, *changing) == 2
-    assert re.search(r"settings: data.train was \S+, now \S+$", capsys.readouterr().err.strip())
+    error = capsys.readouterr().err.strip()
+    assert re.search(
+        r"settings: data.train was \S+, now \S+; --changing .* data.train goes on", error
+    )
     others = moved / "others.jsonl"
     others.write_text((data / "chats.jsonl").read_text())
     wrong = ("--data.train", f"{others}:train", *changing, "data.train")
@@ -176,7 +188,10 @@ def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, data, capsys, ca
     assert run("sft", "chats", out, *args, *more, *wrong) == 2
     assert "cannot resume: parts was {'chats.jsonl:train': [" in capsys.readouterr().err
     assert (out / "run.json").read_bytes() == settings  # or what it began with would be refused
+    more += ("--data.held-out", moved / "chats.jsonl:test")
     assert run("sft", "chats", out, *args, *more, *changing, "data.train") == 0
+    assert not [*out.glob("*-best")]
+    assert "The best by wer is model/, the last, of step 4." in (out / "summary.md").read_text()
     assert [row["step"] for row in rows_of(out)] == [1, 2, 3, 4]
     assert run("sft", "chats", out, *args, "--changing", "seed") == 2
     assert "wanted changing of optimizer.learning_rate, " in capsys.readouterr().err
@@ -323,6 +338,29 @@ def test_mistakes_are_one_line(run, tmp_path, monkeypatch, capsys, stage, args, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_does_not_write_over_what_it_begins_with(run, tmp_path, base, capsys, monkeypatch):
+    """Neither in its folder nor in those that it makes at its end. What it could not log to is
+    told as early."""
+    before = {path: path.read_bytes() for path in base.iterdir()}
+    told = lambda out: f"error: wanted another --out than {out}, which would write over"
+    assert run("sft", "chats", base) == 2
+    assert f"{told(base)} --model" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in base.iterdir()}
+    out = tmp_path / "run"
+    model = shutil.copytree(base, out / "model")
+    assert run("sft", "chats", out, "--model", model) == 2
+    assert f"{told(out)} --model" in capsys.readouterr().err
+    start = out / "adapter"
+    config = lora.LoraConfig(r=1)
+    adapters = lora.init(config, parameters(base), key=jax.random.key(0))
+    peft.save(start, adapters, config, parameters(base))
+    assert run("sft", "chats", out, "--lora.start", start) == 2
+    assert f"{told(out)} --lora.start" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert run("sft", "chats", out, "--wandb", "speech", "--model", "absent") == 2
+    assert "--wandb wants Weights & Biases: pip install" in capsys.readouterr().err
+
+
 def test_a_preset_gives_way_to_what_is_told(monkeypatch):
     """Its world is measured beside somebody's data, whose lines are not its own; adapters that are
     begun with say what they are."""
@@ -383,7 +421,7 @@ def weights_of(out):
 
 
 @pytest.mark.slow
-def test_whatever_ends_a_run_it_goes_on_to_the_same_bits(ends, tmp_path, monkeypatch, caplog):
+def test_whatever_ends_a_run_it_goes_on_to_the_same_bits(ends, tmp_path, monkeypatch, caplog, base):
     """SIGTERM, gradients that are no numbers, a full disk, a damaged checkpoint: one line each."""
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert ends(whole)[0] == 0
@@ -421,7 +459,12 @@ def test_whatever_ends_a_run_it_goes_on_to_the_same_bits(ends, tmp_path, monkeyp
 
     file = max((out / CHECKPOINTS / "3").rglob("*"), key=lambda path: path.stat().st_size)
     file.write_bytes(file.read_bytes()[:1000])
-    assert ends(out)[0] == 0
+    moved = shutil.copytree(base, tmp_path / "moved")
+    other = shutil.copytree(base, tmp_path / "other")
+    weights.save(Qwen2Audio(parameters(base).config, rngs=nnx.Rngs(7)), other)
+    status, line = ends(out, "--model", other)
+    assert status == 2 and "began with other parameters than --model has now" in line
+    assert ends(out, "--model", moved)[0] == 0
     assert f"{out / CHECKPOINTS / '3'} is damaged, now called 3.damaged: " in caplog.text
     assert weights_of(out) == weights_of(whole)
     exact = lambda out: [(row["step"], row["loss"], row["grad_norm"]) for row in rows_of(out)]
