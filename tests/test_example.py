@@ -3,6 +3,7 @@
 import base64
 import io
 
+import fsspec
 import numpy as np
 import pytest
 import soundfile
@@ -28,22 +29,28 @@ def test_clips_come_from_anywhere(chirp, tmp_path):
         np.testing.assert_array_equal(hear(source), chirp(0.3))
 
 
-def test_clips_in_remote_storage_are_fetched(chirp, monkeypatch):
-    """Through epath; what is not there is missing, not broken."""
+def test_clips_in_remote_storage_are_fetched(chirp):
+    """Through fsspec; what is not there is missing, not broken."""
     file = io.BytesIO()
     soundfile.write(file, chirp(0.3), 16_000, "FLOAT", format="WAV")
-    bucket = {"gs://bucket/clip.wav": file.getvalue()}
+    fsspec.filesystem("memory").pipe("/bucket/clip.wav", file.getvalue())
+    np.testing.assert_array_equal(hear("memory://bucket/clip.wav"), chirp(0.3))
+    with pytest.raises(BadSample, match=r"missing audio: no file at memory://bucket/no.wav"):
+        hear("memory://bucket/no.wav")
 
-    class Path:
-        def __init__(self, path):
-            self.path = path
 
-        def read_bytes(self):
-            if self.path not in bucket:
-                raise FileNotFoundError(2, "No such file or directory")
-            return bucket[self.path]
-
-    monkeypatch.setattr("qwen2audio_jax.data.example.epath.Path", Path)
-    np.testing.assert_array_equal(hear("gs://bucket/clip.wav"), chirp(0.3))
-    with pytest.raises(BadSample, match=r"missing audio: s3://bucket/no.wav: No such file"):
-        hear("s3://bucket/no.wav")
+@pytest.mark.parametrize(
+    ("clip", "told"),
+    [
+        ("", "missing audio: wanted a clip, got none"),
+        ("HERE", "corrupt audio: .*: is a directory, wanted a sound file"),
+        ({"name": "a.wav"}, "corrupt audio: wanted a url or base64 data, got {'name'"),
+        (5, "corrupt audio: .*, got int"),
+        (["a.wav"], "corrupt audio: .*, got 1 values"),
+    ],
+    ids=str,
+)
+def test_what_is_no_clip_is_a_bad_sample(clip, told, tmp_path):
+    """Whatever a row has in its place."""
+    with pytest.raises(BadSample, match=f"^{told}"):
+        hear(str(tmp_path) if clip == "HERE" else clip)

@@ -1,6 +1,8 @@
 """Sources give the rows that were written, by position, wherever they lie."""
 
 import dataclasses
+import functools
+import http.server
 import json
 import mmap
 import os
@@ -9,18 +11,19 @@ import pickle
 import shutil
 import signal
 import sys
+import threading
 
+import fsspec
 import numpy as np
 import prepared
 import pytest
 import soundfile
-from etils.epath import backend
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry as known
 
 from qwen2audio_jax import audio
 from qwen2audio_jax.data import manifest as lines
-from qwen2audio_jax.data import sources
+from qwen2audio_jax.data import sources, storage
 from qwen2audio_jax.data.example import BadSample, hear
 from qwen2audio_jax.data.sources import Manifest, embed, open_source, packed, where, write
 from qwen2audio_jax.prompt import parse
@@ -163,23 +166,91 @@ def bucket(tmp_path, monkeypatch):
             return str(path).replace("s3://bucket", str(tmp_path))
 
     monkeypatch.setitem(known, "s3", Bucket)
-    monkeypatch.setattr(type(backend.fsspec_backend), "fs", lambda self, path: Bucket())
     return tmp_path
 
 
 def test_storage_elsewhere(manifest, bucket):
-    """A manifest on s3:// and its clips are reached through epath; pickles carry no data."""
+    """A manifest on s3:// and its clips are reached through fsspec; pickles carry no data."""
     source = pickle.loads(pickle.dumps(Manifest("s3://bucket/set/rows.jsonl")))
     assert source[0]["audio"] == "s3://bucket/set/a.wav"
-    np.testing.assert_array_equal(hear(source[0]["audio"]), audio.load(manifest.parent / "a.wav"))
+    wave, file = audio.load(manifest.parent / "a.wav"), (manifest.parent / "a.wav").read_bytes()
+    np.testing.assert_array_equal(hear(source[0]["audio"]), wave)
+    assert embed(source[0])["audio"] == file
+    # what epath does not know
+    shelf = fsspec.filesystem("memory")
+    shelf.pipe({"/set/rows.jsonl": b'{"audio": "sub/../a.wav"}', "/set/a.wav": file})
+    np.testing.assert_array_equal(hear(open_source("memory://set/rows.jsonl")[0]["audio"]), wave)
+
+
+def test_a_manifest_on_a_web_server(manifest, monkeypatch):
+    """With its clips beside it; one that is cut short, or is not there, is told."""
+    content = manifest.read_bytes()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            if self.path != "/set/cut.jsonl":
+                return super().do_GET()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content) + 9))
+            self.end_headers()
+            self.wfile.write(content)
+
+    handler = functools.partial(Quiet, directory=manifest.parent.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/set"
+        source = open_source(f"{url}/rows.jsonl:test")
+        assert len(source) == 3 and source[0]["audio"] == f"{url}/a.wav"
+        assert len(hear(source[0]["audio"])) == 3200
+        with pytest.raises(FileNotFoundError, match=f"^no manifest at {url}/absent.jsonl$"):
+            open_source(f"{url}/absent.jsonl")
+        with pytest.raises(OSError, match=r"cut.jsonl: the server promised 9 bytes more than it"):
+            open_source(f"{url}/cut.jsonl")
+        server.shutdown()
+
+
+def test_what_storage_says_is_one_line(tmp_path, monkeypatch):
+    """Whatever its package calls it; what it says of a clip is that sample's fault."""
+
+    class Refused(Exception):
+        """As httpx and gcsfs have their own."""
+
+    class Down(LocalFileSystem):
+        protocol = "s3"
+
+        def _open(self, path, *_, **__):
+            raise Refused("no\nroute")
+
+    monkeypatch.setitem(known, "s3", Down)
+    with pytest.raises(OSError, match=r"^s3://bucket/rows.jsonl: Refused: no route$"):
+        open_source("s3://bucket/rows.jsonl")
+    with pytest.raises(BadSample, match=r"^missing audio: s3://bucket/a.wav: Refused: no route$"):
+        hear("s3://bucket/a.wav")
+
+
+def test_storage_that_nobody_knows_is_told_with_its_line(tmp_path):
+    """Of a whole manifest at once; of one row when that is asked for."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"audio": "weird://a.wav"}')
+    wanted = r"wanted a path, or a URL that fsspec knows \(.*\), got weird://"
+    with pytest.raises(ValueError, match=f"rows.jsonl, line 1: {wanted}a.wav"):
+        open_source(path)
+    with pytest.raises(ValueError, match=f"^{wanted}rows.jsonl"):
+        open_source("weird://rows.jsonl")
+    path.write_text('{"audio": "weird://a.wav"}\n{"audio": "b.wav"}')
+    with pytest.raises(BadSample, match=f"^missing audio: {wanted}a.wav"):
+        hear(open_source(path)[0]["audio"])
 
 
 def test_a_manifest_elsewhere_is_fetched_once(manifest, bucket, monkeypatch):
     """To a file that workers map, too, and that goes with the process that made it."""
     ending = []
     keep = lambda call, *args, **settings: ending.append(lambda: call(*args, **settings))
-    monkeypatch.setattr(sources.atexit, "register", keep)
-    monkeypatch.setattr(sources.tempfile, "tempdir", str(bucket))
+    monkeypatch.setattr(storage.atexit, "register", keep)
+    monkeypatch.setattr(storage.tempfile, "tempdir", str(bucket))
     before = set(bucket.iterdir())
     source = Manifest("s3://bucket/set/rows.jsonl")
     (copy,) = set(bucket.iterdir()) - before
@@ -205,7 +276,7 @@ def test_storage_that_nothing_reaches_is_told_at_once(no_storage, tmp_path):
     """With the package to install; it is the fault of no sample, or of all."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"speech": "gs://bucket/a.wav"}')
-    with pytest.raises(ImportError, match=r"^gs://bucket/a.wav: .* gcsfs .*qwen2audio_jax\[gcs\]"):
+    with pytest.raises(ImportError, match=r"^gs://bucket/a.wav: .* gcsfs .*\[gcs\].*, line 1\)$"):
         open_source(path, audio=("speech",))
     for spec in ("s3://bucket/rows.jsonl", "s3://bucket/shards"):
         with pytest.raises(ImportError, match=rf"^{spec}: .*s3fs .*qwen2audio_jax\[s3\]"):
@@ -225,6 +296,7 @@ def test_storage_that_nothing_reaches_is_told_at_once(no_storage, tmp_path):
         ),
         ("no-*.array_record", FileNotFoundError, r"no .array_record shards at no-\*"),
         ("tfds:fleurs", ValueError, "wanted tfds:name/config:split, got tfds:fleurs"),
+        ("https://a.b/shards", ValueError, r"wanted shards on a disk .*, got https://a.b/shards"),
     ],
 )
 def test_what_is_not_there_is_refused(spec, error, message):
@@ -247,11 +319,15 @@ def test_a_manifest_without_rows_of_the_split(manifest):
         ('[{"audio": "a.wav"}]', r"bad row: .*, line 1: wanted an object, got list"),
         ('{\n  "audio": "a.wav"\n}', r"bad row: .*, line 1: Expecting property name"),
         ("\n \n", r"rows.jsonl: no rows"),
+        ("[" * 100_000, r"bad row: .*, line 1: maximum recursion depth"),
+        ('{"audio": "a.wav"}'.encode("utf-16"), r"rows.jsonl: wanted UTF-8, got UTF-16"),
+        (b"RIFF\x80\n" * 20, r"bad row: .*, line 1: 'utf-8' codec can't decode"),
     ],
 )
 def test_what_is_no_manifest_is_refused(tmp_path, content, message):
     """With its first line; it is not a night's worth of bad samples."""
-    (tmp_path / "rows.jsonl").write_text(content)
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "rows.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
         open_source(tmp_path / "rows.jsonl")
     assert not isinstance(error.value, BadSample)

@@ -16,12 +16,10 @@ import json
 import multiprocessing
 import os
 import pathlib
-import zlib
 from collections.abc import Iterator
 from typing import Annotated
 
 import tyro
-from etils import epath
 
 from qwen2audio_jax.data import sources
 from qwen2audio_jax.data.example import why
@@ -90,8 +88,7 @@ def _split(spec: str) -> tuple[str, str | None]:
 def _resume(settings: Settings, source: sources.Manifest) -> dict[int, Written]:
     """What an earlier run has done, if it was about the same rows; else notes what this one is."""
     path = settings.out / "progress.jsonl"
-    crc = zlib.crc32(epath.Path(source.path).read_bytes())
-    plan = {"manifest": settings.manifest, "crc": crc, "rows": settings.rows}
+    plan = {"manifest": settings.manifest, "crc": source.crc, "rows": settings.rows}
     plan["audio"] = list(settings.audio)
     lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last may be cut
     if not lines:

@@ -8,9 +8,8 @@ import os
 import re
 from typing import Any
 
-from etils import epath
-
 from qwen2audio_jax import audio as sound
+from qwen2audio_jax.data import storage
 from qwen2audio_jax.processor import Wave
 from qwen2audio_jax.prompt import (
     AUDIO,
@@ -24,7 +23,7 @@ from qwen2audio_jax.prompt import (
 )
 
 LONGEST = 30.0  # seconds that the encoder hears at once
-STORAGE = re.compile(r"(?!https?|file|data)\w+://")  # what epath reaches and audio.load does not
+HEARD = (*storage.WEB, "file", "data")  # URLs that audio.load takes
 # What a prompt is built with and ended by; tags of time, language and task are a data set's to use.
 CONTROL = re.compile("|".join(map(re.escape, (PAD, IM_START, IM_END, AUDIO, AUDIO_BOS, AUDIO_EOS))))
 # How audio.load says that there is nothing, rather than something broken.
@@ -89,21 +88,22 @@ def hear(source: Any, longest: float = LONGEST) -> Wave:
     """Loads a clip of at most `longest` seconds.
 
     Args:
-      source: what `audio.load` takes, any storage that etils.epath reaches (gs://, s3://), or
-        what `prompt.unwrap` does.
+      source: what `audio.load` takes, a URL of any storage that fsspec knows (gs://, s3://),
+        or what `prompt.unwrap` does.
 
     Raises:
       BadSample: "missing audio", "corrupt audio" or "too long".
       ImportError: a storage's package is not installed.
     """
-    source = unwrap(source)
+    try:
+        source = unwrap(source)
+    except ValueError as error:
+        raise BadSample("corrupt audio", str(error)) from None
     if source is None or source == "":
         raise BadSample("missing audio", "wanted a clip, got none")
     try:
-        if isinstance(source, str) and STORAGE.match(source):
-            wave = sound.load(_stored(source))
-        else:
-            wave = sound.load(source)
+        scheme = storage.elsewhere(source) if isinstance(source, str) else None
+        wave = sound.load(_stored(source) if scheme and scheme not in HEARD else source)
     except sound.AudioError as error:
         absent = any(words in str(error) for words in ABSENT)
         raise BadSample("missing audio" if absent else "corrupt audio", str(error)) from None
@@ -113,35 +113,11 @@ def hear(source: Any, longest: float = LONGEST) -> Wave:
     return wave
 
 
-def reachable(path: str) -> None:
-    """Asks whether a storage's package is there, without asking the storage.
-
-    Raises:
-      ImportError: it is not; the message names it.
-    """
-    import fsspec  # what epath reaches other storage with
-
-    if STORAGE.match(path):
-        try:
-            fsspec.get_filesystem_class(path.partition("://")[0])
-        except ImportError as error:
-            raise _unreachable(path, error) from None
-
-
-def _unreachable(path: str, error: ImportError) -> ImportError:
-    extra = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}.get(path.partition("://")[0])
-    how = f"; pip install 'qwen2audio_jax[{extra}]'" if extra else ""
-    return ImportError(f"{path}: {error}{how}")
-
-
 def _stored(path: str) -> bytes:
     try:
-        return epath.Path(path).read_bytes()
-    except ImportError as error:  # no sample's fault
-        raise _unreachable(path, error) from None
-    except OSError as error:
-        reason = error.strerror or str(error) or type(error).__name__
-        raise BadSample("missing audio", f"{path}: {reason}") from None
+        return storage.read(path)
+    except (OSError, ValueError) as error:  # a package that is not installed is no sample's fault
+        raise BadSample("missing audio", str(error)) from None
 
 
 def on_disk(path: str | os.PathLike, wanted: str = "a folder on a disk to write to") -> None:

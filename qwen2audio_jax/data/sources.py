@@ -4,7 +4,6 @@ A source is anything with `len(source)` and `source[i] -> dict`; worker processe
 copy. Audio stays what a row says (a path, a URL, bytes, samples) until a sample is compiled.
 """
 
-import atexit
 import codecs
 import collections
 import dataclasses
@@ -12,9 +11,10 @@ import functools
 import json
 import mmap
 import os
+import pathlib
 import re
-import shutil
-import tempfile
+import urllib.parse
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,9 +22,9 @@ import msgpack
 import numpy as np
 from etils import epath
 
-from qwen2audio_jax.data import prepared
+from qwen2audio_jax.data import prepared, storage
 from qwen2audio_jax.data.chats import AUDIOS
-from qwen2audio_jax.data.example import BadSample, hear, on_disk, reachable
+from qwen2audio_jax.data.example import BadSample, hear, on_disk
 from qwen2audio_jax.prompt import unwrap
 
 MESSAGES = ("messages", "prompt", "chosen", "rejected")  # fields whose parts name clips
@@ -34,6 +34,7 @@ ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|data:|~|/")
 SUFFIX = ".array_record"
 UNFINISHED = ".unfinished"  # ends the name of a shard that is being written
 NUMBERED = re.compile(r"(?P<before>.*?)\d+-of-(?P<count>\d+)(?P<after>.*)")
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as PowerShell begins a file with
 FEW = 10  # rows of a manifest that are tried at once: it may be no manifest at all
 
 
@@ -74,9 +75,9 @@ def open_source(
     """Opens samples by name.
 
     Args:
-      spec: `rows.jsonl`, or `rows.jsonl:test` for the rows whose "split" is test, on this disk or
-        any storage that etils.epath reaches (gs://, s3://; it is copied to where this host keeps
-        temporary files, TMPDIR, until the process ends); ArrayRecord shards on a disk: one, a
+      spec: `rows.jsonl`, or `rows.jsonl:test` for the rows whose "split" is test, on this disk, a
+        web server, or any storage that fsspec knows (gs://, s3://; it is copied to where this host
+        keeps temporary files, TMPDIR, until the process ends); ArrayRecord shards on a disk: one, a
         pattern (`train-*.array_record`) or a folder of them; or `tfds:name/config:split`, as
         tensorflow-datasets prepared it (`tfds:librispeech:train_clean100[:10%]`).
       audio: a manifest's fields that name clips: relative paths start at the manifest's folder,
@@ -85,16 +86,19 @@ def open_source(
 
     Raises:
       FileNotFoundError: there is no such file or data set.
+      OSError: its storage does not answer, or refuses.
       ValueError: it has no samples, or is of no kind that can be read.
       ImportError: the package for its storage, or for its clips', is not installed.
     """
     text = os.fspath(spec)
-    reachable(text)
+    storage.reachable(text)
     if text.startswith("tfds:"):
         return prepared.open_split(text.removeprefix("tfds:"), rate=rate)
     if manifest := re.fullmatch(r"(.+\.jsonl?)(?::([^:/]+))?", text):
         return Manifest(manifest[1], split=manifest[2], audio=audio)
-    if SUFFIX in text or epath.Path(text).is_dir():
+    if storage.elsewhere(text):
+        on_disk(text, "shards on a disk (mount the bucket), or a .jsonl manifest")
+    if SUFFIX in text or os.path.isdir(text):
         return Shards(text)
     wanted = f"a .jsonl manifest, {SUFFIX} shards or tfds:name/config:split"
     raise ValueError(f"wanted {wanted}, got {text}")
@@ -111,16 +115,13 @@ class Manifest:
         audio: Sequence[str] = ("audio",),
     ):
         self.path, self.audio = os.fspath(path), tuple(audio)
-        reachable(self.path)
-        if not epath.Path(path).is_file():
-            raise FileNotFoundError(f"no manifest at {self.path}")
-        self._local = _copied(self.path) if "://" in self.path else self.path
+        self._local = _local(self.path)
         self.lines = _lines(self._data)
+        if self._data[:2] in UTF_16:
+            raise ValueError(f"{self.path}: wanted UTF-8, got UTF-16")
         first = [self._bad(i) for i in range(min(len(self), FEW))]
         if all(first):
             raise ValueError(first[0] if first else f"{self.path}: no rows")
-        for index in (i for i, bad in enumerate(first) if not bad):
-            each_clip(self[index], self.audio, _reachable)
         if split is not None:
             self.lines = self.lines[self._of(split)]
 
@@ -128,12 +129,16 @@ class Manifest:
         return len(self.lines)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        folder = epath.Path(self.path).parent
-        return each_clip(self._written(index), self.audio, lambda clip: _rooted(clip, folder))
+        return each_clip(self._written(index), self.audio, lambda clip: _rooted(clip, self.path))
 
     def line(self, index: int) -> int:
         """The number of a row's line in the file."""
         return int(self.lines[index, 0])
+
+    @property
+    def crc(self) -> int:
+        """Of the whole file: another one has another."""
+        return zlib.crc32(self._data)
 
     def where(self, index: int) -> str:
         return f"line {self.line(index)} of {os.path.basename(self.path)}"
@@ -145,15 +150,21 @@ class Manifest:
             row = json.loads(self._data[start:stop].decode("utf-8"))
             if not isinstance(row, dict):
                 raise ValueError(f"wanted an object, got {type(row).__name__}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadSample("bad row", f"{self.path}, line {number}: {error}") from None
         return row
 
     def _bad(self, index: int) -> str | None:
+        """What is wrong with a row, as far as can be told without asking for its clips."""
+        place = f"{self.path}, line {self.line(index)}"
         try:
-            self[index]
+            each_clip(self[index], self.audio, _reachable)
         except BadSample as error:
             return str(error)
+        except ValueError as error:
+            return f"{place}: {error}"
+        except ImportError as error:  # no row's fault
+            raise ImportError(f"{error} ({place})") from None
         return None
 
     def _of(self, split: str) -> list[bool]:
@@ -175,7 +186,7 @@ class Manifest:
 
     @functools.cached_property
     def _data(self) -> mmap.mmap | bytes:
-        with open(epath.Path(self._local), "rb") as file:
+        with open(self._local, "rb") as file:
             try:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except ValueError:  # an empty file cannot be mapped
@@ -185,13 +196,18 @@ class Manifest:
         return {name: value for name, value in vars(self).items() if name != "_data"}
 
 
-def _copied(path: str) -> str:
-    """A copy on this host's disk, for as long as this process lives: its workers map it, too."""
-    handle, copy = tempfile.mkstemp(suffix=".jsonl")
-    atexit.register(epath.Path(copy).unlink, missing_ok=True)
-    with open(handle, "wb") as here, epath.Path(path).open("rb") as there:
-        shutil.copyfileobj(there, here, 1 << 24)
-    return copy
+def _local(path: str) -> str:
+    """Where a manifest lies on this host's disk."""
+    try:
+        if storage.elsewhere(path):
+            return storage.copied(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no manifest at {path}") from None
+    if os.path.isdir(path):
+        raise ValueError(f"wanted a manifest, got a folder: {path}")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no manifest at {path}")
+    return path
 
 
 def _lines(data: mmap.mmap | bytes) -> np.ndarray:
@@ -231,15 +247,15 @@ def _in_messages(messages: Any, change: Callable) -> Any:
 def _reachable(clip: Any) -> None:
     path = (clip.get("path") or clip.get("url")) if isinstance(clip, Mapping) else clip
     if isinstance(path, str):
-        reachable(path)
+        storage.reachable(path)
 
 
-def _rooted(clip: Any, folder: epath.Path) -> Any:
+def _rooted(clip: Any, manifest: str) -> Any:
     if isinstance(clip, str) and clip and not ELSEWHERE.match(clip):
-        return os.fspath(folder / clip)
+        return storage.beside(manifest, clip)
     if isinstance(clip, dict) and not clip.get("bytes"):
         names = [name for name in ("path", "url") if clip.get(name)]
-        return clip | {name: _rooted(clip[name], folder) for name in names}
+        return clip | {name: _rooted(clip[name], manifest) for name in names}
     return clip
 
 
@@ -255,8 +271,12 @@ def embed(row: dict[str, Any], audio: Sequence[str] = ("audio",)) -> dict[str, A
         named = unwrap(clip)
         if not isinstance(named, str | bytes):
             return clip
-        web = isinstance(named, str) and named.startswith(("http:", "https:", "data:"))
-        return named if web or isinstance(named, bytes) else epath.Path(named).read_bytes()
+        if isinstance(named, bytes) or named.startswith(("http:", "https:", "data:")):
+            return named
+        if storage.elsewhere(named):
+            return storage.read(named)
+        path = named if not named.startswith("file:") else urllib.parse.urlsplit(named).path
+        return pathlib.Path(path).expanduser().read_bytes()
 
     return each_clip(row, audio, file)
 

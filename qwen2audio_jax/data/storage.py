@@ -1,0 +1,117 @@
+"""Files that lie elsewhere: gs://, s3://, hf://, https:// and what else fsspec knows."""
+
+import atexit
+import contextlib
+import os
+import pathlib
+import posixpath
+import re
+import shutil
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+WEB = ("http", "https")
+ABSENT = (404, 410)  # as web servers say it
+PATIENCE = 60  # seconds that one may stay mute
+EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}  # the package's, by scheme
+
+
+def elsewhere(path: str) -> str | None:
+    """The scheme of a URL; None: it is a path on a disk."""
+    found = URL.match(path)
+    return found[1].lower() if found else None
+
+
+def reachable(path: str) -> None:
+    """Asks whether a storage is known and its package there, without asking the storage.
+
+    Raises:
+      ImportError: the package is not installed; the message names it.
+      ValueError: there is no such storage.
+    """
+    scheme = elsewhere(path)
+    if scheme is None or scheme in WEB:
+        return
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        raise _uninstalled(path, error) from None
+    except ValueError:
+        wanted = "a path, or a URL that fsspec knows (gs://, s3://, hf://, https://, ...)"
+        raise ValueError(f"wanted {wanted}, got {path}") from None
+
+
+def read(path: str) -> bytes:
+    """All of a file.
+
+    Raises:
+      ImportError, ValueError: as `reachable`.
+      FileNotFoundError: there is none.
+      OSError: it cannot be read, whatever the storage's own package calls that.
+    """
+    with _opened(path) as file:
+        return file.read()
+
+
+def copied(path: str) -> str:
+    """A copy on this host's disk, for as long as this process lives: its workers map it, too.
+
+    Raises:
+      ImportError, ValueError, OSError: as `read`.
+    """
+    handle, copy = tempfile.mkstemp(suffix=posixpath.splitext(path)[1])
+    atexit.register(pathlib.Path(copy).unlink, missing_ok=True)
+    with open(handle, "wb") as here, _opened(path) as there:
+        shutil.copyfileobj(there, here, 1 << 24)
+    return copy
+
+
+def beside(path: str, name: str) -> str:
+    """What is called so in the folder of a file, on a disk or elsewhere."""
+    url = URL.match(path)
+    if url is None:
+        return os.fspath(pathlib.PurePath(path).parent / name)
+    folder = posixpath.dirname(path[url.end() :])
+    return url[0] + posixpath.normpath(posixpath.join(folder, name))
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    reachable(path)
+    try:
+        with _open(path) as file:
+            yield file
+            if elsewhere(path) in WEB and file.length:
+                raise OSError(f"the server promised {file.length} bytes more than it sent")
+    except ImportError as error:
+        raise _uninstalled(path, error) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # packages have types of their own for what a network does
+        if isinstance(error, FileNotFoundError) or getattr(error, "code", None) in ABSENT:
+            raise FileNotFoundError(f"no file at {path}") from None
+        told = isinstance(error, OSError) and (error.strerror or str(error))
+        told = told or f"{type(error).__name__}: {error}"
+        raise OSError(f"{path}: {' '.join(told.split())}") from None
+
+
+def _open(path: str) -> Any:
+    if elsewhere(path) in WEB:
+        # Some servers refuse Python's own name.
+        request = urllib.request.Request(path, headers={"User-Agent": "qwen2audio_jax"})
+        return urllib.request.urlopen(request, timeout=PATIENCE)
+    import fsspec
+
+    files, name = fsspec.url_to_fs(path)
+    return files.open(name, "rb")
+
+
+def _uninstalled(path: str, error: ImportError) -> ImportError:
+    extra = EXTRAS.get(elsewhere(path))
+    how = f"; pip install 'qwen2audio_jax[{extra}]'" if extra else ""
+    return ImportError(f"{path}: {error}{how}")
