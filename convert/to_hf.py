@@ -30,15 +30,15 @@ def main(args: list[str] | None = None) -> int:
 
     def convert() -> None:
         patterns = () if options.adapter is None else huggingface.PATTERNS
-        added, source = None, locate(options.src, patterns)
+        adapted, source = None, locate(options.src, patterns)
         if options.adapter is not None:
             sizes = settings.read(source)
             shapes = nnx.eval_shape(lambda: Qwen2Audio(sizes, rngs=nnx.Rngs(0)))
-            added = peft.added(options.adapter, shapes)
+            adapted = peft.adapted(options.adapter, shapes)
         conversion.to_huggingface(
             source,
             options.target,
-            added=added,
+            adapted=adapted,
             overwrite=options.overwrite,
             progress=not options.quiet,
         )

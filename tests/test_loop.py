@@ -122,7 +122,10 @@ def test_a_device_that_waits_for_data_is_told_of():
 
 WAYS = {
     "all": {},
-    "adapters": {"adapters": Lora(r=2, lora_dropout=0.3), "accumulate": 2},
+    "adapters": {
+        "adapters": Lora(r=2, lora_dropout=0.3, modules_to_save=("multi_modal_projector",)),
+        "accumulate": 2,
+    },
 }
 
 
@@ -168,6 +171,32 @@ def test_moments_are_where_their_parameters_are():
     assert state.step.sharding.is_fully_replicated
 
 
+@pytest.mark.slow
+def test_a_projector_learns_whole_beside_adapters():
+    """At its own rate, on a mesh, in a short arithmetic; what comes out has both, its base
+    neither."""
+    own = OptimizerConfig(
+        learning_rate=0.0, decoder_learning_rate=1e-2, steps=STEPS, warmup_steps=1
+    )
+    own = dataclasses.replace(own, projector_learning_rate=1e-3)
+    model = Qwen2Audio(small.EVEN, rngs=nnx.Rngs(0), dtype="bfloat16")
+    how = {"mesh": sharding.mesh(data=4, fsdp=2), "dtype": "bfloat16"}
+    adapters = Lora(r=2, modules_to_save=("multi_modal_projector",))
+    one = Learner(model, own, losses.next_token, adapters=adapters, **how)
+    before = jax.tree.map(np.asarray, one.state.params)
+    assert "fsdp" in one.state.params["projector"]["kernel"].sharding.spec
+    for number in range(2):
+        one.step(next(Counted()), number)
+    moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), before, one.state.params)
+    assert 0 < moved["projector"]["kernel"] < 2e-3 < moved["decoder.blocks.mlp.up"]["lora_B"]
+    assert before["projector"]["kernel"].dtype == np.float32
+    merged = one.merged().projector.kernel[...]
+    np.testing.assert_array_equal(
+        merged, one.state.params["projector"]["kernel"].astype("bfloat16")
+    )
+    np.testing.assert_array_equal(one.base().projector.kernel[...], before["projector"]["kernel"])
+
+
 def test_a_base_that_has_changed_is_refused(tmp_path):
     """Adapters of one model do not go on beside another."""
     adapted = {"adapters": Lora(r=2)}
@@ -188,7 +217,7 @@ def test_another_model_is_refused_though_all_of_it_trains(tmp_path):
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
         one = learner()
         assert loop.resume(one, Counted(), checkpoints) == 0
-        one.step(next(Counted()), 0)
+        one.state = one.state.replace(params=jax.tree.map(jnp.negative, one.state.params))
         loop.save(one, Counted(), checkpoints, 1, Meter(one, LoopConfig(), Log(None), None, done=0))
         checkpoints.wait()
         with pytest.raises(ValueError, match="began with other parameters than --model has now"):
@@ -480,5 +509,8 @@ def test_what_nothing_can_train_is_refused():
     own = OptimizerConfig(projector_learning_rate=1e-3)
     with pytest.raises(ValueError, match=r"projector_learning_rate is of nothing that trains: .*"):
         Learner(model, own, losses.next_token, adapters=Lora(r=1))
+    whole = Lora(r=1, modules_to_save=("multi_modal_projector",))
+    began = Learner(model, own, losses.next_token, adapters=whole).state.params["projector"]
+    np.testing.assert_array_equal(began["kernel"], model.projector.kernel[...])
     with pytest.raises(ValueError, match="the batches ended after 0 of 5 steps"):
         loop.train(learner(), [])

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from qwen2audio_jax import Qwen2Audio, sharding, weights
 from qwen2audio_jax.training import lora, loss, peft
 from qwen2audio_jax.training.lora import LoraConfig
+from qwen2audio_jax.weights import table
 
 INPUTS = small.inputs([30, 13], total=3000)
 SHORT = small.inputs([30, 13], total=40)
@@ -51,10 +52,13 @@ def model(request, models):
 
 
 def shaken(adapters, seed=0):
-    """Adapters that add something, in every layer that has one: the second matrix was zero."""
+    """Adapters that add something, in every layer that has one: the second matrix was zero.
+    Modules that are there whole are others, too."""
     rng = np.random.default_rng(seed)
 
     def shake(path, pair):
+        if "lora_A" not in pair:
+            return {name: x + rng.standard_normal(x.shape, np.float32) for name, x in pair.items()}
         a, b = pair["lora_A"], pair["lora_B"]
         noise = 0.3 * rng.standard_normal(b.shape).astype(np.float32)
         if "blocks" in path and not any(word.isdigit() for word in path.split(".")):
@@ -104,6 +108,57 @@ def test_an_export_means_what_peft_means(models, base, tmp_path, name, stacked):
     jax.tree.map(np.testing.assert_array_equal, read, adapters)
 
 
+WHOLE = LoraConfig(r=2, target_modules=("q_proj",), modules_to_save=("multi_modal_projector",))
+
+
+def test_a_module_may_train_whole_beside_adapters(models, tmp_path):
+    """Beside the model, in it, and in what PEFT and convert.to_hf make of the file it is the same;
+    the base keeps its own."""
+    model = models[True]
+    before, fresh = np.asarray(model(**SHORT)), lora.init(WHOLE, model, key=jax.random.key(1))
+    np.testing.assert_array_equal(lora.apply(model, fresh, WHOLE)(**SHORT), before)
+    abstract = nnx.eval_shape(lambda: Qwen2Audio(small.CONFIG, rngs=nnx.Rngs(0)))
+    shapes = jax.eval_shape(lambda: lora.init(WHOLE, abstract, key=jax.random.key(1)))
+    assert shapes == jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), fresh)
+    adapters = shaken(fresh)
+    assert adapters["projector"].keys() == {"kernel", "bias"}
+    merged = lora.merge(model, adapters, WHOLE)
+    np.testing.assert_array_equal(merged.projector.bias[...], adapters["projector"]["bias"])
+    logits = np.asarray(lora.apply(model, adapters, WHOLE)(**SHORT))
+    np.testing.assert_allclose(merged(**SHORT), logits, atol=5e-4)
+    np.testing.assert_array_equal(model(**SHORT), before)
+    assert abs(logits - before).max() > 0.1
+
+    peft.save(tmp_path, adapters, WHOLE, model)
+    tensors = load_file(tmp_path / peft.WEIGHTS)
+    named = "base_model.model.model.multi_modal_projector.linear."
+    lora.merge(model, {**adapters, "projector": fresh["projector"]}, WHOLE).save_pretrained(
+        tmp_path / "rest"
+    )
+    theirs = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path / "rest")
+    for name in ("weight", "bias"):
+        getattr(theirs.model.multi_modal_projector.linear, name).data = tensors[named + name]
+    assert_heard_alike(merged, theirs)
+    again, read = peft.load(tmp_path, model)
+    assert again == WHOLE and json.loads((tmp_path / peft.SETTINGS).read_text())["modules_to_save"]
+    jax.tree.map(np.testing.assert_array_equal, read, adapters)
+    make = peft.adapted(tmp_path, model)
+    assert len(make) == 2 * 2 + 2
+    for entry in table.entries(model.config):
+        if entry.name in make:
+            was, now = (_weight(each, entry) for each in (model, merged))
+            np.testing.assert_allclose(make[entry.name](was), now, atol=1e-5, err_msg=entry.name)
+
+
+def _weight(model, entry):
+    """As Hugging Face's files have it."""
+    array = nnx.state(model)
+    for word in entry.path.split("."):
+        array = array[word]
+    array = array.get_value()
+    return entry.to_theirs(np.asarray(array if entry.layer is None else array[entry.layer]))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name, stacked", CASES)
 def test_peft_itself_agrees(models, base, tmp_path, name, stacked):
@@ -113,16 +168,19 @@ def test_peft_itself_agrees(models, base, tmp_path, name, stacked):
     target = TARGETS[name][0]
     target = target if isinstance(target, str) else list(target)
     torch.manual_seed(0)
+    whole = [] if name == "all" else ["multi_modal_projector"]
+    how = {"target_modules": target, "modules_to_save": whole or None, "lora_dropout": 0.5}
     theirs = theirs_peft.get_peft_model(
         transformers.Qwen2AudioForConditionalGeneration.from_pretrained(base),
-        theirs_peft.LoraConfig(r=3, lora_alpha=5, target_modules=target, lora_dropout=0.5),
+        theirs_peft.LoraConfig(r=3, lora_alpha=5, **how),
     ).eval()
     for key, parameter in theirs.named_parameters():
-        if "lora_B" in key:
+        if "lora_B" in key or "modules_to_save" in key:
             torch.nn.init.normal_(parameter, std=0.3)
     theirs.save_pretrained(tmp_path / "theirs")
     config, adapters = peft.load(tmp_path / "theirs", model)
     assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 5, 0.5)
+    assert config.modules_to_save == tuple(whole)
     assert_heard_alike(lora.apply(model, adapters, config), theirs)
 
     peft.save(tmp_path / "ours", adapters, config, model, base=str(base))
@@ -131,7 +189,8 @@ def test_peft_itself_agrees(models, base, tmp_path, name, stacked):
     )
     expected = theirs_peft.get_peft_model_state_dict(theirs)
     got = theirs_peft.get_peft_model_state_dict(back)
-    assert expected.keys() == got.keys() and len(got) == 2 * TARGETS[name][1]
+    assert expected.keys() == got.keys()
+    assert len(got) == 2 * TARGETS[name][1] + 2 * len(whole)
     assert all(torch.equal(got[key], expected[key]) for key in got)
 
     lora.merge(model, adapters, config).save_pretrained(tmp_path / "merged")
@@ -332,6 +391,28 @@ def test_a_target_that_is_none_is_refused(model, target, message):
         lora.init(LoraConfig(target_modules=target), model, key=jax.random.key(0))
 
 
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (
+            "q_proj",
+            r"modules_to_save: 'q_proj' matches .*layers.0.self_attn.q_proj: wanted modules",
+        ),
+        ("norm", r"modules_to_save: 'norm' matches .*layers.0.*norm: wanted modules outside"),
+        ("adapter", r"modules_to_save: 'adapter' matches no module"),
+        ("linear", r"both name multi_modal_projector.linear.weight: wanted one"),
+        ("embed_tokens", r"'embed_tokens' is the output head, too"),
+    ],
+)
+def test_a_module_that_cannot_train_whole_is_refused(names, message):
+    decoder = dataclasses.replace(small.DECODER, tied=True)
+    config = dataclasses.replace(small.CONFIG, decoder=decoder)
+    model = nnx.eval_shape(lambda: Qwen2Audio(config, rngs=nnx.Rngs(0)))
+    how = LoraConfig(target_modules="all-linear", modules_to_save=(names,))
+    with pytest.raises(ValueError, match=message):
+        lora.saved(how, model)
+
+
 def test_settings_out_of_range_are_refused():
     with pytest.raises(ValueError, match=r"wanted r of at least 1, got 0"):
         LoraConfig(r=0)
@@ -344,7 +425,7 @@ def test_settings_out_of_range_are_refused():
     [
         ({"use_dora": True}, r"asks for what is not supported: use_dora=True"),
         ({"init_lora_weights": "pissa"}, r"not supported: init_lora_weights='pissa'"),
-        ({"modules_to_save": ["lm_head"]}, r"not supported: modules_to_save=\['lm_head'\]"),
+        ({"modules_to_save": ["lm_head"]}, r"language_model.lm_head.weight is missing"),
         ({"peft_type": "IA3"}, r"wanted peft_type LORA, got IA3"),
         ({"r": 4}, r"q_proj.lora_A.weight has shape \(8, 12\), wanted \(4, 12\)"),
         ({"target_modules": ["q_proj", "fc1"]}, r"fc1.lora_A.weight is missing.*is unknown"),

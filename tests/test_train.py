@@ -123,12 +123,13 @@ def parameters(folder):
 
 
 def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, data, capsys, caplog, monkeypatch):
-    """LoRA on a mesh, in parts: adapters, merged models, figures, and a run that is done."""
+    """LoRA and a whole projector on a mesh, in parts: adapters, merged models, figures, and a run that is done."""
     out, scores, wer = tmp_path / "run", held_out.scores, iter((0.9, 0.1, 0.5, 0.05))
     # the second evaluation's is the best, until the run is given another step
     monkeypatch.setattr(held_out, "scores", lambda x: scores(x) | {"wer": next(wer)})
     args = ["--optimizer.steps", 3, "--loop.evaluate-every", 2, "--lora.r", 2, "--tensorboard"]
     args += ["--gradient-accumulation-steps", 2, "--loop.profile", 2, 2, "--loop.evaluate-first"]
+    args += ["--lora.modules-to-save", "multi_modal_projector"]
     assert run("sft", "chats", out, *args) == 0
     assert [row["step"] for row in rows_of(out)] == [1, 2, 3]
     wanted = {"run.json", "config.json", "tokenizer.json", "checkpoints", "log.jsonl", "adapter"}
@@ -150,7 +151,8 @@ def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, data, capsys, ca
         merged = lora.merge(parameters(base), adapters, config)
         np.testing.assert_allclose(parameters(out / f"model{end}")(ids), merged(ids), atol=1e-5)
         both.append(adapters)
-    assert any(map(np.any, jax.tree.leaves(jax.tree.map(np.subtract, *both))))
+    for path in ("projector", "decoder.blocks.0.mlp.up"):
+        assert any(map(np.any, jax.tree.leaves(jax.tree.map(np.subtract, *both)[path]))), path
     assert "The best by wer is model-best/, of step 2." in told
 
     told = capsys.readouterr()

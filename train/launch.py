@@ -74,7 +74,8 @@ def _parse(stage: str, about: str) -> Any:
     if settings.lora.start is None:
         return settings
     # What is not said of adapters is as in those that are begun with, rather than as in the preset.
-    silent = {"r": 0, "lora_alpha": None, "target_modules": None, "start": settings.lora.start}
+    silent = dict.fromkeys(("lora_alpha", "target_modules", "modules_to_save"))
+    silent |= {"r": 0, "start": settings.lora.start}
     for name, (doc, each) in known.items():
         lora = dataclasses.replace(each.lora, **silent)
         known[name] = (doc, dataclasses.replace(each, lora=lora))

@@ -81,19 +81,19 @@ class Learner:
     def _fresh(
         self, model: Qwen2Audio, config: lora.LoraConfig, start: lora.Adapters | None
     ) -> dict[str, Any]:
-        adapted = {part_of(entry.path) for entry in lora.targets(config, model)}
+        init = lambda: lora.init(config, model, key=jax.random.key(self._seed))
+        params = start or (jax.eval_shape(init) if placement.is_abstract(model) else init())
+        adapted = {part_of(name) for name in by_name(params)}
         for part in PARTS:
             name = f"{part}_learning_rate"
             if getattr(self.optimizer, name) and part not in adapted:
                 raise ValueError(
-                    f"{name} is of nothing that trains: with LoRA adapters alone do, and "
-                    f"target_modules name none in the {part}"
+                    f"{name} is of nothing that trains: with LoRA adapters and whole modules "
+                    f"do, and neither target_modules nor modules_to_save name any in the {part}"
                 )
-        init = lambda: lora.init(config, model, key=jax.random.key(self._seed))
-        params = start or (jax.eval_shape(init) if placement.is_abstract(model) else init())
         if still := [name for name in by_name(params) if not self.optimizer.trains(name)]:
             raise ValueError(
-                f"target_modules name {still[0].rpartition('.')[0]}, "
+                f"target_modules name {still[0].rpartition('.')[0]}, or modules_to_save do, "
                 "whose learning rate is 0 or which is frozen"
             )
         return (

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float
 
 from qwen2audio_jax import layers, sharding
 from qwen2audio_jax.model import Qwen2Audio
+from qwen2audio_jax.training import whole
 from qwen2audio_jax.weights import table
 
 # Every linear layer of the decoder, by its name in transformers 4 and 5: what the ecosystem adapts.
@@ -36,7 +37,7 @@ ALL_LINEAR = "all-linear"
 
 A, B = "lora_A", "lora_B"
 
-# {"decoder.blocks.mlp.up": {"lora_A": [layers, D, r], "lora_B": [layers, r, F]}}
+# {"decoder.blocks.mlp.up": {"lora_A": [layers, D, r], "lora_B": [layers, r, F]}}, and `whole` ones
 Adapters = dict[str, dict[str, Array]]
 
 
@@ -52,11 +53,14 @@ class LoraConfig:
     """Ends of transformers' module names, or a regex for whole names, or "all-linear"."""
     lora_dropout: float = 0.0
     """The part of an adapter's input that is left out in training."""
+    modules_to_save: tuple[str, ...] = ()
+    """Ends of transformers' names of modules that train whole beside the adapters, outside of the
+    blocks: multi_modal_projector."""
 
     def __post_init__(self):
         if self.r < 1:
             raise ValueError(f"wanted r of at least 1, got {self.r}")
-        if not 0 < self.lora_alpha < math.inf:
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             raise ValueError(f"wanted lora_alpha above 0, got {self.lora_alpha}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"wanted lora_dropout from 0 to below 1, got {self.lora_dropout}")
@@ -102,7 +106,8 @@ def init(config: LoraConfig, model: Qwen2Audio, *, key: Array) -> Adapters:
     """Fresh adapters, which change nothing yet: `lora_A` is random, `lora_B` zero, both float32.
 
     Raises:
-      ValueError: `target_modules` matches nothing, or something that is no linear layer.
+      ValueError: `target_modules` matches nothing, or something that is no linear layer; or
+        `modules_to_save` what is adapted, or as in `whole.entries`.
     """
 
     def pair(number: int, entry: table.Entry) -> dict[str, Array]:
@@ -112,7 +117,8 @@ def init(config: LoraConfig, model: Qwen2Audio, *, key: Array) -> Adapters:
         return {A: jax.random.uniform(random, a, minval=-bound, maxval=bound), B: jnp.zeros(b)}
 
     entries = targets(config, model)
-    return stacked(((e, pair(i, e)) for i, e in enumerate(entries)), model)
+    adapters = stacked(((e, pair(i, e)) for i, e in enumerate(entries)), model)
+    return adapters | whole.init(saved(config, model), model)
 
 
 def apply(
@@ -125,6 +131,9 @@ def apply(
     """
     model = nnx.merge(*nnx.split(model))
     for number, (path, adapter) in enumerate(sorted(adapters.items())):
+        if A not in adapter:
+            whole.put(model, path, adapter)
+            continue
         parent, name = _parent(model, path)
         base = getattr(parent, name)
         dropout = None
@@ -140,6 +149,9 @@ def merge(model: Qwen2Audio, adapters: Adapters, config: LoraConfig) -> Qwen2Aud
     """A plain model whose weights have the adapters in them; `model` itself stays the base."""
     model = nnx.merge(*nnx.split(model))
     for path, adapter in adapters.items():
+        if A not in adapter:
+            whole.put(model, path, adapter)
+            continue
         parent, name = _parent(model, path)
         base = getattr(parent, name)
         kernel = base.kernel.get_value()
@@ -160,6 +172,8 @@ def shardings(adapters: Mapping[str, Any], mesh: Mesh) -> dict[str, dict[str, Na
     """Where adapters, or their shapes, belong: split as their layer's kernel is, never over r."""
 
     def places(path: str, adapter: dict[str, Any]) -> dict[str, NamedSharding]:
+        if A not in adapter:
+            return whole.shardings(path, adapter, mesh)
         a, b = adapter[A], adapter[B]
         words = [word for word in path.split(".") if not word.isdigit()]
         letters = table.LETTERS[path := ".".join([*words, "kernel"])]
@@ -203,6 +217,19 @@ def targets(config: LoraConfig, model: Qwen2Audio) -> list[table.Entry]:
             )
         found |= matching
     return [entry for name, entry in linear.items() if name in found]
+
+
+def saved(config: LoraConfig, model: Qwen2Audio) -> list[table.Entry]:
+    """The parameters of what `modules_to_save` names.
+
+    Raises:
+      ValueError: as in `whole.entries`, or they are adapted.
+    """
+    entries = whole.entries(config.modules_to_save, model)
+    adapted = {entry.path for entry in targets(config, model)}
+    if both := [entry.name for entry in entries if entry.path in adapted]:
+        raise ValueError(f"modules_to_save and target_modules both name {both[0]}: wanted one")
+    return entries
 
 
 def _matches(pattern: str, module: str, whole: bool) -> bool:

@@ -13,7 +13,7 @@ import safetensors.numpy
 from jaxtyping import Float
 
 from qwen2audio_jax.model import Qwen2Audio
-from qwen2audio_jax.training import lora
+from qwen2audio_jax.training import lora, whole
 from qwen2audio_jax.training.lora import Adapters, LoraConfig
 from qwen2audio_jax.weights import huggingface, table
 from qwen2audio_jax.weights import settings as model_settings
@@ -53,6 +53,10 @@ def save(
         for name, row in lora.matrices(entry, config.r).items():
             tensor = row.to_theirs(np.asarray(adapter[name], np.float32))
             tensors[PREFIX + _exported(row.name)] = np.ascontiguousarray(tensor)
+    for entry in lora.saved(config, model):
+        path, name = whole.split(entry)
+        tensor = entry.to_theirs(np.asarray(adapters[path][name], np.float32))
+        tensors[PREFIX + _exported(entry.name)] = np.ascontiguousarray(tensor)
     safetensors.numpy.save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     settings = dataclasses.asdict(config) | {
         "peft_type": "LORA",
@@ -60,6 +64,7 @@ def save(
         "base_model_name_or_path": base,
         "inference_mode": True,
         "bias": "none",
+        "modules_to_save": list(config.modules_to_save) or None,
     }
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
@@ -83,13 +88,16 @@ def load(source: str | os.PathLike, model: Qwen2Audio) -> tuple[LoraConfig, Adap
       ValueError: it is none, asks for what is not supported, or its tensors are not those that
         its `target_modules` have in this model; the message names them all.
     """
-    config, pairs = _read(source, model)
-    ours = []
+    config, pairs, saved = _read(source, model)
+    ours, modules = [], {}
     for entry, pair in pairs:
         rows = lora.matrices(entry, config.r)
         kept = {name: np.array(rows[name].to_ours(x), order="C") for name, x in pair.items()}
         ours.append((entry, {name: jnp.asarray(x) for name, x in kept.items()}))
-    return config, lora.stacked(ours, model)
+    for entry, tensor in saved:
+        path, name = whole.split(entry)
+        modules.setdefault(path, {})[name] = jnp.asarray(np.array(entry.to_ours(tensor), order="C"))
+    return config, lora.stacked(ours, model) | modules
 
 
 def read_config(source: str | os.PathLike) -> LoraConfig:
@@ -101,10 +109,11 @@ def read_config(source: str | os.PathLike) -> LoraConfig:
     return _read_settings(_located(source))
 
 
-def added(
+def adapted(
     source: str | os.PathLike, model: Qwen2Audio
-) -> dict[str, Callable[[], Float[np.ndarray, "outputs inputs"]]]:
-    """What adapters add to weights, made when it is called for: lora_alpha / r * B A, in float32.
+) -> dict[str, Callable[[Float[np.ndarray, "..."]], Float[np.ndarray, "..."]]]:
+    """What adapters make of weights, in float32: they add lora_alpha / r * B A, and what they have
+    whole takes the place of what is there.
 
     Args:
       source, model: as in `load`; the model may be of shapes alone.
@@ -115,9 +124,10 @@ def added(
     Raises:
       ValueError: as in `load`.
     """
-    config, pairs = _read(source, model)
-    product = lambda pair: config.scale * (pair[lora.B] @ pair[lora.A])
-    return {entry.name: functools.partial(product, pair) for entry, pair in pairs}
+    config, pairs, saved = _read(source, model)
+    add = lambda pair, weight: weight + config.scale * (pair[lora.B] @ pair[lora.A])
+    made = {entry.name: functools.partial(add, pair) for entry, pair in pairs}
+    return made | {entry.name: lambda _, own=tensor: own for entry, tensor in saved}
 
 
 def _located(source: str | os.PathLike) -> pathlib.Path:
@@ -126,27 +136,35 @@ def _located(source: str | os.PathLike) -> pathlib.Path:
 
 def _read(
     source: str | os.PathLike, model: Qwen2Audio
-) -> tuple[LoraConfig, list[tuple[table.Entry, dict[str, np.ndarray]]]]:
-    """The weights that are adapted, each with its two matrices as PEFT has them, in float32."""
+) -> tuple[
+    LoraConfig,
+    list[tuple[table.Entry, dict[str, np.ndarray]]],
+    list[tuple[table.Entry, np.ndarray]],
+]:
+    """The weights that are adapted, each with its two matrices as PEFT has them, and those that
+    are there whole; in float32."""
     folder = _located(source)
     config = _read_settings(folder)
     found = _read_tensors(folder / WEIGHTS)
-    pairs, problems = [], []
+    pairs, saved, problems = [], [], []
+
+    def take(row: table.Entry) -> np.ndarray | None:
+        tensor = found.pop(row.name, None)
+        if tensor is None:
+            problems.append(f"{row.name} is missing")
+        elif tensor.shape != row.their_shape:
+            problems.append(f"{row.name} has shape {tensor.shape}, wanted {row.their_shape}")
+        return None if tensor is None else np.asarray(tensor, np.float32)
+
     for entry in lora.targets(config, model):
-        pair = {}
-        for name, row in lora.matrices(entry, config.r).items():
-            tensor = found.pop(row.name, None)
-            if tensor is None:
-                problems.append(f"{row.name} is missing")
-            elif tensor.shape != row.their_shape:
-                problems.append(f"{row.name} has shape {tensor.shape}, wanted {row.their_shape}")
-            else:
-                pair[name] = np.asarray(tensor, np.float32)
-        pairs.append((entry, pair))
+        rows = lora.matrices(entry, config.r)
+        pairs.append((entry, {name: take(row) for name, row in rows.items()}))
+    for entry in lora.saved(config, model):
+        saved.append((entry, take(entry)))
     problems += [f"{key} is unknown" for key in found]
     if problems:
         raise ValueError(f"{folder} has no adapters of this model: {'; '.join(problems)}")
-    return config, pairs
+    return config, pairs, saved
 
 
 def _read_settings(folder: pathlib.Path) -> LoraConfig:
@@ -157,7 +175,9 @@ def _read_settings(folder: pathlib.Path) -> LoraConfig:
         settings = json.loads(path.read_text("utf-8"))
         if settings["peft_type"] != "LORA":
             raise ValueError(f"wanted peft_type LORA, got {settings['peft_type']}")
-        fields = {f.name: settings.pop(f.name) for f in dataclasses.fields(LoraConfig)}
+        names = {f.name for f in dataclasses.fields(LoraConfig)} - {"modules_to_save"}
+        fields = {name: settings.pop(name) for name in names}
+        fields["modules_to_save"] = tuple(sorted(settings.pop("modules_to_save", None) or ()))
         if not isinstance(fields["target_modules"], str):
             fields["target_modules"] = tuple(sorted(fields["target_modules"]))
     except (OSError, ValueError, LookupError, TypeError) as error:

@@ -172,13 +172,16 @@ class Lora(LoraConfig):
     target_modules: str | tuple[str, ...] | None = None
     """Ends of transformers' module names, or a regex for whole names, or "all-linear"; without,
     those of --lora.start, or all linear layers of the decoder."""
+    modules_to_save: tuple[str, ...] | None = None
+    """Ends of transformers' names of modules that train whole beside the adapters, outside of the
+    blocks: multi_modal_projector; without, those of --lora.start, or none."""
     start: str | None = field(default=None, metadata=MAY_CHANGE)
     """An adapter in PEFT's format to begin with, a folder or a hub id; what else is said of r,
-    lora_alpha and target_modules has to agree."""
+    lora_alpha, target_modules and modules_to_save has to agree."""
 
     def __post_init__(self):
         if self.start is None:
-            for name in ("lora_alpha", "target_modules"):
+            for name in ("lora_alpha", "target_modules", "modules_to_save"):
                 usual = getattr(LoraConfig, name)
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, usual)
@@ -189,7 +192,7 @@ class Lora(LoraConfig):
 
     def like(self, theirs: LoraConfig) -> "Lora":
         """The same; what is not said is as in the adapters that are begun with."""
-        nothing = {"r": 0, "lora_alpha": None, "target_modules": None}
+        nothing = {"r": 0, "lora_alpha": None, "target_modules": None, "modules_to_save": None}
         left = {n: getattr(theirs, n) for n, none in nothing.items() if getattr(self, n) == none}
         return dataclasses.replace(self, **left)
 

@@ -58,14 +58,14 @@ def to_huggingface(
     source: pathlib.Path,
     target: pathlib.Path,
     *,
-    added: Mapping[str, Callable[[], np.ndarray]] | None = None,
+    adapted: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> None:
     """Makes a folder that transformers loads, in the files that it once came from, if any.
 
     Args:
-      added: makes what is added to tensors, by their names on disk: in float32, to be stored in
+      adapted: makes other tensors of some, by their names on disk: in float32, to be stored in
         each one's own type again. With it `source` may be in Hugging Face's format, too.
 
     Raises:
@@ -73,15 +73,15 @@ def to_huggingface(
       OSError: `target` cannot be written.
     """
     config = settings.read(source)
-    if added is None and not folder.is_ours(source):
+    if adapted is None and not folder.is_ours(source):
         raise ValueError(f"wanted a folder of ours, with {folder.CHECKPOINT}/ in it, got {source}")
     layout, total, tensors = (_ours if folder.is_ours(source) else _theirs)(source, config)
 
     def read(name: str) -> np.ndarray:
         tensor = next(tensors)
-        if not added or name not in added:
+        if not adapted or name not in adapted:
             return tensor
-        return (tensor.astype(np.float32) + added[name]()).astype(tensor.dtype)
+        return adapted[name](tensor.astype(np.float32)).astype(tensor.dtype)
 
     with folder.fresh(target, total, source=source, overwrite=overwrite) as partial:
         with bar("converting", total, progress) as shown:
