@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pathlib
+import re
+import shutil
 
 import jax.numpy as jnp
 import pytest
@@ -31,9 +33,9 @@ class Settings:
     out: pathlib.Path = dataclasses.field(default=pathlib.Path("runs"), metadata=run.MAY_CHANGE)
 
 
-def begin(folder, config):
-    processor = Processor.from_pretrained("tiny")
-    return run.begin(folder, config, model=preset("tiny"), processor=processor)
+def begin(folder, config, *, model=preset("tiny"), words="tiny"):  # noqa: B008
+    processor = Processor.from_pretrained(words)
+    return run.begin(folder, config, model=model, processor=processor)
 
 
 @pytest.fixture
@@ -90,6 +92,7 @@ def test_another_setting_is_refused_with_both_values(folder, change, message):
     with pytest.raises(ValueError) as caught:
         begin(folder, dataclasses.replace(Settings(), **change))
     assert f"{folder} holds a run with other settings: {message}" in str(caught.value)
+    assert str(caught.value).endswith("; wanted the same, or another --out")
     assert (folder / run.SETTINGS).read_text() == before
 
 
@@ -109,10 +112,12 @@ def test_what_is_measured_may_change(tmp_path):
     )
     assert begin(tmp_path, told(measured)) is True and begin(tmp_path, told(data)) is True
     moved = dataclasses.replace(measured, train=("/mnt/chats.jsonl:train",))
-    with pytest.raises(ValueError, match=r"data.train was .*/data/chats.*, now .*/mnt/chats"):
-        begin(tmp_path, told(moved))
+    with pytest.raises(ValueError, match=r"data.train was .*/data/chats.*, now .*/mnt/chats") as no:
+        begin(tmp_path, told(moved, "optimizer.steps"))
+    way = "; --changing optimizer.steps data.train goes on so, another --out anew"
+    assert str(no.value).endswith(way)
     assert begin(tmp_path, told(moved, "data.train")) is True
-    with pytest.raises(ValueError, match=r'settings: data.tasks was \[\], now \["x"\]$'):
+    with pytest.raises(ValueError, match=r'settings: data.tasks was \[\], now \["x"\]; wanted the'):
         begin(tmp_path, told(dataclasses.replace(moved, tasks=("x",)), "data.train"))
 
 
@@ -122,7 +127,7 @@ def test_a_setting_that_was_not_there_yet_was_as_it_is_by_default(folder):
     before = json.loads(path.read_text())
     del before["seed"], before["optimizer"]["learning_rate"]
     path.write_text(json.dumps(before))
-    with pytest.raises(ValueError, match=r"settings: seed was 0, now 3$"):
+    with pytest.raises(ValueError, match=r"settings: seed was 0, now 3; wanted the same"):
         begin(folder, Settings(seed=3))
     assert begin(folder, Settings()) is True
 
@@ -134,7 +139,31 @@ def test_a_run_that_saved_nothing_begins_anew(tmp_path):
     assert json.loads((tmp_path / run.SETTINGS).read_text())["seed"] == 2
 
 
-def test_checkpoints_without_settings_are_refused(folder):
+@pytest.mark.parametrize("content", [None, b'{"seed": 0', b"{}", b"[1]", b"\xff"])
+def test_checkpoints_without_settings_are_refused(folder, content):
+    """Absent, damaged, or something else; whoever reads them says the same."""
     (folder / run.SETTINGS).unlink()
-    with pytest.raises(ValueError, match=r"holds checkpoints, but no run.json to read: "):
+    if content is not None:
+        (folder / run.SETTINGS).write_bytes(content)
+    told = re.escape(f"{folder} holds checkpoints, but no run.json to read: ")
+    with pytest.raises(ValueError, match=told):
         begin(folder, Settings())
+    with pytest.raises(ValueError, match=told):
+        run.fed(training.Settings(out=folder), 1)
+
+
+def test_a_model_that_would_be_ignored_is_refused(folder, tmp_path):
+    """A run has its own sizes and words: others are named. The same may lie elsewhere, and say
+    otherwise how it is best sampled."""
+    tiny = preset("tiny")
+    sampled = dataclasses.replace(tiny, generation={"top_p": 0.5})
+    own = Processor.from_pretrained("tiny").folder
+    assert begin(folder, Settings(), model=sampled, words=shutil.copytree(own, tmp_path / "moved"))
+    decoder = dataclasses.replace(tiny.decoder, rope_theta=2e6, kv_heads=4)
+    other = dataclasses.replace(tiny, decoder=decoder)
+    with pytest.raises(ValueError, match=r"another --model: decoder.kv_heads was 2, now 4; .*rope"):
+        begin(folder, Settings(), model=other)
+    words = tmp_path / "moved" / run.WORDS
+    words.write_text(words.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"another --model: its tokenizer.json has other words$"):
+        begin(folder, Settings(), words=tmp_path / "moved")

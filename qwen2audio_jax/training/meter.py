@@ -41,7 +41,11 @@ class Meter:
         self.log, self.bad = log, 0
         self._learner, self._most, self._checkpoints = learner, config.bad_steps, checkpoints
         self._best = config.best
-        self._schedule = learner.optimizer.schedule()
+        self._schedules = {
+            name: learner.optimizer.schedule(name.removesuffix("_learning_rate"))
+            for name in learner.optimizer.rates
+        }
+        self._host = _host()
         self._peak = 1e12 * (config.peak_tflops or 0) or flops.peak(dtype)
         self._waiting: tuple[int, dict[str, float], Any] | None = None
         self._waited = 0.0
@@ -157,8 +161,9 @@ class Meter:
         now = time.perf_counter()
         # The schedule counts steps that moved something: those before this one.
         moved = number - int(row["skipped"]) - math.isfinite(row["grad_norm"])
-        row |= {"learning_rate": float(self._schedule(moved)), "seconds": now - self._last}
-        row["waited"] = waited
+        with jax.default_device(self._host):
+            row |= {name: float(rate(moved)) for name, rate in self._schedules.items()}
+        row |= {"seconds": now - self._last, "waited": waited}
         self._last = now
         if not self._compiling:
             self._recent.append({**sizes, "seconds": row["seconds"]})
@@ -200,6 +205,14 @@ class Meter:
             f"{' '.join(f'optimizer.{name}' for name in rates)} lets the run go on from there with "
             f"{'another one' if len(rates) == 1 else 'others'}"
         )
+
+
+def _host() -> jax.Device | None:
+    """Where a sum is done at once, rather than behind the step that the device is at."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names accelerators alone
+        return None
 
 
 def _sizes(learner: Any, batch: Mapping[str, Any]) -> dict[str, float]:

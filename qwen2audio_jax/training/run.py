@@ -4,7 +4,8 @@
     config.json, tokenizer.json, ...    the model's sizes and words
     checkpoints/<step>/                 parameters, optimizer, data iterators
 
-A run with a checkpoint goes on by itself, but never with settings that would make it another run.
+A run with a checkpoint goes on by itself, but never with settings that would make it another run,
+nor with a model of other sizes or words. That its parameters are the same `loop.resume` checks.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from qwen2audio_jax.training.checkpoint import CHECKPOINTS, put
 from qwen2audio_jax.weights import settings
 
 SETTINGS = "run.json"
+WORDS = "tokenizer.json"
 
 # Metadata of a dataclass field that a resumed run may have otherwise: it changes no parameter, or
 # how it is rounded.
@@ -36,20 +38,22 @@ def begin(folder: str | os.PathLike, config: Any, *, model: Config, processor: P
     Args:
       config: a dataclass of settings that JSON can hold, nested ones too. Fields with the metadata
         `MAY_CHANGE` may differ from those that the run began with, as may those that its own field
-        `changing` names.
+        `changing` names; what that may name is its `changeable`.
 
     Returns:
       True: there is a checkpoint to restore, and `keep` is to be called when that is done. False:
         the run is new, and its files are written.
 
     Raises:
-      ValueError: another field differs; the message names each with both values.
+      ValueError: another field, the model's sizes or its tokenizer differ; the message names each
+        with both values.
       OSError: nothing can be written to the folder.
     """
     folder = epath.Path(folder)
     continues = goes_on(folder)
     if continues:
         _compare(folder, config)
+        _compare_model(folder, model, processor)
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         if continues:
@@ -76,8 +80,20 @@ def keep(folder: str | os.PathLike, config: Any) -> None:
 
 
 def begun(folder: str | os.PathLike) -> dict[str, Any]:
-    """The settings of the run in a folder, as JSON holds them."""
-    return json.loads((epath.Path(folder) / SETTINGS).read_text())
+    """The settings of the run in a folder, as JSON holds them.
+
+    Raises:
+      ValueError: they cannot be read, or are none.
+    """
+    try:
+        found = json.loads((epath.Path(folder) / SETTINGS).read_text())
+        if not isinstance(found, dict) or not found:
+            raise ValueError(f"wanted settings by name, got {found!r:.40}")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} holds checkpoints, but no {SETTINGS} to read: {error}"
+        ) from error
+    return found
 
 
 def goes_on(folder: str | os.PathLike) -> bool:
@@ -90,12 +106,12 @@ def fed(config: Any) -> Any:
     a new one as many as hosts.
 
     Raises:
-      ValueError: the hosts cannot share them evenly.
+      ValueError: the hosts cannot share them evenly; or as in `begun`.
     """
     feeds, hosts = config.data.feeds, jax.process_count()
     if not feeds:
-        known = goes_on(config.out) and (epath.Path(config.out) / SETTINGS).exists()
-        feeds = (begun(config.out)["data"].get("feeds") if known else None) or hosts
+        then = _fields(begun(config.out)) if goes_on(config.out) else {}
+        feeds = then.get("data.feeds") or hosts
     if feeds % hosts:
         raise ValueError(
             f"wanted a number of hosts that divides the {feeds} feeds of the data, got {hosts}"
@@ -109,27 +125,46 @@ def as_json(config: Any) -> dict[str, Any]:
 
 
 def _compare(folder: epath.Path, config: Any) -> None:
-    try:
-        then = begun(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} holds checkpoints, but no {SETTINGS} to read: {error}"
-        ) from error
-    then, now, free = _fields(then), _fields(as_json(config)), _free(config)
-    free += getattr(config, "changing", ())
+    then, now, free = _fields(begun(folder)), _fields(as_json(config)), _free(config)
+    allowed = tuple(getattr(config, "changing", ()))
     # What a run's settings do not have could not be set yet: it was as it is by default.
     default = _fields(as_json(type(config)()))
     then = {name: default[name] for name in now if name in default} | then
-    nothing = object()
-    show = lambda value: "nothing" if value is nothing else json.dumps(value)
-    changed = [
-        f"{name} was {show(before)}, now {show(after)}"
-        for name in {**then, **now}
-        if not any(name == field or name.startswith(f"{field}.") for field in free)
-        and (before := then.get(name, nothing)) != (after := now.get(name, nothing))
-    ]
+    changed = _changed(then, now, but=[*free, *allowed])
     if changed:
-        raise ValueError(f"{folder} holds a run with other settings: {'; '.join(changed)}")
+        way = "wanted the same, or another --out"
+        if set(changed) <= set(getattr(config, "changeable", ())):
+            way = f"--changing {' '.join([*allowed, *changed])} goes on so, another --out anew"
+        told = "; ".join(changed.values())
+        raise ValueError(f"{folder} holds a run with other settings: {told}; {way}")
+
+
+def _compare_model(folder: epath.Path, model: Config, processor: Processor) -> None:
+    """Refuses a model that a run would go on without: it has its own sizes and words."""
+    kept = settings.read(pathlib.Path(folder))
+    with tempfile.TemporaryDirectory() as local:  # as it would have been kept
+        settings.write(model, pathlib.Path(local))
+        given = settings.read(pathlib.Path(local))
+    then, now = (_fields(as_json(each)) for each in (kept, given))
+    changed = [*_changed(then, now, but=["generation"]).values()]
+    if (folder / WORDS).read_bytes() != (processor.folder / WORDS).read_bytes():
+        changed.append(f"its {WORDS} has other words")
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run that began with another --model: {'; '.join(changed)}"
+        )
+
+
+def _changed(then: Mapping, now: Mapping, *, but: Iterable[str]) -> dict[str, str]:
+    """What differs between settings by their dotted names, and is not under any of some."""
+    nothing, but = object(), tuple(but)
+    show = lambda value: "nothing" if value is nothing else json.dumps(value)
+    return {
+        name: f"{name} was {show(before)}, now {show(after)}"
+        for name in {**then, **now}
+        if not any(name == field or name.startswith(f"{field}.") for field in but)
+        and (before := then.get(name, nothing)) != (after := now.get(name, nothing))
+    }
 
 
 def _fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

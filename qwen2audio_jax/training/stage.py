@@ -7,7 +7,7 @@ ref_log_probs/                               the reference's, where they are pre
 pairs/                                       the pairs with them, as manifests
 model/                                       what came out, in Hugging Face's format
 model-best/                                  the best checkpoint, where that is not the last
-adapter/                                     the same as an adapter, in PEFT's
+adapter/, adapter-best/                      the same as adapters, in PEFT's
 answers.jsonl, summary.md, summary.png       how good it is
 """
 
@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Iterator
 from functools import partial
 
@@ -44,13 +45,16 @@ from qwen2audio_jax.training import (
 )
 from qwen2audio_jax.training.checkpoint import Checkpoints
 from qwen2audio_jax.training.learner import Learner
-from qwen2audio_jax.training.log import Log
+from qwen2audio_jax.training.log import Log, check_packages
 from qwen2audio_jax.training.reference import precompute, settle
 from qwen2audio_jax.training.settings import PreferenceSettings, Settings
 from qwen2audio_jax.training.trainee import trainee_of
 from qwen2audio_jax.weights import huggingface
 from qwen2audio_jax.weights import settings as model_settings
 from qwen2audio_jax.weights.source import locate
+
+# Folders of what came out, and the end of their names where that is the best, not the last.
+MODEL, ADAPTER, BEST = "model", "adapter", "-best"
 
 
 def train(settings: Settings) -> int | None:
@@ -65,6 +69,7 @@ def train(settings: Settings) -> int | None:
       FloatingPointError: as in `loop.train`.
     """
     on_disk(settings.out)
+    check_packages(tensorboard=settings.tensorboard, wandb=settings.wandb)
     pairs = isinstance(settings, PreferenceSettings)
     mesh = settings.mesh.make()
     sharding.check_hosts(mesh.devices)
@@ -72,15 +77,16 @@ def train(settings: Settings) -> int | None:
     placement.check((bucket.tokens for bucket in settings.data.buckets), mesh)
     parts = inputs.training(settings.data, pairs=pairs, words=settings.ctc > 0)
     kept = inputs.held_out(settings.data, settings.evaluation.samples, pairs=pairs)
-    sizes = model_settings.read(locate(settings.model, huggingface.PATTERNS))
+    sizes = model_settings.read(_apart(settings))
     processor = Processor.from_pretrained(settings.model)
     if run.begin(settings.out, settings, model=sizes, processor=processor):
-        settings.optimizer.check_change(run.begun(settings.out)["optimizer"])
+        settings.optimizer.check_change(run.begun(settings.out).get("optimizer", {}))
+        processor = Processor.from_pretrained(settings.out)
     settled = settle(settings, [*parts, *(each.part for each in kept)]) if pairs else settings
     trainee = _learner(settled, sizes, mesh)
     mixture = Mixture(
         parts=parts,
-        processor=str(settings.out),
+        processor=str(settings.out.absolute()),  # "tiny" would be another one
         buckets=settings.data.buckets,
         seed=settings.seed,
         pack=settings.data.pack,
@@ -102,6 +108,24 @@ def train(settings: Settings) -> int | None:
             ]
             mixture = dataclasses.replace(mixture, parts=known(parts), references=True)
     return _run(settings, trainee, mixture, processor, kept)
+
+
+def _apart(settings: Settings) -> pathlib.Path:
+    """The model's folder.
+
+    Raises:
+      ValueError: the run would write over it, or over the adapter that it begins with.
+    """
+    folder, out = locate(settings.model, huggingface.PATTERNS), settings.out
+    given = [("--model", folder)]
+    if settings.lora.start is not None:
+        given.append(("--lora.start", pathlib.Path(settings.lora.start)))
+    written = [out, *(out / f"{name}{end}" for name in (MODEL, ADAPTER) for end in ("", BEST))]
+    written = [each.resolve() for each in written]
+    for flag, path in given:
+        if path.resolve() in written:
+            raise ValueError(f"wanted another --out than {out}, which would write over {flag}")
+    return folder
 
 
 def _tell_rows(mixture: Mixture) -> None:
@@ -151,9 +175,10 @@ def _adapters(settings: Settings, model: Qwen2Audio) -> lora.Adapters | None:
             raise ValueError(
                 f"{settings.lora.start}: wanted adapters with {name} {wanted}, got {got}"
             )
-    entries = lambda config: {entry.name for entry in lora.targets(config, model)}
-    if entries(theirs) != entries(settings.lora.config):
-        raise ValueError(f"{settings.lora.start}: wanted adapters of the same target_modules")
+    for name, entries in (("target_modules", lora.targets), ("modules_to_save", lora.saved)):
+        wanted, got = ({e.name for e in entries(c, model)} for c in (settings.lora.config, theirs))
+        if wanted != got:
+            raise ValueError(f"{settings.lora.start}: wanted adapters of the same {name}")
     return adapters
 
 
@@ -228,20 +253,29 @@ def _evaluate(
     return scores | held_out.scores(answers)
 
 
-def _export(settings: Settings, trainee: Learner, processor: Processor) -> None:
-    """Writes what came out."""
+def _export(settings: Settings, trainee: Learner, processor: Processor, which: str = "") -> None:
+    """Writes the model as it is, and its adapters, into folders whose names end so."""
     if settings.lora.r:
         adapters = jax.tree.map(lambda x: jnp.asarray(spread.whole(x)), trainee.averaged())
         if jax.process_index() == 0:
-            folder = settings.out / "adapter"
+            folder = settings.out / f"{ADAPTER}{which}"
             peft.save(folder, adapters, settings.lora.config, trainee.base(), base=settings.model)
-    _write(settings, trainee, processor, settings.out / "model")
+    folder = settings.out / f"{MODEL}{which}"
+    weights.save(jax.tree.map(lambda x: x.astype(settings.dtype), trainee.merged()), folder)
+    if jax.process_index() == 0:
+        processor.save_pretrained(folder)
 
 
 def _export_best(
     settings: Settings, trainee: Learner, processor: Processor, checkpoints: Checkpoints
 ) -> int | None:
-    """Writes the best checkpoint, where that is not the last; gives its step."""
+    """Writes the best checkpoint, where that is not the last; gives its step.
+
+    What an earlier end of a run that has gone on since then found best is removed.
+    """
+    if jax.process_index() == 0:
+        for name in (MODEL, ADAPTER):
+            shutil.rmtree(settings.out / f"{name}{BEST}", ignore_errors=True)
     best, abstract = checkpoints.best, None
     while best not in (None, trainee.optimizer.steps):
         abstract = abstract or trainee.release()
@@ -252,14 +286,6 @@ def _export_best(
                 raise
             best = checkpoints.best  # that one was damaged, which has been told
         else:
-            _write(settings, trainee, processor, settings.out / "model-best")
+            _export(settings, trainee, processor, BEST)
             break
     return best
-
-
-def _write(
-    settings: Settings, trainee: Learner, processor: Processor, folder: pathlib.Path
-) -> None:
-    weights.save(jax.tree.map(lambda x: x.astype(settings.dtype), trainee.merged()), folder)
-    if jax.process_index() == 0:
-        processor.save_pretrained(folder)
