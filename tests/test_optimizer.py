@@ -283,3 +283,13 @@ def test_muon_makes_block_matrices_orthogonal(params):
             assert 0.3 < np.sqrt(np.mean(matrix**2)) < 0.7
             matrices += 1
     assert matrices == 2 * 6 + 2 * 7  # two layers each of encoder and decoder
+
+
+def test_muon_remembers_as_it_is_told(params):
+    """b1 is Adam's alone."""
+    config = OptimizerConfig(name="muon", b1=0.6, muon_beta=0.8, clip_norm=0.0)
+    grads = jax.tree.map(jnp.ones_like, params)
+    update = lambda params: config.make().update(grads, config.make().init(params), params)[1]
+    moments = [x for _, x in optax.tree.get_all_with_path(jax.jit(update)(params), "mu")]
+    first = {float(x.ravel()[0]) for each in moments for x in jax.tree.leaves(each)}
+    assert sorted(first) == pytest.approx([0.2, 0.4])

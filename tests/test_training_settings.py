@@ -142,10 +142,11 @@ def test_what_is_made_takes_no_lines_of_what_is_learned(given, wanted):
 def test_adapters_are_like_those_that_they_begin_with():
     """In what is not said of them; without any, PEFT's usual ones."""
     theirs = LoraConfig(r=3, lora_alpha=5, target_modules=("q_proj",), lora_dropout=0.5)
+    theirs = dataclasses.replace(theirs, modules_to_save=("multi_modal_projector",))
     assert Lora(start="a", lora_dropout=0.1).like(theirs).config == dataclasses.replace(
         theirs, lora_dropout=0.1
     )
-    stated = Lora(start="a", r=8, lora_alpha=16, target_modules="all-linear")
+    stated = Lora(start="a", r=8, lora_alpha=16, target_modules="all-linear", modules_to_save=())
     assert stated.like(theirs) == stated
     assert Lora(r=8).config == LoraConfig(r=8) and Lora().config is None
     with pytest.raises(ValueError, match=r"wanted lora.r beside lora.start a, got 0"):
@@ -185,7 +186,10 @@ def test_errors_are_best_low(best):
     assert LoopConfig(best=best).mode == "min"
 
 
-@pytest.mark.parametrize("said", [{"lora_alpha": 16}, {"target_modules": ("q_proj",)}])
+@pytest.mark.parametrize(
+    "said",
+    [{"lora_alpha": 16}, {"target_modules": ("q_proj",)}, {"modules_to_save": ("lm_head",)}],
+)
 def test_what_is_said_of_adapters_wants_adapters(said):
     (name,) = said
     with pytest.raises(

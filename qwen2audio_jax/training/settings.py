@@ -217,7 +217,8 @@ class Settings:
     out: pathlib.Path = field(default=pathlib.Path("runs/train"), metadata=MAY_CHANGE)
     """The run's folder, on a disk that all hosts see; one that holds a run goes on with it."""
     model: str = field(default="tiny", metadata=MAY_CHANGE)
-    """Where it begins: tiny, a folder, or a hub id."""
+    """Where it begins: tiny, a folder, or a hub id; a run that goes on wants the same model, which
+    may lie elsewhere."""
     from_scratch: bool = False
     """Take the sizes and the words of --model, and random parameters."""
     ctc: float = 0.0
