@@ -28,11 +28,12 @@ def hurry(request):
 @pytest.fixture(scope="session", autouse=True)
 def cached(tmp_path_factory):
     """Many tests compile the same programs; all workers, and all processes that tests start, share
-    what one has compiled."""
+    what one has compiled. So do all runs that are told the same folder by TESTS_CACHE."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    os.environ["QWEN2AUDIO_CACHE"] = str(folder / "programs")
-    jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
+    programs = os.environ.get("TESTS_CACHE") or str(folder / "programs")
+    os.environ["QWEN2AUDIO_CACHE"] = programs
+    jax.config.update("jax_compilation_cache_dir", programs)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
