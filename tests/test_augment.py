@@ -53,6 +53,18 @@ def test_a_seed_decides_everything(chirp):
     assert len(one) != len(other) or np.abs(one - other).max() > 0.01
 
 
+def test_what_is_timed_stays_where_it_was():
+    """A click after a second, whatever else is done to it; else it moves."""
+    click = np.zeros(2 * RATE, np.float32)
+    click[RATE] = 1
+    moved = []
+    for seed in range(20):
+        out = augment.augment(click, np.random.default_rng(seed), timed=True)
+        assert len(out) == len(click) and abs(np.abs(out).argmax() - RATE) < 20
+        moved.append(len(augment.augment(click, np.random.default_rng(seed))) != len(click))
+    assert sum(moved) > 10
+
+
 def test_noise_has_the_asked_power(rng):
     """The ratio of speech to noise is what was asked for."""
     wave, noise = tone(440), coloured(rng, 1.0)

@@ -11,7 +11,7 @@ from flax import nnx
 
 pytest.importorskip("grain")
 
-from qwen2audio_jax import Processor, Qwen2Audio
+from qwen2audio_jax import Processor, Qwen2Audio, mel
 from qwen2audio_jax.data.chats import from_messages
 from qwen2audio_jax.data.example import Example
 from qwen2audio_jax.data.mixture import Mixture, Part
@@ -45,6 +45,9 @@ def asked(monkeypatch, processor):
 
     def generate(model, inputs, *, max_new_tokens, choices, processor):
         counts = inputs["attention_mask"].sum(axis=1)
+        slots = (inputs["input_ids"] == processor.tokenizer.audio_id).sum()
+        heard = inputs.get("feature_attention_mask", np.zeros((0, 0), int)).sum(axis=1)
+        assert slots == mel.audio_tokens(heard).sum()  # or the model would refuse them
         calls.append((len(counts), choices, max_new_tokens))
         texts = [str(n) for n in counts] if choices is None else [texts[0] for texts in choices]
         rows = [processor.tokenizer.encode(text) for text in texts]
@@ -81,6 +84,15 @@ def conversation(question, answer="yes"):
             {"role": "assistant", "content": answer},
         ]
     }
+
+
+def test_clips_behind_the_last_answer_are_not_given(model, processor, asked, chirp):
+    """A conversation may end with a question; the one before it is asked, with its own clips."""
+    hear = lambda seed: {"role": "user", "content": [{"audio": (chirp(0.3, seed), 16_000)}]}
+    said = {"role": "assistant", "content": "yes"}
+    rows = [{"messages": m} for m in ([hear(0), said, hear(1)], [hear(0), said, hear(1), said])]
+    answers, bad = held_out.answers(model, processor, [kept(rows)], rows=2, max_new_tokens=2)
+    assert [each.wanted for each in answers] == ["yes", "yes"] and not bad and asked[0][0] == 2
 
 
 def kept(source, name="kept"):

@@ -256,6 +256,32 @@ def test_only_what_is_no_samples_fault_ends_a_run(tokenizer, tmp_path):
             samples[i]
 
 
+def test_clips_keep_the_time_that_texts_tell(tokenizer, clips):
+    """In answers and in questions, of conversations and of pairs: at another speed it is untrue."""
+    times, pair = "<|0.10|>yes<|0.20|>", {"chosen": "yes", "rejected": "no"}
+    ask = lambda text: [{"role": "user", "content": [{"audio": clips[5]["audio"]}, {"text": text}]}]
+    answer = lambda text: [{"role": "assistant", "content": text}]
+    rows = [
+        clips[5] | {"text": times},
+        clips[5],
+        {"messages": ask("What?") + answer("<|0|>")},
+        {"messages": ask("What?") + answer("<|en|>yes")},
+        {"messages": ask("no<|0.5|>")} | pair,
+        {"messages": ask("What?")} | pair,
+        {"messages": ask("What?")} | pair | {"rejected": times},
+    ]
+
+    def valid(row):
+        compile = TASK.compile if "text" in row else from_messages
+        compile = from_preference if "chosen" in row else compile
+        part = Part(name="n", source=[row], compile=compile, augmented=1.0)
+        samples = Mixture(parts=(part,), processor=tokenizer, buckets=(LONG,)).samples()
+        return {samples[i].valid for i in range(8)}
+
+    found = [len(valid(row)) for row in rows]
+    assert [count == 1 for count in found] == [True, False, True, False, True, False, True]
+
+
 def unusable(record, processor):
     raise BadSample("empty text", "nothing is said")
 

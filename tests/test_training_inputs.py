@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import soundfile
+import tyro
 import words
 
 pytest.importorskip("grain")
@@ -24,6 +25,7 @@ from qwen2audio_jax.training import inputs, reference
 from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.preference import PreferenceConfig
+from qwen2audio_jax.training.run import as_json
 from qwen2audio_jax.training.settings import PreferenceSettings
 
 ASR = "[AUDIO:speech] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"
@@ -431,6 +433,17 @@ def test_words_are_wanted_where_ctc_learns_from_them(rows):
     talk = lambda parts: {"messages": [{"role": "user", "content": parts}, ANSWERED[1]]}
     rows(talk(clip), talk(said), {"messages": "broken"})
     assert len(inputs.training(of(""), words=True)) == 1
+
+
+def test_each_source_is_augmented_as_much_as_is_said_of_it(rows):
+    """Or all alike; on the command line, too."""
+    path = rows({"speech": "0.wav", "text": "yes"})
+    flags = ["--train", path, path, "--tasks", ASR, "--augmented"]
+    for given, wanted in (("0.3", [0.3, 0.3]), ("0.3 0", [0.3, 0.0])):
+        data = tyro.cli(DataConfig, args=flags + given.split())
+        assert [part.augmented for part in inputs.training(data)] == wanted
+    whole = tyro.cli(DataConfig, args=[], default=DataConfig(augmented=0.4))
+    assert whole.augmented == 0.4 == as_json(whole)["augmented"]
 
 
 def test_a_rate_of_nothing_is_refused():

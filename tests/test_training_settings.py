@@ -157,6 +157,8 @@ def test_adapters_are_like_those_that_they_begin_with():
     ("make", "wrong", "message"),
     [
         (DataConfig, {"augmented": 40.0}, "augmented from 0 to 1, got 40.0"),
+        (DataConfig, {"augmented": (0.0, -1.0)}, "augmented from 0 to 1, got -1.0"),
+        (DataConfig, {"augmented": (0.0, 1.0), "train": ("a",) * 3}, "augmented for 3 .*, got 2"),
         (DataConfig, {"masked": -1.0}, "masked from 0 to 1, got -1.0"),
         (DataConfig, {"workers": -1}, "workers from 0, got -1"),
         (EvaluationConfig, {"rows": 0}, "rows of at least 1, got 0"),

@@ -103,16 +103,23 @@ def any_noise(samples: int, rng: np.random.Generator) -> Float[np.ndarray, " S"]
     return hum(samples, rng) if kind < 0.75 else murmur(samples, rng)
 
 
-def augment(wave: Float[np.ndarray, " S"], rng: np.random.Generator) -> Float[np.ndarray, " R"]:
+def augment(
+    wave: Float[np.ndarray, " S"], rng: np.random.Generator, *, timed: bool = False
+) -> Float[np.ndarray, " R"]:
     """Another speaker, room, microphone and noise, in the order in which sound meets them.
 
     One clip in ten or so stays nearly clean; the level always changes. The result is float32
     within [-1, 1] and at least 50 ms long.
+
+    Args:
+      timed: whether all has to be heard when it was: no other speed then, and no silence before.
     """
     if rng.random() < 0.8:
-        wave = change_speed(wave, rng.uniform(0.85, 1.2))
+        factor = rng.uniform(0.85, 1.2)
+        wave = wave if timed else change_speed(wave, factor)
     if rng.random() < 0.5:
-        wave = np.pad(wave, (0.3 * SAMPLE_RATE * rng.random(2) ** 2).astype(int))
+        margins = (0.3 * SAMPLE_RATE * rng.random(2) ** 2).astype(int)
+        wave = wave if timed else np.pad(wave, margins)
     wave = np.pad(wave, (0, max(0, SHORTEST - len(wave))))
     if rng.random() < 0.3:
         wave = reverberate(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 import traceback
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from qwen2audio_jax.data.pack import ANSWERS, Bad, Bucket, Sample, draw
 from qwen2audio_jax.data.sources import RandomAccess, where
 from qwen2audio_jax.processor import Processor
 
+TIME = re.compile(r"<\|\d+(?:\.\d+)?\|>")  # seconds, as the reference writes them
 MEASURED = 200  # samples that tell how often each bucket is needed
 
 
@@ -189,7 +191,13 @@ def _make(
         record, made = part.read(row), _processor(processor)
         example = part.compile(record, made)
         sample = draw(
-            example, buckets, rng, mels=made.mels, augmented=part.augmented, masked=part.masked
+            example,
+            buckets,
+            rng,
+            mels=made.mels,
+            augmented=part.augmented,
+            masked=part.masked,
+            timed=part.augmented > 0 and _tells_times(example, made),
         )
         reference = _reference(record) if references else ()
     except Exception as error:  # a night's run goes on
@@ -202,6 +210,15 @@ def _make(
             trace="".join(traceback.format_exception(error)) if reason == UNFORESEEN else "",
         )
     return dataclasses.replace(sample, part=part.name, row=row, reference=reference)
+
+
+def _tells_times(example: Example | Pair, processor: Processor) -> bool:
+    """Whether texts say when something is heard: at another speed that would be untrue."""
+    texts = [example.prompt]
+    if isinstance(example, Pair):
+        texts += [example.chosen, example.rejected]
+    ids = [token for text in texts for each in text if each.clip is None for token in each.ids]
+    return TIME.search(processor.decode([ids], False)[0]) is not None
 
 
 def _reference(record: Mapping) -> tuple[float, ...]:

@@ -126,6 +126,7 @@ def draw(
     mels: int,
     augmented: float = 0.0,
     masked: float = 0.0,
+    timed: bool = False,
 ) -> Sample:
     """Makes of an example what takes part of a row.
 
@@ -134,11 +135,12 @@ def draw(
       rng: of augmentation.
       augmented: the chance of each clip to come from another room, microphone and speaker.
       masked: the chance of each clip to lose bands and spans (SpecAugment).
+      timed: whether clips keep their own time, because texts tell of it.
 
     Raises:
       BadSample: "too long": it fits none of the buckets.
     """
-    waves = [_augmented(wave, rng, augmented) for wave in example.waves]
+    waves = [_augmented(wave, rng, augmented, timed) for wave in example.waves]
     try:
         texts, bucket = _laid_out(example, waves, buckets)
     except BadSample:
@@ -169,9 +171,9 @@ def _laid_out(
     return texts, _bucket(tokens, valid, buckets)
 
 
-def _augmented(wave: Wave, rng: np.random.Generator, chance: float) -> Wave:
+def _augmented(wave: Wave, rng: np.random.Generator, chance: float, timed: bool) -> Wave:
     if rng.random() < chance:
-        changed = augment.augment(wave, rng)
+        changed = augment.augment(wave, rng, timed=timed)
         if len(changed) <= mel.LONGEST:
             return changed
     return wave

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -64,8 +64,10 @@ class DataConfig:
     Hosts that share rows, where tensor or context reaches over them, have the same: as one host."""
     pack: bool = True
     """Whether a row holds as many samples as fit."""
-    augmented: float = 0.0
-    """The part of the clips that is moved to other rooms, microphones, noises, speeds, levels."""
+    augmented: float | tuple[float, ...] = 0.0
+    """The part of the clips that is moved to other rooms, microphones, noises, speeds, levels: of
+    all, or of each source. Clips keep their own time beside texts that state times, `<|0.50|>`;
+    sources whose answers are of speed, pitch or loudness want 0."""
     masked: float = 0.0
     """The part of the clips that loses bands and spans (SpecAugment)."""
     workers: int = field(default=1, metadata=MAY_CHANGE)
@@ -81,6 +83,7 @@ class DataConfig:
             raise ValueError(f"wanted a sampling rate of at least 1, got {self.rate}")
         each_of(self.train, self.tasks, "tasks")
         each_of(self.train, self.tags, "tags")
+        each_of(self.train, self.augmented_each, "augmented")
         self._each_held_out("held_out_tasks", self.tasks)
         self._each_held_out("held_out_tags", self.tags)
         if self.train and len(self.weights) not in (0, len(self.train)):
@@ -95,11 +98,17 @@ class DataConfig:
                     raise ValueError(
                         f"held_out {source} is learned, too: train has {learned}; name splits"
                     )
-        for name in ("augmented", "masked"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"wanted {name} from 0 to 1, got {getattr(self, name)}")
+        shares = [*(("augmented", share) for share in self.augmented_each), ("masked", self.masked)]
+        for name, share in shares:
+            if not 0 <= share <= 1:
+                raise ValueError(f"wanted {name} from 0 to 1, got {share}")
         if self.workers < 0:
             raise ValueError(f"wanted workers from 0, got {self.workers}")
+
+    @property
+    def augmented_each(self) -> tuple[float, ...]:
+        """Of each source, or one for all."""
+        return self.augmented if isinstance(self.augmented, tuple) else (self.augmented,)
 
     @property
     def lines_held_out(self) -> tuple[str, ...]:
@@ -149,8 +158,8 @@ def _file_and_split(source: str) -> tuple[str, str]:
     return (found[1], found[2] or "") if found else (source, "")
 
 
-def each_of(sources: Sequence[str], words: Sequence[str], name: str = "words") -> tuple[str, ...]:
-    """Lines or tags of sources: each has its own, all have one, or there are none.
+def each_of(sources: Sequence[str], words: Sequence[Any], name: str = "words") -> tuple[Any, ...]:
+    """Lines or tags of sources, say: each has its own, all have one, or there are none ("").
 
     Raises:
       ValueError: there are more or fewer; the message says of what, by `name`.

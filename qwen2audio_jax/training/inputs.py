@@ -77,8 +77,8 @@ def training(data: DataConfig, *, pairs: bool = False, words: bool = False) -> t
         raise ValueError("nothing to train on: wanted --data.train SOURCE")
     weights = data.weights or [1.0] * len(data.train)
     found, said = [], False
-    given = (each_of(data.train, each) for each in (data.tasks, data.tags))
-    for spec, line, tags, weight in zip(data.train, *given, weights, strict=True):
+    given = (each_of(data.train, each) for each in (data.tasks, data.tags, data.augmented_each))
+    for spec, line, tags, augmented, weight in zip(data.train, *given, weights, strict=True):
         parts = [each.part for each in _open(spec, line, tags, data, pairs)]
         said = said or (words and _says_words(spec, line, parts[0]))
         share = weight / sum(part.weight for part in parts)
@@ -86,7 +86,7 @@ def training(data: DataConfig, *, pairs: bool = False, words: bool = False) -> t
             dataclasses.replace(
                 part,
                 weight=part.weight * share,
-                augmented=data.augmented * part.augmented,
+                augmented=augmented * part.augmented,
                 masked=data.masked,
             )
             for part in parts
@@ -261,7 +261,8 @@ def prompt_and_answer(example: Example | Pair, processor: Processor) -> tuple[Ex
         end = len(learned) - learned[::-1].index(True)
         start = end - [*learned[:end][::-1], False].index(False)
         given, answer = example.prompt[:start], example.prompt[start:end]
-    return Example(given, example.waves), text_of(answer, processor)
+    heard = sum(segment.clip is not None for segment in given)  # others follow the answer
+    return Example(given, example.waves[:heard]), text_of(answer, processor)
 
 
 def text_of(prompt: Sequence[Any], processor: Processor) -> str:
