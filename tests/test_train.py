@@ -123,7 +123,8 @@ def parameters(folder):
 
 
 def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, data, capsys, caplog, monkeypatch):
-    """LoRA and a whole projector on a mesh, in parts: adapters, merged models, figures, and a run that is done."""
+    """LoRA and a whole projector on a mesh, in parts: adapters, merged models, figures; and a run
+    that is done."""
     out, scores, wer = tmp_path / "run", held_out.scores, iter((0.9, 0.1, 0.5, 0.05))
     # the second evaluation's is the best, until the run is given another step
     monkeypatch.setattr(held_out, "scores", lambda x: scores(x) | {"wer": next(wer)})
