@@ -49,6 +49,17 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("train.demo: error: ")
     assert "no manifest at absent.jsonl" in error and not (tmp_path / "out").exists()
+    for line, told in (
+        (
+            '{"audio": "a.wav", "label": "dog"}',
+            "line 2 of rows.jsonl: wanted 'audio' and 'text', got",
+        ),
+        ('{"audio": "", "text": "one"}', "line 2 of rows.jsonl: wanted 'audio' and 'text'"),
+        ('{"audio": "a.wav"', "rows.jsonl, line 2: Expecting ',' delimiter"),
+    ):
+        (tmp_path / "rows.jsonl").write_text('{"audio": "a.wav", "text": "one"}\n' + line)
+        assert run(monkeypatch, "train.demo", "--manifest", "rows.jsonl", "--out", "out") == 2
+        assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def demonstrate(out, *args):
@@ -75,6 +86,8 @@ def test_the_demonstration_leaves_a_model(tmp_path, chirp):
     assert done.returncode == 0, done.stderr
     told = done.stdout.partition("task  ")[2]
     assert f"transcribe --model {out}" in told and "(spoken)" in told
+    talk = told.partition("A conversation: ")[2]
+    assert talk.count("  user:      ") == talk.count("  assistant: ") == 2
     card = (out / "README.md").read_text("utf-8")
     assert "and 4 recordings (CC0)" in card
     wanted = ("recognise en", "gender", "analysis", "chat", "recordings", "preference: no speech")

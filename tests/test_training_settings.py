@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from qwen2audio_jax.config import PRESETS
 from qwen2audio_jax.processor import count_tokens
 from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.lora import LoraConfig
@@ -219,10 +220,18 @@ def test_laptops_take_clips_of_every_length_and_pad_them_little(preset):
         assert _taken_by(preset, seconds).frames <= 350 * seconds
 
 
-def _taken_by(preset, seconds):
-    """The bucket that a preset's batches have for a clip and a sentence or two about it."""
+@pytest.mark.parametrize("preset", [sft_tiny, dpo_tiny])
+def test_laptops_take_conversations_with_several_clips(preset):
+    """A question about each, say; the model has room for all of it."""
+    for clips, seconds in ((2, 6), (2, 8), (2, 10), (5, 8), (2, 30)):
+        assert _taken_by(preset, seconds, clips).tokens <= PRESETS["tiny"].decoder.positions
+
+
+def _taken_by(preset, seconds, clips=1):
+    """The bucket that a preset's batches have for clips and a sentence or two about each."""
+    tokens = clips * (count_tokens(np.zeros(16_000 * seconds)) + 60)
     return next(
         bucket
         for bucket in preset.SETTINGS.data.buckets
-        if bucket.fits(count_tokens(np.zeros(16_000 * seconds)) + 60, [100 * seconds])
+        if bucket.fits(tokens, [100 * seconds] * clips)
     )

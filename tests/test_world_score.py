@@ -91,3 +91,24 @@ def test_measures():
     assert scores.boundaries([right], ["<|en|>" + right.replace("0.10", "0.20")]) == 1.0
     assert scores.boundaries([right], ["<|en|>" + right.replace("0.10", "0.30")]) == 0.75
     assert scores.boundaries([right], ["<|en|><|0.10|>one<|0.50|>"]) == 0.0
+
+
+def test_a_conversation_goes_on_behind_the_model_s_own_answers(
+    model, world, processor, monkeypatch
+):
+    """With its clip in both prompts, whatever the model says; tags of it are none of a turn's."""
+    given = []
+
+    def say(model, inputs, *, processor, **options):
+        given.append(processor.decode(inputs["input_ids"], False)[0])
+        return np.array([processor.tokenizer.encode("<|en|>no <|AUDIO|>one<|im_end|>")])
+
+    monkeypatch.setattr(answering, "generate", say)
+    source = world.source("analysis", "test", 100)
+    messages = next(r["messages"] for r in source if len(r["messages"]) > 2)
+    (first, told), (second, _) = scores.converse(model, processor, messages)
+    assert first.question in given[0] and second.question in given[1]
+    assert [first.right, second.right] == [messages[1]["content"], messages[3]["content"]]
+    assert told == "<|en|>no <|AUDIO|>one" and "assistant\nno one<|im_end|>" in given[1]
+    assert first.example.waves[0] is not None and len(second.example.waves) == 1
+    np.testing.assert_array_equal(*(each.example.waves[0] for each in (first, second)))

@@ -25,7 +25,7 @@ import jax
 from flax import nnx
 
 from qwen2audio_jax import Processor, Qwen2Audio, draw, preset, weights
-from qwen2audio_jax.data import dialogue, manifest, sources, synth
+from qwen2audio_jax.data import dialogue, sources, synth
 from qwen2audio_jax.data.example import BadSample, hear
 from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.data.world import MODES, World
@@ -104,7 +104,7 @@ def begin(demo: Demo, world: World) -> None:
     """Writes what pretraining begins with: sizes and words."""
     sources.on_disk(demo.out)
     for path in demo.manifest:
-        manifest.read(path)  # a mistake is told before anything is written
+        _rows(path)  # a mistake is told before anything is written
     folder = demo.out / "start"
     if (folder / "config.json").exists():
         return
@@ -193,9 +193,7 @@ def _shared(demo: Demo, number: int) -> dict[str, Any]:
 
 def _recorded(demo: Demo) -> tuple[str, ...]:
     """The manifests' rows that are learned, as sources."""
-    return tuple(
-        f"{path}:train" if _splits(manifest.read(path)) else str(path) for path in demo.manifest
-    )
+    return tuple(f"{path}:train" if _splits(_rows(path)) else str(path) for path in demo.manifest)
 
 
 def load(folder: pathlib.Path) -> tuple[Qwen2Audio, Processor]:
@@ -224,8 +222,8 @@ def score(demo: Demo, folder: pathlib.Path) -> list[Row]:
     waves, texts = [], []
     for sample in recordings(demo, "test"):
         try:
-            waves.append(hear(sample.audio))
-            texts.append(sample.text)
+            waves.append(hear(sample["audio"]))
+            texts.append(sample["text"])
         except BadSample as error:
             print(f"not scored: {error}", file=sys.stderr)
     if waves:
@@ -236,18 +234,29 @@ def score(demo: Demo, folder: pathlib.Path) -> list[Row]:
     return rows
 
 
-def recordings(demo: Demo, split: str) -> list[manifest.Sample]:
+def recordings(demo: Demo, split: str) -> list[dict[str, Any]]:
     """The manifests' rows that are to be learned, or to be scored."""
     found = []
     for path in demo.manifest:
-        samples = manifest.read(path)
-        usual = None if _splits(samples) else "train"
-        found += [each for each in samples if each.fields.get("split", usual) == split]
+        rows = _rows(path)
+        usual = None if _splits(rows) else "train"
+        found += [row for row in rows if row.get("split", usual) == split]
     return found
 
 
-def _splits(samples: list[manifest.Sample]) -> set[str]:
-    return {each.fields["split"] for each in samples if each.fields.get("split")}
+def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """A manifest's rows, each of a clip and what is said in it."""
+    source = sources.Manifest(path)
+    rows = [source[i] for i in range(len(source))]
+    for i, row in enumerate(rows):
+        if not row.get("audio") or not isinstance(row.get("text"), str):
+            got = ", ".join(row) or "no fields"
+            raise ValueError(f"{source.where(i)}: wanted 'audio' and 'text', got {got}")
+    return rows
+
+
+def _splits(rows: list[dict[str, Any]]) -> set[str]:
+    return {row["split"] for row in rows if row.get("split")}
 
 
 def finish(
@@ -273,7 +282,7 @@ def finish(
 
 
 def converse(model: Qwen2Audio, processor: Processor, world: World) -> None:
-    """Both modes, and silence, with voices and sounds that are new to the model."""
+    """Both modes and silence, then a dialogue; voices and sounds are new to the model."""
     asked = [
         each
         for kind, count in (*((mode, 4) for mode in MODES), ("preference", 6))
@@ -282,6 +291,12 @@ def converse(model: Qwen2Audio, processor: Processor, world: World) -> None:
     print("\nVoices and sounds that it does not know; what it is asked, and answers:")
     for each, told in zip(asked, evaluation.answer(model, processor, asked), strict=True):
         print(f"  {each.task:24} {each.question:34} {told:32} (right: {each.right})")
+    records = world.source("analysis", "test", 1000)
+    talks = (records[i]["messages"] for i in range(len(records)))
+    print("\nA conversation: a clip, a question, and another one about the same clip:")
+    for each, told in evaluation.converse(model, processor, next(m for m in talks if len(m) > 2)):
+        print(f"  user:      {each.question}")
+        print(f"  assistant: {told:60} (right: {each.right})")
 
 
 def card(
@@ -289,7 +304,7 @@ def card(
 ) -> str:
     """The model card: how it was made, and how it scores."""
     train = recordings(demo, "train")
-    licences = sorted({str(s.fields["licence"]) for s in train if s.fields.get("licence")})
+    licences = sorted({str(row["licence"]) for row in train if row.get("licence")})
     spoken = f" and {len(train)} recordings ({', '.join(licences) or 'no licence stated'})"
     count = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
     steps = " + ".join(map(str, demo.steps or STEPS[demo.world]))

@@ -105,19 +105,36 @@ def ask(
     for record in (source[i] for i in range(clips)):
         messages = record["messages"]
         right = record["chosen"] if kind == "preference" else messages[1]["content"]
-        prompt, waves = processor.conversation(messages[:1], long_audio="error")
         task = f"preference: {record['task']}" if kind == "preference" else kind
-        written = [part["text"] for part in messages[0]["content"] if part["type"] == "text"]
-        asked.append(
-            Asked(
-                task=task,
-                metric="exact",
-                example=Example(prompt, tuple(waves)),
-                right=right,
-                question=written[0] if written else "(spoken)",
-            )
-        )
+        asked.append(_asked(task, messages[:1], right, processor))
     return asked
+
+
+def _asked(task: str, messages: Sequence[Mapping], right: str, processor: Processor) -> Asked:
+    """What the last of some messages asks."""
+    prompt, waves = processor.conversation(messages, long_audio="error")
+    written = [part["text"] for part in messages[-1]["content"] if part["type"] == "text"]
+    return Asked(
+        task=task,
+        metric="exact",
+        example=Example(prompt, tuple(waves)),
+        right=right,
+        question=written[0] if written else "(spoken)",
+    )
+
+
+def converse(
+    model: Qwen2Audio, processor: Processor, messages: Sequence[Mapping]
+) -> list[tuple[Asked, str]]:
+    """Asks a conversation's questions in turn, each behind what the model itself has answered."""
+    said, turns = [], []
+    for user, assistant in zip(messages[::2], messages[1::2], strict=True):
+        said.append(user)
+        asked = _asked("conversation", said, assistant["content"], processor)
+        (told,) = answer(model, processor, [asked])
+        said.append({"role": "assistant", "content": metrics.TAG.sub("", told)})
+        turns.append((asked, told))
+    return turns
 
 
 def answer(

@@ -2,6 +2,12 @@
 
 from qwen2audio_jax.data.pack import Bucket
 
+# For conversations, behind other buckets: several clips of up to 12 s, and a few of up to 30 s.
+TALKS = (
+    Bucket(rows=1, tokens=1320, clips=6, frames=1200),
+    Bucket(rows=1, tokens=2000, clips=4, frames=3000),
+)
+
 
 def laptop(*frames: int) -> tuple[Bucket, ...]:
     """Buckets of some 30 s of sound and 1300 tokens a batch, for clips of up to so many frames."""

@@ -11,7 +11,7 @@ import pathlib
 from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.settings import LoopConfig, PreferenceSettings
-from train.configs import pairs
+from train.configs import TALKS, pairs
 
 SETTINGS = PreferenceSettings(
     out=pathlib.Path("runs/dpo"),
@@ -19,7 +19,7 @@ SETTINGS = PreferenceSettings(
     data=DataConfig(
         train=("world:small/preference",),
         held_out=("world:small/preference:test",),
-        buckets=pairs(320, 1000, 3000),
+        buckets=(*pairs(320, 1000, 3000), *TALKS),
     ),
     optimizer=OptimizerConfig(
         name="muon", learning_rate=7e-5, steps=200, warmup_steps=10, weight_decay=0.0

@@ -14,7 +14,7 @@ import pathlib
 from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.settings import LoopConfig, Settings
-from train.configs import laptop
+from train.configs import TALKS, laptop
 
 SETTINGS = Settings(
     out=pathlib.Path("runs/sft"),
@@ -22,7 +22,7 @@ SETTINGS = Settings(
     data=DataConfig(
         train=("world:small/analysis", "world:small/chat"),
         held_out=("world:small/analysis:test", "world:small/chat:test"),
-        buckets=laptop(100, 190, 320, 1000, 3000),
+        buckets=(*laptop(100, 190, 320, 1000, 3000), *TALKS),
         augmented=0.3,
         masked=0.3,
     ),
