@@ -20,9 +20,11 @@ SHARED = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "dat
 
 @pytest.fixture(scope="module", autouse=True)
 def hurry(request):
-    """Programs that run but a few times take longer to be compiled well than to be run badly; a
-    module that says `HURRY = False` has others."""
-    jax.config.update("jax_disable_most_optimizations", getattr(request.module, "HURRY", True))
+    """Programs that run but a few times take longer to be compiled well than to be run badly, in
+    the processes that tests start, too; a module that says `HURRY = False` has others."""
+    hurry = getattr(request.module, "HURRY", True)
+    jax.config.update("jax_disable_most_optimizations", hurry)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(hurry)
 
 
 @pytest.fixture(scope="session", autouse=True)
