@@ -89,30 +89,39 @@ def _by_host(devices: np.ndarray) -> np.ndarray:
     """The places of rows such that those of a host are next to each other, in an order as before.
 
     A host brings rows, and their clips, which are cut into as many parts: only where its parts
-    follow each other do the clips of the first rows come before those of the next.
+    follow each other do the clips of the first rows come before those of the next. Hosts that share
+    rows are as one.
     """
     rows = devices.reshape(-1, *devices.shape[2:])
-    hosts = [row.flat[0].process_index for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: hosts.index(hosts[i]))
+    number = {host: i for i, group in enumerate(groups(devices)) for host in group}
+    order = sorted(range(len(rows)), key=lambda i: number[rows[i].flat[0].process_index])
     return rows[order].reshape(devices.shape)
 
 
-def check_hosts(devices: np.ndarray) -> None:
-    """Refuses a mesh in which hosts share rows: each brings rows of its own.
+def groups(devices: np.ndarray) -> list[list[int]]:
+    """The hosts of a mesh, those together that share rows: where tensor or context reaches over.
+
+    All of a group bring the same rows. Groups have as many rows as each other; hosts that share
+    rows otherwise are all of one group.
 
     Args:
       devices: the mesh's, along `AXES`.
 
-    Raises:
-      ValueError: the devices of a row are of several hosts.
+    Returns:
+      The hosts of each group, in the order of the groups' first rows.
     """
-    for row in devices.reshape(-1, devices.shape[2] * devices.shape[3]):
-        hosts = sorted({device.process_index for device in row})
-        if len(hosts) > 1:
-            raise ValueError(
-                f"the mesh axes tensor and context ({len(row)} devices) reach over the hosts "
-                f"{', '.join(map(str, hosts))}; wanted them within a host"
-            )
+    rows = [
+        {device.process_index for device in row}
+        for row in devices.reshape(-1, devices.shape[2] * devices.shape[3])
+    ]
+    found: list[set[int]] = []
+    for hosts in dict.fromkeys(map(frozenset, rows)):
+        met = [group for group in found if group & hosts]
+        found = [group for group in found if group not in met] + [hosts.union(*met)]
+    found.sort(key=lambda group: next(i for i, hosts in enumerate(rows) if hosts & group))
+    if len({sum(hosts <= group for hosts in rows) for group in found}) > 1:
+        found = [set().union(*found)]
+    return [sorted(group) for group in found]
 
 
 def check(config: Config, mesh: Mesh) -> None:

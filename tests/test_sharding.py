@@ -140,11 +140,33 @@ def test_the_rows_of_a_host_are_next_to_each_other():
     assert [chip.process_index for chip in found.flat] == [h for h in range(4) for _ in range(4)]
 
 
-def test_hosts_that_would_share_rows_are_refused():
-    of = lambda *hosts: np.array([Chip(host) for host in hosts]).reshape(1, 2, 2, 1)
-    sharding.check_hosts(of(0, 0, 1, 1))
-    with pytest.raises(ValueError, match=r"\(2 devices\) reach over the hosts 0, 1; wanted"):
-        sharding.check_hosts(of(0, 1, 0, 1))
+@pytest.mark.parametrize(
+    ("hosts", "wanted"),
+    [
+        ((0, 0, 1, 1), [[0], [1]]),
+        ((0, 1, 0, 1), [[0, 1]]),
+        ((3, 2, 0, 1, 2, 3, 1, 0), [[2, 3], [0, 1]]),
+        ((0, 1, 1, 2, 3, 3, 2, 0), [[0, 1, 2, 3]]),  # three and one would have rows of two sizes
+    ],
+)
+def test_hosts_that_share_rows_are_of_one_group(hosts, wanted):
+    """Groups are in the order of their rows, which come next to each other."""
+    devices = np.array([Chip(host) for host in hosts]).reshape(1, -1, 2, 1)
+    assert sharding.groups(devices) == wanted
+    ordered = [chip.process_index for chip in sharding._by_host(devices).flat]
+    each = len(ordered) // len(wanted)
+    assert [sorted({*ordered[i : i + each]}) for i in range(0, len(ordered), each)] == wanted
+
+
+def test_a_host_gives_its_devices_their_part_of_its_groups_rows():
+    """Of rows that are those of the second of two groups, each device gets its own."""
+    mesh = sharding.mesh(fsdp=4, context=2)
+    where = sharding.of_batch((8, 6), mesh, tokens=True)
+    whole = np.arange(48).reshape(8, 6)
+    asked = lambda group: placement._part(whole[4 * group :][:4], (8, 6), group, axis=0)
+    for device, index in where.devices_indices_map((8, 6)).items():
+        group = int(np.argwhere(mesh.devices == device)[0][1] >= 2)
+        np.testing.assert_array_equal(asked(group)(index), whole[index])
 
 
 def test_slices_that_nobody_mentions_are_told_of():

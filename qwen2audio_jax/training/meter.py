@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from qwen2audio_jax.progress import Progress
-from qwen2audio_jax.training import flops, hosts
+from qwen2audio_jax.training import flops, hosts, placement
 from qwen2audio_jax.training.checkpoint import Checkpoints
 from qwen2audio_jax.training.log import Log
 
@@ -181,8 +181,8 @@ class Meter:
 
     def _rates(self) -> dict[str, float]:
         total = {k: sum(each[k] for each in self._recent) for k in self._recent[0]}
-        seconds, count = total.pop("seconds"), jax.process_count()
-        rates = {f"{name}_per_second": count * x / seconds for name, x in total.items()}
+        seconds, groups = total.pop("seconds"), placement.share(self._learner.mesh).groups
+        rates = {f"{name}_per_second": groups * x / seconds for name, x in total.items()}
         work = rates.pop("flops_per_second")
         return rates | ({"mfu": work / self._peak} if self._peak else {})
 

@@ -1,8 +1,9 @@
 """Which device has what: a batch's rows, moments beside their parameters, and how much that is."""
 
+import functools
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,32 @@ TOKENS = {  # of each row, where other arrays are of its clips or of pairs
 }
 
 
+class Share(NamedTuple):
+    """Which rows of every batch a process brings: those of its group, of how many.
+
+    Processes are of a group that hold parts of the same rows; `first` is whether it is the first of
+    them, which counts what they all read.
+    """
+
+    group: int = 0
+    groups: int = 1
+    first: bool = True
+
+
+@functools.cache
+def share(mesh: Mesh | None) -> Share:
+    """This process's share of the batches of a mesh."""
+    if mesh is None or jax.process_count() == 1:
+        return Share()
+    groups, process = sharding.groups(mesh.devices), jax.process_index()
+    number = next(i for i, group in enumerate(groups) if process in group)
+    return Share(number, len(groups), process == groups[number][0])
+
+
 def place(
     batch: Mapping[str, Any], mesh: Mesh | None, *, parts: int = 1, shared: bool = False
 ) -> Mapping[str, Any]:
-    """A batch on its devices, split over rows and `context`; each host brings rows of its own.
+    """A batch on its devices, split over rows and `context`; each host brings its `share` of rows.
 
     Where rows or clips do not divide by the devices, empty ones that teach nothing are added.
 
@@ -38,16 +61,33 @@ def place(
     if shared and jax.process_count() > 1:
         return jax.device_put(dict(batch), NamedSharding(mesh, PartitionSpec()))
 
-    devices = max(math.prod(mesh.shape[axis] for axis in ROWS) // jax.process_count(), 1)
+    group, groups, _ = share(mesh)
+    devices, axis = math.prod(mesh.shape[axis] for axis in ROWS) // groups, int(parts > 1)
 
     def put(name, x):
-        x = _filled(name, x, devices, axis=int(parts > 1))
-        where = sharding.of_batch(x.shape, mesh, tokens=name in TOKENS, lead=int(parts > 1))
+        x = _filled(name, x, devices, axis=axis)
+        where = sharding.of_batch(x.shape, mesh, tokens=name in TOKENS, lead=axis)
         if isinstance(x, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-        return jax.make_array_from_process_local_data(where, x)
+        if jax.process_count() == 1:
+            return jax.device_put(x, where)
+        shape = (*x.shape[:axis], groups * x.shape[axis], *x.shape[axis + 1 :])
+        return jax.make_array_from_callback(shape, where, _part(x, shape, group, axis=axis))
 
     return {name: put(name, x) for name, x in batch.items()}
+
+
+def _part(
+    x: np.ndarray, shape: tuple[int, ...], group: int, *, axis: int
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """What a device has, by its place among all groups' rows; `x` has those of one group."""
+    before = group * x.shape[axis]
+
+    def part(index):
+        first, end, _ = index[axis].indices(shape[axis])
+        return x[(*index[:axis], slice(first - before, end - before), *index[axis + 1 :])]
+
+    return part
 
 
 def _filled(name: str, x: Any, devices: int, *, axis: int) -> Any:

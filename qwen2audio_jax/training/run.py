@@ -101,20 +101,24 @@ def goes_on(folder: str | os.PathLike) -> bool:
     return bool(_steps(epath.Path(folder) / CHECKPOINTS))
 
 
-def fed(config: Any) -> Any:
+def fed(config: Any, groups: int) -> Any:
     """Settings that say how many feeds there are: as many as when the run in their folder began, in
-    a new one as many as hosts.
+    a new one as many as groups of hosts.
+
+    Args:
+      groups: hosts, those that share rows counted as one.
 
     Raises:
-      ValueError: the hosts cannot share them evenly; or as in `begun`.
+      ValueError: the groups cannot share them evenly; or as in `begun`.
     """
-    feeds, hosts = config.data.feeds, jax.process_count()
+    feeds = config.data.feeds
     if not feeds:
         then = _fields(begun(config.out)) if goes_on(config.out) else {}
-        feeds = then.get("data.feeds") or hosts
-    if feeds % hosts:
+        feeds = then.get("data.feeds") or groups
+    if feeds % groups:
         raise ValueError(
-            f"wanted a number of hosts that divides the {feeds} feeds of the data, got {hosts}"
+            "wanted a number of hosts (those that share rows are as one) that divides the "
+            f"{feeds} feeds of the data, got {groups}"
         )
     return dataclasses.replace(config, data=dataclasses.replace(config.data, feeds=feeds))
 

@@ -16,7 +16,6 @@ import dataclasses
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -72,8 +71,7 @@ def train(settings: Settings) -> int | None:
     check_packages(tensorboard=settings.tensorboard, wandb=settings.wandb)
     pairs = isinstance(settings, PreferenceSettings)
     mesh = settings.mesh.make()
-    sharding.check_hosts(mesh.devices)
-    settings = _with_start(run.fed(settings))
+    settings = _with_start(run.fed(settings, placement.share(mesh).groups))
     placement.check((bucket.tokens for bucket in settings.data.buckets), mesh)
     parts = inputs.training(settings.data, pairs=pairs, words=settings.ctc > 0)
     kept = inputs.held_out(settings.data, settings.evaluation.samples, pairs=pairs)
@@ -201,7 +199,7 @@ def _run(
     with (
         contextlib.closing(checkpoints),
         contextlib.closing(log),
-        _batches(mixture) as batches,
+        contextlib.closing(Feeds(mixture, *placement.share(trainee.mesh))) as batches,
         hosts.together(),  # closing would wait for a save with the one that is lost
     ):
         signal = loop.train(
@@ -221,15 +219,6 @@ def _run(
             if jax.process_index() == 0:
                 summary.write(folder, log.rows, counts, best, config.best)
     return signal
-
-
-@contextlib.contextmanager
-def _batches(mixture: Mixture) -> Iterator[Feeds]:
-    batches = Feeds(mixture, jax.process_index(), jax.process_count())
-    try:
-        yield batches
-    finally:
-        batches.close()
 
 
 def _evaluate(

@@ -196,7 +196,6 @@ def lower(
     if stage in ("prefill", "decode"):
         with flash.using(settings.attention):
             return (_reading if stage == "prefill" else _saying)(sizes, work, settings, mesh)
-    sharding.check_hosts(mesh.devices)
     parts = settings.gradient_accumulation_steps
     batch = work.arrays(sizes, stage, parts)
     model = _shapes(sizes, settings.weight_dtype, mesh, scan_layers=settings.scan_layers)
