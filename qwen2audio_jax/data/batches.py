@@ -7,7 +7,10 @@ half-filled batches is the positions of what is in them.
 import functools
 import logging
 import re
+import shutil
 import signal
+import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,8 @@ import numpy as np
 from absl import flags
 
 from qwen2audio_jax.data.pack import OPEN, Bad, Group, Sample
-from qwen2audio_jax.data.workers import settle
+from qwen2audio_jax.data.sources import where
+from qwen2audio_jax.data.workers import last_in_hand, settle
 from qwen2audio_jax.processor import Inputs
 
 if TYPE_CHECKING:
@@ -42,7 +46,7 @@ class Batches:
 
     Raises, when the next is asked for:
       ValueError: samples are of two kinds, or none can be used.
-      ChildProcessError: a worker was killed.
+      ChildProcessError: a worker was killed, or a row's clip ended it; the message names the row.
     """
 
     def __init__(
@@ -78,12 +82,22 @@ class Batches:
         return batch
 
     def _lost(self, status: int) -> ChildProcessError:
-        message = f"a worker that makes batches ended with status {status}"
+        parts = {part.name: part for part in self.mixture.parts}
+        told = [
+            f"{where(parts[name].source, row)} ({name})"
+            for name, row in self._groups.last_in_hand()
+        ]
+        held = f" with {' and '.join(told)} in hand" if told else ""
+        message = f"a worker that makes batches ended with status {status}{held}"
+        if told:
+            message += "; wanted {} in its place, with which the run goes on"
         if status == -signal.SIGKILL:  # by the system, most likely
             got = str(workers := self.mixture.workers)
             if self._feeds > 1:
                 got += f", which are {max(workers, self._feeds)} processes for {self._feeds} feeds"
-            message = "a worker that makes batches was killed (out of memory?): wanted fewer "
+            message = (
+                f"a worker that makes batches was killed{held} (out of memory?): wanted fewer "
+            )
             message += f"--data.workers, got {got}"
         return ChildProcessError(message)
 
@@ -179,6 +193,7 @@ class _Groups(grain.DatasetIterator):
         self._bad = bad
         self._processor = mixture.opened()
         self._stream: grain.DatasetIterator | None = None
+        self._notes: str | None = None  # a folder, where workers note what they have in hand
         self._position = self._step = self._hopeless = 0
         self._waiting: list[list[Group]] = [[] for _ in mixture.buckets]
         self._counts = {
@@ -195,13 +210,24 @@ class _Groups(grain.DatasetIterator):
             # Processes read at once already; a queue of pictures would only fill memory.
             stream = rest.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
             options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=4)
-            self._stream = iter(stream.mp_prefetch(options, settle))
+            if self._workers and self._notes is None:
+                self._notes = tempfile.mkdtemp(prefix="rows-in-hand-")
+                weakref.finalize(self, shutil.rmtree, self._notes, ignore_errors=True)
+            first = functools.partial(settle, notes=self._notes)
+            self._stream = iter(stream.mp_prefetch(options, first))
         return next(self._stream)
+
+    def last_in_hand(self) -> list[tuple[str, int]]:
+        """Parts and rows that workers which are no more had in hand."""
+        return [] if self._notes is None else last_in_hand(self._notes)
 
     def close(self) -> None:
         if self._stream is not None:
             self._stream.close()
         self._stream = None
+        if self._notes is not None:  # the next workers may be called as these were
+            shutil.rmtree(self._notes, ignore_errors=True)
+            self._notes = None
 
     def __next__(self) -> Inputs:
         while (bucket := self._ready()) is None:

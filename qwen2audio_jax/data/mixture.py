@@ -18,6 +18,7 @@ from qwen2audio_jax.data.batches import Batches
 from qwen2audio_jax.data.example import UNFORESEEN, BadSample, Example, Pair, why
 from qwen2audio_jax.data.pack import ANSWERS, Bad, Bucket, Sample, draw
 from qwen2audio_jax.data.sources import RandomAccess, where
+from qwen2audio_jax.data.workers import in_hand
 from qwen2audio_jax.processor import Processor
 
 TIME = re.compile(r"<\|\d+(?:\.\d+)?\|>")  # seconds, as the reference writes them
@@ -188,18 +189,19 @@ def _make(
 ) -> Sample | Bad:
     """Reads, decodes, compiles, augments and draws one sample."""
     try:
-        record, made = part.read(row), _processor(processor)
-        example = part.compile(record, made)
-        sample = draw(
-            example,
-            buckets,
-            rng,
-            mels=made.mels,
-            augmented=part.augmented,
-            masked=part.masked,
-            timed=part.augmented > 0 and _tells_times(example, made),
-        )
-        reference = _reference(record) if references else ()
+        with in_hand(part.name, row):
+            record, made = part.read(row), _processor(processor)
+            example = part.compile(record, made)
+            sample = draw(
+                example,
+                buckets,
+                rng,
+                mels=made.mels,
+                augmented=part.augmented,
+                masked=part.masked,
+                timed=part.augmented > 0 and _tells_times(example, made),
+            )
+            reference = _reference(record) if references else ()
     except Exception as error:  # a night's run goes on
         reason, message = why(error)
         return Bad(

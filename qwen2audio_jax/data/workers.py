@@ -1,16 +1,26 @@
 """Processes that read and decode, beside the one that trains."""
 
+import contextlib
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import pathlib
 import signal
 import threading
+from collections.abc import Iterator
 
 import threadpoolctl
 
+NOTE = 4096  # bytes, which are written at once
+_notes: int | None = None  # this worker's file
 
-def settle(*_: int) -> None:
+
+def settle(*_: int, notes: str | None = None) -> None:
     """What a worker does first: leaves accelerator and priority to the trainer, and ends with it.
+
+    Args:
+      notes: a folder where it notes what it has in hand, in a file called as its process.
 
     A trainer that is killed cannot stop its workers, and they would wait for work forever. On
     small matrices BLAS's threads wait for each other, busily: a log-mel took twelve times as long.
@@ -20,6 +30,29 @@ def settle(*_: int) -> None:
     threadpoolctl.threadpool_limits(1)
     os.nice(5)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if notes is not None:
+        global _notes
+        _notes = os.open(os.path.join(notes, str(os.getpid())), os.O_RDWR | os.O_CREAT)
+
+
+@contextlib.contextmanager
+def in_hand(part: str, row: int) -> Iterator[None]:
+    """While a worker has a row in hand, so that it is known what it did not survive."""
+    if _notes is None:
+        yield
+        return
+    os.pwrite(_notes, json.dumps([part, row]).encode().ljust(NOTE), 0)
+    try:
+        yield
+    finally:
+        os.pwrite(_notes, b" " * NOTE, 0)
+
+
+def last_in_hand(notes: str) -> list[tuple[str, int]]:
+    """Parts and rows that workers which are no more had in hand."""
+    alive = {str(child.pid) for child in multiprocessing.active_children()}
+    files = [path for path in sorted(pathlib.Path(notes).iterdir()) if path.name not in alive]
+    return [tuple(json.loads(note)) for path in files if (note := path.read_bytes().strip())]
 
 
 def _end_with_parent() -> None:
