@@ -140,3 +140,18 @@ def test_a_service_that_does_not_answer_is_asked_again(store, monkeypatch):
     monkeypatch.setattr(watch._leaves, "wait", lambda seconds: len(beats) == 3)
     watch.run()
     assert beats == ["0", "1", "2"]
+
+
+def test_who_shares_rows_counts_once(monkeypatch):
+    """They read the same; where one left out what others heard, nothing is saved any more."""
+    count = lambda samples, bad, why="": {
+        "a": {"samples": samples, "bad": {"missing audio": [bad, why]} if bad else {}}
+    }
+    every = [count(9, 1, "row 3: gone"), count(7, 0), count(9, 1, "row 3: 404"), count(7, 0)]
+    monkeypatch.setattr(hosts, "gathered", lambda counts: every)
+    assert hosts.counted({}, [[0, 2], [1, 3]]) == every[:2]
+    assert hosts.counted({}, [[0], [1], [2], [3]]) == every
+    every[3] = count(6, 2)
+    told = r"all \(left out: 0 by process 1, 2 by process 3\); what was saved before is whole"
+    with pytest.raises(ValueError, match=told):
+        hosts.counted({}, [[0, 2], [1, 3]])

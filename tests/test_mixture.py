@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import soundfile
 import words
-from jax.experimental import multihost_utils
 
 pytest.importorskip("grain")
 
@@ -439,41 +438,6 @@ def test_feeds_are_dealt_to_however_many_processes(tokenizer):
     with pytest.raises(ValueError, match="divides the 2 feeds of the data, got 3"):
         Feeds(mixture, 0, 3)
     for each in (alone, again, *pair):
-        each.close()
-
-
-@pytest.mark.parametrize("lost", [False, True])
-def test_processes_that_share_rows_read_the_same(tokenizer, monkeypatch, lost):
-    """The first counts it; where one could not read a sample, nothing is saved any more."""
-    said = []
-
-    def gather(own):
-        said.append(own)
-        return np.stack([said[0], own])
-
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
-    rows = [numbers(20), numbers(20)]
-    if lost:
-        rows[1][4] = {}
-    pair = []
-    for i, source in enumerate(rows):
-        part = Part(name="n", source=source, compile=text_only)
-        mixture = Mixture(parts=(part,), processor=tokenizer, buckets=(SHORT,), shuffle=False)
-        pair.append(Feeds(mixture, first=i == 0))
-        for _ in range(2):
-            next(pair[i])
-    state = pair[0].get_state()
-    if lost:
-        with pytest.raises(
-            ValueError, match=r"\(process 0 left out 0, process 1 left out 1 in all"
-        ):
-            pair[1].get_state()
-    else:
-        assert pair[1].get_state() == state
-    assert pair[0].counts["n"]["samples"] > 5
-    assert pair[1].counts == {"n": {"samples": 0, "tokens": 0, "seconds": 0.0, "bad": {}}}
-    for each in pair:
         each.close()
 
 

@@ -10,7 +10,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -77,6 +77,37 @@ def gathered(value: Any) -> list[Any]:
     content = content.ljust(-(-int(longest) // BLOCK) * BLOCK)
     every = multihost_utils.process_allgather(np.frombuffer(content, np.uint8))
     return [json.loads(bytes(each)) for each in every]
+
+
+def counted(
+    counts: Mapping[str, Mapping[str, Any]], groups: Sequence[Sequence[int]]
+) -> list[Mapping[str, Mapping[str, Any]]]:
+    """What each group of processes has counted; all have to ask at once.
+
+    Args:
+      counts: as `batches.Batches` has them; those of a group count the same samples.
+
+    Raises:
+      ValueError: some of a group have not: what one could not read it has left out alone, and since
+        then they have not learned from the same rows.
+    """
+    every = gathered(counts)
+    for group in groups:
+        sums = {i: _sums(every[i]) for i in group}
+        if any(each != sums[group[0]] for each in sums.values()):
+            left = (f"{sum(p['bad'] for p in sums[i].values())} by process {i}" for i in group)
+            raise ValueError(
+                "wanted the same samples in all processes that share rows, but some could not be "
+                f"read by all (left out: {', '.join(left)}); what was saved before is whole: run "
+                "it again to go on from there"
+            )
+    return [every[group[0]] for group in groups]
+
+
+def _sums(counts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Counts without why something was left out, which may differ."""
+    bad = lambda reasons: sum(count for count, _ in reasons.values())
+    return {name: {**part, "bad": bad(part["bad"])} for name, part in counts.items()}
 
 
 def here() -> str:

@@ -112,9 +112,14 @@ class Meter:
         return dict(total)
 
     def gather(self, counts: Mapping[str, Any]) -> None:
-        """Learns what the other hosts have counted; all have to ask at once."""
-        every = hosts.gathered(counts)
-        self._others = [each for i, each in enumerate(every) if i != jax.process_index()]
+        """Learns what the other hosts have counted; all have to ask at once.
+
+        Raises:
+          ValueError: as in `hosts.counted`.
+        """
+        own, _ = placement.share(self._learner.mesh)
+        every = hosts.counted(counts, placement.groups(self._learner.mesh))
+        self._others = [each for i, each in enumerate(every) if i != own]
 
     def settle(self, counts: Mapping[str, Any]) -> None:
         """As `flush`, with what all hosts have counted up to the step; all have to ask at once.
@@ -181,7 +186,7 @@ class Meter:
 
     def _rates(self) -> dict[str, float]:
         total = {k: sum(each[k] for each in self._recent) for k in self._recent[0]}
-        seconds, groups = total.pop("seconds"), placement.share(self._learner.mesh).groups
+        seconds, groups = total.pop("seconds"), len(placement.groups(self._learner.mesh))
         rates = {f"{name}_per_second": groups * x / seconds for name, x in total.items()}
         work = rates.pop("flops_per_second")
         return rates | ({"mfu": work / self._peak} if self._peak else {})

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,32 +22,29 @@ TOKENS = {  # of each row, where other arrays are of its clips or of pairs
 }
 
 
-class Share(NamedTuple):
-    """Which rows of every batch a process brings: those of its group, of how many.
+def groups(mesh: Mesh | None) -> list[list[int]]:
+    """The processes, those together that hold parts of the same rows.
 
-    Processes are of a group that hold parts of the same rows; `first` is whether it is the first of
-    them, which counts what they all read.
+    All of a group bring the same rows to every batch, and each group brings others.
     """
-
-    group: int = 0
-    groups: int = 1
-    first: bool = True
-
-
-@functools.cache
-def share(mesh: Mesh | None) -> Share:
-    """This process's share of the batches of a mesh."""
     if mesh is None or jax.process_count() == 1:
-        return Share()
-    groups, process = sharding.groups(mesh.devices), jax.process_index()
-    number = next(i for i, group in enumerate(groups) if process in group)
-    return Share(number, len(groups), process == groups[number][0])
+        return [[process] for process in range(jax.process_count())]
+    return _groups(mesh)
+
+
+_groups = functools.cache(lambda mesh: sharding.groups(mesh.devices))  # asked at every step
+
+
+def share(mesh: Mesh | None) -> tuple[int, int]:
+    """The group of this process, and how many there are."""
+    every, process = groups(mesh), jax.process_index()
+    return next(i for i, group in enumerate(every) if process in group), len(every)
 
 
 def place(
     batch: Mapping[str, Any], mesh: Mesh | None, *, parts: int = 1, shared: bool = False
 ) -> Mapping[str, Any]:
-    """A batch on its devices, split over rows and `context`; each host brings its `share` of rows.
+    """A batch on its devices, split over rows and `context`; each of the `groups` brings its rows.
 
     Where rows or clips do not divide by the devices, empty ones that teach nothing are added.
 
@@ -61,8 +58,8 @@ def place(
     if shared and jax.process_count() > 1:
         return jax.device_put(dict(batch), NamedSharding(mesh, PartitionSpec()))
 
-    group, groups, _ = share(mesh)
-    devices, axis = math.prod(mesh.shape[axis] for axis in ROWS) // groups, int(parts > 1)
+    group, count = share(mesh)
+    devices, axis = math.prod(mesh.shape[axis] for axis in ROWS) // count, int(parts > 1)
 
     def put(name, x):
         x = _filled(name, x, devices, axis=axis)
@@ -71,7 +68,7 @@ def place(
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
         if jax.process_count() == 1:
             return jax.device_put(x, where)
-        shape = (*x.shape[:axis], groups * x.shape[axis], *x.shape[axis + 1 :])
+        shape = (*x.shape[:axis], count * x.shape[axis], *x.shape[axis + 1 :])
         return jax.make_array_from_callback(shape, where, _part(x, shape, group, axis=axis))
 
     return {name: put(name, x) for name, x in batch.items()}

@@ -71,7 +71,7 @@ def train(settings: Settings) -> int | None:
     check_packages(tensorboard=settings.tensorboard, wandb=settings.wandb)
     pairs = isinstance(settings, PreferenceSettings)
     mesh = settings.mesh.make()
-    settings = _with_start(run.fed(settings, placement.share(mesh).groups))
+    settings = _with_start(run.fed(settings, len(placement.groups(mesh))))
     placement.check((bucket.tokens for bucket in settings.data.buckets), mesh)
     parts = inputs.training(settings.data, pairs=pairs, words=settings.ctc > 0)
     kept = inputs.held_out(settings.data, settings.evaluation.samples, pairs=pairs)
@@ -215,7 +215,8 @@ def _run(
         if signal is None:
             _export(settings, trainee, processor)
             best = _export_best(settings, trainee, processor, checkpoints)
-            counts = report(added(hosts.gathered(batches.counts)), mixture.sizes)
+            counts = hosts.counted(batches.counts, placement.groups(trainee.mesh))
+            counts = report(added(counts), mixture.sizes)
             if jax.process_index() == 0:
                 summary.write(folder, log.rows, counts, best, config.best)
     return signal
