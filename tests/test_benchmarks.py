@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import inference, sides, training
+from benchmarks import inference, restart, sides, training
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +96,13 @@ def test_sides_that_compute_something_else_are_not_reported(losses):
     training.check({"theirs": [6.0, 5.5], "ours": [6.0005, 5.504]})
     with pytest.raises(SystemExit, match=r"losses differ at step \d: transformers has .*, we have"):
         training.check({"theirs": [6.0, 5.5], "ours": losses})
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing(tmp_path):
+    """It finds what the first has kept, at least five times sooner."""
+    out = tmp_path / "restart.json"
+    restart.main(restart.Restart(model="tiny", devices=2, tokens=1024, out=out))
+    figures = json.loads(out.read_text("utf-8"))
+    assert figures["times_faster"] >= 5 and figures["second"]["compile_s"] > 0
+    assert "| second |" in out.with_suffix(".md").read_text("utf-8")
