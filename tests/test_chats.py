@@ -184,6 +184,7 @@ def test_bad_conversations_say_why(processor, heard, chirp):
         (prefer("a", [says("b"), turn("<audio>"), says("c")]), "bad conversation", "got 0"),
         (prefer("a", {**says("b"), "audio": "b"}), "bad conversation", "message 1: wanted each"),
         (learn(heard, says("a<|im_end|>")), "special token in text", "wanted no <|im_end|>"),
+        (learn(heard, says("\ud800")), "not text", "message 2: wanted letters, got half of one"),
         (prefer("<|endoftext|>", "b"), "special token in text", "wanted no <|endoftext|>"),
         (prefer("a", None), "missing field", "no 'rejected' among"),
         (prefer("a", ""), "empty text", "the assistant says nothing"),

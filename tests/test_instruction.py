@@ -278,6 +278,7 @@ def test_bad_samples_say_why(processor, chirp, tmp_path):
         ({"speech": clip(1), "text": ["a"]}, "not text", "wanted a text, got list"),
         ({"speech": clip(1), "text": "<|AUDIO|>"}, "special token in text", "no <|AUDIO|>, got"),
         ({"speech": clip(1), "text": "<|im_end|> x"}, "special token in text", "'text': wanted no"),
+        ({"speech": clip(1), "text": "a \ud800"}, "not text", "wanted letters, got half of one in"),
         ({"speech": clip(1), "text": f"a {prompt.PAD}"}, "special token in text", "<|endoftext|>"),
     ):
         with pytest.raises(BadSample) as caught:

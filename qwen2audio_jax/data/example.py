@@ -26,6 +26,7 @@ LONGEST = 30.0  # seconds that the encoder hears at once
 HEARD = (*storage.WEB, "file", "data")  # URLs that audio.load takes
 # What a prompt is built with and ended by; tags of time, language and task are a data set's to use.
 CONTROL = re.compile("|".join(map(re.escape, (PAD, IM_START, IM_END, AUDIO, AUDIO_BOS, AUDIO_EOS))))
+HALF = re.compile("[\ud800-\udfff]")  # of a letter
 # How audio.load says that there is nothing, rather than something broken.
 ABSENT = ("there is no such file", "the server answered", "cannot be fetched")
 # No sample's fault: they end a run. Whatever else a sample raises is counted.
@@ -134,8 +135,11 @@ def plain(text: str, where: str) -> str:
     """The text, which is only said.
 
     Raises:
-      BadSample: "special token in text": it would end an answer, or begin a turn or a clip.
+      BadSample: "special token in text": it would end an answer, or begin a turn or a clip; "not
+        text": half a letter, which JSON can hold and no tokenizer takes.
     """
+    if HALF.search(text):
+        raise BadSample("not text", f"{where}: wanted letters, got half of one in {text!r}")
     if found := CONTROL.search(text):
         raise BadSample("special token in text", f"{where}: wanted no {found[0]}, got {text!r}")
     return text

@@ -32,8 +32,8 @@ class DataConfig:
     """What is learned, and what is kept to measure it."""
 
     train: tuple[str, ...] = ()
-    """Sources: rows.jsonl, rows.jsonl:SPLIT, ArrayRecord shards, tfds:name/config:split; or made
-    sound, world:NAME/KIND, of which KIND may be `tasks`, all of them."""
+    """Sources: rows.jsonl, rows.jsonl:SPLIT (paths or URLs), ArrayRecord shards on a disk,
+    tfds:name/config:split; or made sound, world:NAME/KIND, of which KIND may be `tasks`, all."""
     tasks: tuple[str, ...] = ()
     """A line for each source, or one for all: `[AUDIO:audio] What is said? -> [TEXT:text]`. With
     an empty one, or without any, rows are conversations, or pairs of answers to one."""
