@@ -2,20 +2,19 @@
 
 Example:
 
-    python benchmarks/checkpoint.py --folder /scratch
-    python benchmarks/checkpoint.py --preset tiny
+    python -m benchmarks.checkpoint --shards 16 --folder /scratch
+    python -m benchmarks.checkpoint --preset tiny
 
 Writes a checkpoint of random bfloat16 values, runs convert.from_hf and convert.to_hf, each in a
 process of its own whose peak resident memory is measured, and compares the result bit by bit.
-The full size needs three times 16.8 GB of disk; everything is deleted at the end.
+With --shards what lies between is stored in the parts of so many devices. The full size needs three
+times 16.8 GB of disk; everything is deleted at the end.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import pathlib
-import platform
 import shutil
 import subprocess
 import sys
@@ -54,11 +53,11 @@ def write_random(folder: pathlib.Path, preset: str) -> None:
         huggingface.write(folder, layout, read, shown.update)
 
 
-def run(program: str, source: pathlib.Path, target: pathlib.Path) -> dict[str, float]:
+def run(program: str, source: pathlib.Path, target: pathlib.Path, *more: str) -> dict[str, float]:
     """Seconds and peak resident GiB of one conversion."""
     start = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", program, str(source), str(target), "--quiet"], cwd=ROOT
+        [sys.executable, "-m", program, str(source), str(target), "--quiet", *more], cwd=ROOT
     )
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
@@ -78,11 +77,46 @@ def compare(before: pathlib.Path, after: pathlib.Path, preset: str) -> dict[str,
     return {
         "tensors": len(a),
         "parameters": sum(int(np.prod(tensor.shape)) for tensor in a.values()),
-        "shards": len(huggingface.shards(before)),
+        "files": len(huggingface.shards(before)),
         "gigabytes": round(sum(tensor.nbytes for tensor in a.values()) / 1e9, 3),
         "different_tensors": different,
         "same_layout": huggingface.layout(before) == huggingface.layout(after),
     }
+
+
+def measure(preset: str, shards: int, folder: str | None) -> dict[str, object]:
+    """Figures of the way there and back; what was written is gone afterwards."""
+    work = pathlib.Path(tempfile.mkdtemp(prefix="checkpoint-", dir=folder))
+    first, ours, back = (work / name for name in ("first", "ours", "back"))
+    try:
+        # in a process of its own: a child's peak counts from its parent's
+        writer = multiprocessing.get_context("spawn").Process(
+            target=write_random, args=(first, preset)
+        )
+        writer.start()
+        writer.join()
+        if writer.exitcode:
+            raise SystemExit("the checkpoint could not be written")
+        return {
+            "preset": preset,
+            "shards": shards,
+            "from_hf": run("convert.from_hf", first, ours, "--shards", str(shards)),
+            "to_hf": run("convert.to_hf", ours, back),
+            **compare(first, back, preset),
+        }
+    finally:
+        shutil.rmtree(work)
+
+
+def markdown(figures: dict) -> str:
+    lines = ["| | seconds | peak resident memory, GiB |", "|---|---|---|"]
+    for program, name in (
+        ("from_hf", f"`convert.from_hf --shards {figures['shards']}`"),
+        ("to_hf", "`convert.to_hf`"),
+    ):
+        seconds, peak = (figures[program][key] for key in ("seconds", "peak_gib"))
+        lines.append(f"| {name} | {seconds:.0f} | {peak:.2f} |")
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -91,41 +125,27 @@ def main() -> int:
         description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", default="qwen2-audio-7b", choices=sorted(config.PRESETS))
+    parser.add_argument("--shards", type=int, default=1, help="as convert.from_hf's (default: 1)")
     parser.add_argument("--folder", help="where to write (default: the system's temporary one)")
     parser.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
     options = parser.parse_args()
-    work = pathlib.Path(tempfile.mkdtemp(prefix="checkpoint-", dir=options.folder))
-    first, ours, back = (work / name for name in ("first", "ours", "back"))
-    try:
-        # in a process of its own: a child's peak counts from its parent's
-        writer = multiprocessing.get_context("spawn").Process(
-            target=write_random, args=(first, options.preset)
-        )
-        writer.start()
-        writer.join()
-        if writer.exitcode:
-            raise SystemExit("the checkpoint could not be written")
-        figures = {
-            "preset": options.preset,
-            "from_hf": run("convert.from_hf", first, ours),
-            "to_hf": run("convert.to_hf", ours, back),
-            **compare(first, back, options.preset),
-            "cores": os.cpu_count(),
-            "machine": platform.machine(),
-            "date": time.strftime("%Y-%m-%d"),
-            "versions": {name: version(name) for name in ("jax", "orbax-checkpoint", "numpy")},
-        }
-    finally:
-        shutil.rmtree(work)
-    print(f"{options.preset}: {figures['tensors']} tensors, {figures['parameters']} parameters,")
-    print(f"{figures['gigabytes']} GB bfloat16 in {figures['shards']} files\n")
-    print(f"{'':<10} {'seconds':>8} {'peak GiB':>9}")
-    for program in ("from_hf", "to_hf"):
-        print(f"{program:<10} {figures[program]['seconds']:8} {figures[program]['peak_gib']:9}")
+    figures = measure(options.preset, options.shards, options.folder)
     good = not figures["different_tensors"] and figures["same_layout"]
-    print(f"\nround trip: {'identical bits' if good else figures['different_tensors']}")
+    about = (
+        f"{options.preset}, {figures['tensors']} tensors, {figures['parameters']} parameters, "
+        f"{figures['gigabytes']} GB bfloat16 in {figures['files']} files, there and back: "
+        f"{'identical bits' if good else 'not the same'}"
+    )
+    print(f"{about}\n\n{markdown(figures)}")
+    if not good:
+        print("different:", ", ".join(figures["different_tensors"]) or "the order in the files")
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+        from benchmarks import sides  # only now: what it imports would count in the peaks
+
+        versions = {name: version(name) for name in ("orbax-checkpoint", "tensorstore", "numpy")}
+        where = sides.machine()
+        where["versions"] |= versions
+        sides.save(options.json, where | figures, about, [markdown(figures)])
     return 0 if good else 1
 
 

@@ -14,10 +14,11 @@ import jax
 import numpy as np
 import pytest
 import reference
+from jax.sharding import NamedSharding
 from safetensors.numpy import load_file
 
 from convert import from_hf, to_hf, verify
-from qwen2audio_jax import weights
+from qwen2audio_jax import sharding, weights
 from qwen2audio_jax.training import lora, peft
 from qwen2audio_jax.training.lora import LoraConfig
 from qwen2audio_jax.weights import folder, huggingface, orbax, settings, table
@@ -80,6 +81,32 @@ def test_every_type_and_a_tied_head_come_back(shape, dtype, tmp_path):
     assert convert(from_hf, tmp_path / "a", tmp_path / "ours") == 0
     assert convert(to_hf, tmp_path / "ours", tmp_path / "b") == 0
     assert_same_files(tmp_path / "a", tmp_path / "b")
+
+
+def test_shards_are_stored_as_devices_hold_them(source, tmp_path, capsys):
+    """Each parameter in the mesh's parts, every bit kept; a mesh that does not fit is refused."""
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    assert convert(from_hf, source, ours, "--shards", 4) == 0
+    mesh = sharding.mesh(devices=jax.devices()[:4], fsdp=4)
+    stored = orbax.ocp.metadata(ours / folder.CHECKPOINT).metadata
+    rows = list(table.entries(settings.read(source)))
+    place = lambda row: NamedSharding(mesh, sharding.spec(row.path, row.our_shape, mesh))
+    parts = {row.key: place(row).shard_shape(row.our_shape) for row in rows}
+    assert {key: x.storage_metadata.chunk_shape for key, x in stored.items()} == parts
+    assert sum(parts[row.key] != row.our_shape for row in rows) > len(rows) / 2
+    assert convert(to_hf, ours, back) == 0
+    assert_same_files(source, back)
+
+    for shards, tensor, message in (
+        (4, 2, "599 does not divide by the 2 devices of mesh axis 'tensor'"),
+        (0, 1, "got 0 and 1"),
+        (4, 3, "got 4 and 3"),
+        (99, 1, "wanted at least 99 devices for --shards, got 8"),
+    ):
+        how = ("--shards", shards, "--mesh.ici-tensor-parallelism", tensor)
+        assert convert(from_hf, source, tmp_path / "x", *how) == 2
+        assert message in one_line(capsys)
+    assert not (tmp_path / "x").exists()
 
 
 def test_dtype_stores_another_type(source, tmp_path):
@@ -311,8 +338,8 @@ def test_the_benchmark_runs_small(tmp_path):
     figures = tmp_path / "figures.json"
     subprocess.run(
         [
-            *(sys.executable, "benchmarks/checkpoint.py", "--preset", "tiny"),
-            *("--folder", tmp_path, "--json", figures),
+            *(sys.executable, "-m", "benchmarks.checkpoint", "--preset", "tiny"),
+            *("--shards", "4", "--folder", tmp_path, "--json", figures),
         ],
         cwd=ROOT,
         check=True,
@@ -323,4 +350,4 @@ def test_the_benchmark_runs_small(tmp_path):
     for program in ("from_hf", "to_hf"):
         assert 0 < got[program]["seconds"] < time.perf_counter() - start
         assert 0.05 < got[program]["peak_gib"] < 4
-    assert list(tmp_path.iterdir()) == [figures]
+    assert sorted(tmp_path.iterdir()) == [figures, figures.with_suffix(".md")]

@@ -15,6 +15,7 @@ from qwen2audio_jax.config import Config
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.progress import Progress
 from qwen2audio_jax.weights import huggingface, settings, table
+from qwen2audio_jax.weights.contiguous import contiguous
 from qwen2audio_jax.weights.folder import CHECKPOINT, is_ours, staged
 from qwen2audio_jax.weights.source import locate
 
@@ -113,7 +114,7 @@ def _theirs(folder: pathlib.Path, config: Config) -> Read:
     def one(key: str, shape: tuple[int, ...], dtype: Any, place: Any) -> jax.Array:
         view = rows[key].to_ours(tensors[rows[key].name].read())
         # a copy: jax would keep the file's own pages, which another process may change
-        part = lambda index: np.array(view[index], dtype, order="C")
+        part = lambda index: contiguous(view[index], dtype)
         return jax.make_array_from_callback(shape, place, part).block_until_ready()
 
     return lambda keys, *how: [one(key, *how) for key in keys]

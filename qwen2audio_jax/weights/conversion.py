@@ -6,9 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
+from qwen2audio_jax import sharding
 from qwen2audio_jax.config import Config
 from qwen2audio_jax.weights import bar, folder, huggingface, orbax, settings, table
+from qwen2audio_jax.weights.contiguous import contiguous
 
 
 def from_huggingface(
@@ -16,6 +19,7 @@ def from_huggingface(
     target: pathlib.Path,
     *,
     dtype: Any = None,
+    mesh: Mesh | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> None:
@@ -23,30 +27,41 @@ def from_huggingface(
 
     Args:
       dtype: to store parameters in; None: as they are, and the way back gives identical files.
+      mesh: each parameter is stored in the parts that it has there, so that a device reads its own
+        alone; any other mesh can read them, too.
 
     Raises:
-      ValueError: `source` is no whole model, or `target` cannot take it.
+      ValueError: `source` is no whole model, the mesh does not divide it, or `target` cannot take
+        it.
       OSError: `target` cannot be written.
     """
     config = settings.read(source)
     if folder.is_ours(source):
         raise ValueError(f"{source} is a folder of ours already")
+    if mesh is not None:
+        sharding.check(config, mesh)
     tensors = huggingface.find(source, config)
     rows = {entry.name: entry for entry in table.entries(config)}
     total = sum(row.count * _itemsize(dtype, tensors[name].dtype) for name, row in rows.items())
 
-    def arrays() -> Iterator[tuple[str, np.ndarray]]:
-        # in the order of the files, so that disks read ahead
-        for name in sorted(rows, key=lambda name: tensors[name][:2]):
-            array = rows[name].to_ours(bits(tensors[name].read()))
-            if dtype is None:
-                yield rows[name].key, np.ascontiguousarray(array).view(tensors[name].dtype)
-            else:
-                yield rows[name].key, np.array(array.view(tensors[name].dtype), dtype, order="C")
+    def one(row: table.Entry) -> np.ndarray | jax.Array:
+        # the file's pages are let go where they were copied, before the copy is written
+        view, stored = row.to_ours(bits(tensors[row.name].read())), tensors[row.name].dtype
+        part = lambda index: _copied(view[index], stored, dtype)
+        if mesh is None:
+            return part(...)
+        place = NamedSharding(mesh, sharding.spec(row.path, row.our_shape, mesh))
+        where = place.addressable_devices_indices_map(row.our_shape).items()
+        # one by one: a part may be copied once more, onto its device
+        parts = [jax.device_put(part(i), device).block_until_ready() for device, i in where]
+        return jax.make_array_from_single_device_arrays(row.our_shape, place, parts)
 
+    # in the order of the files, so that disks read ahead
+    ordered = sorted(rows.values(), key=lambda row: tensors[row.name][:2])
+    arrays = ((row.key, one(row)) for row in ordered)
     with folder.fresh(target, total, source=source, overwrite=overwrite) as partial:
         with bar("converting", total, progress) as shown:
-            orbax.write(partial, arrays(), shown.update)
+            orbax.write(partial, arrays, shown.update)
         if dtype is None:
             orbax.write_layout(partial, huggingface.layout(source))
         folder.copy_settings(source, partial)
@@ -138,13 +153,22 @@ def _stream(
         arrays = orbax.read(source, leaves)
         for row, leaf in group:
             array = row.to_theirs(bits(np.asarray(arrays[row.key])))
-            yield np.ascontiguousarray(array).view(leaf.dtype)
+            yield _in_order(array).view(leaf.dtype)
         del arrays, array  # before the next ones are read
 
 
 def bits(array: np.ndarray) -> np.ndarray:
     """The same bits as integers, which numpy rearranges faster than bfloat16."""
     return array.view(np.dtype(f"u{array.dtype.itemsize}"))
+
+
+def _copied(view: np.ndarray, stored: np.dtype, dtype: Any) -> np.ndarray:
+    """Bits of a tensor as what they are, in memory's order; None: in the type that they have."""
+    return _in_order(view).view(stored) if dtype is None else contiguous(view.view(stored), dtype)
+
+
+def _in_order(array: np.ndarray) -> np.ndarray:
+    return array if array.flags.c_contiguous else contiguous(array, array.dtype)
 
 
 def _itemsize(dtype: Any, stored: np.dtype) -> int:

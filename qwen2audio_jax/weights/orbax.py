@@ -67,25 +67,28 @@ def read(folder: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> di
 
 def write(
     folder: pathlib.Path,
-    arrays: Iterable[tuple[str, np.ndarray]],
+    arrays: Iterable[tuple[str, np.ndarray | jax.Array]],
     advance: Callable[[int], Any],
 ) -> None:
     """Writes parameters as they come; the checkpoint is there when all of them are.
 
     Args:
-      arrays: keys and contents; no more than `GROUP_BYTES` or one array is held.
+      arrays: keys and contents; no more than `GROUP_BYTES` or one array is held. One that lies on
+        several devices is stored in the parts that they hold.
       advance: is told the bytes written.
 
     Raises:
       OSError: they cannot be written.
     """
     path = folder / CHECKPOINT
-    group: dict[str, np.ndarray] = {}
+    group: dict[str, np.ndarray | jax.Array] = {}
     context = ocp.Context()
     # random-looking mantissas hardly compress, and time goes into trying
     context.array.saving.use_compression = False
-    # a device that holds a part reads little more than that
+    # small pieces, so that no device reads much more than the part that it holds
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    # one device writes what all have
+    context.array.saving.use_replica_parallel = False
     context.memory.write_concurrent_bytes = GROUP_BYTES
     context.memory.deepcopy_host_arrays = False  # nobody changes these arrays
 
@@ -101,6 +104,7 @@ def write(
                 if sum(x.nbytes for x in group.values()) + array.nbytes > GROUP_BYTES:
                     flush()
                 group[key] = array
+                del array
             flush()
             ocp.partial.finalize(path)
     except Exception as error:
