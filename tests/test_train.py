@@ -122,6 +122,7 @@ def parameters(folder):
     return Qwen2Audio.from_pretrained(folder, dtype="float32")
 
 
+@pytest.mark.slow
 def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, data, capsys, caplog, monkeypatch):
     """LoRA and a whole projector on a mesh, in parts: adapters, merged models, figures; and a run
     that is done."""
