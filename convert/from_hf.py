@@ -70,7 +70,7 @@ def mesh(shards: int, tensor: int) -> jax.sharding.Mesh | None:
     if shards == 1:
         return None
     with contextlib.suppress(RuntimeError):  # in a process that has begun to use those it has
-        jax.config.update("jax_num_cpu_devices", shards)
+        jax.config.update("jax_num_cpu_devices", max(shards, jax.config.jax_num_cpu_devices))
     devices = jax.devices("cpu")
     if len(devices) < shards:
         raise ValueError(f"wanted at least {shards} devices for --shards, got {len(devices)}")
