@@ -5,6 +5,7 @@ jax.nn.dot_product_attention.
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ SCORES = 2**27  # of plain attention, that may exist on a device at the same tim
 
 GPUS = ("gpu", "cuda")  # as jax calls them
 CUDNN = "cudnn"
+HALVES = (jnp.bfloat16, jnp.float16)
 
 Attention = Literal["autoselected", "dot_product", "flash"]
 
@@ -30,7 +32,7 @@ _CHOICE = jax.make_user_context("autoselected")
 
 
 def using(attention: Attention) -> Any:
-    """A context: `dot_product`, `flash`, or `autoselected`, which is flash on TPUs where it pays.
+    """A context: `dot_product`, `flash`, or `autoselected`, which is flash where it pays.
 
     Where `flash` cannot serve, because keys are cached, it is `dot_product` too.
     """
@@ -49,15 +51,26 @@ def serves(q: Float[Array, "B L N H"], k: Float[Array, "B slots K H"], offset: A
         raise ValueError(
             f"attention=flash is for TPUs and GPUs, got {on}; wanted dot_product there"
         )
-    if choice == "flash" and on in GPUS and q.dtype not in (jnp.bfloat16, jnp.float16):
+    if choice == "flash" and on in GPUS and q.dtype not in HALVES:
         raise ValueError(f"attention=flash on GPUs wants bfloat16, got {q.dtype}")
     ordered = offset is None or (isinstance(offset, int) and offset == 0)
     fits = ordered and q.shape[1] == k.shape[1]
     if choice == "autoselected":
         # without a mesh nobody could tell the kernel how arrays are split over several devices
         alone = jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
-        return fits and alone and on == "tpu" and q.shape[1] >= SHORTEST
+        runs = on == "tpu" or (on in GPUS and _cudnn_has(q))
+        return fits and alone and runs and q.shape[1] >= SHORTEST
     return fits and choice == "flash"
+
+
+def _cudnn_has(q: Float[Array, "B L N H"]) -> bool:
+    """Whether cuDNN's kernel is there for such heads, and on the GPU that is here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = mesh.empty or mesh.shape.get("context", 1) == 1
+    # AMD's are told by a name in the number's place
+    capability = re.match(r"\d+", getattr(jax.local_devices()[0], "compute_capability", ""))
+    ampere = capability is not None and int(capability[0]) >= 8
+    return ampere and whole and q.dtype in HALVES and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
 
 def attend(
@@ -71,7 +84,8 @@ def attend(
 ) -> Float[Array, "B L N H"]:
     """As `layers.attend`; on a CPU by Pallas's interpreter, which is slow and there for tests.
 
-    Every device attends for its own rows, heads and queries.
+    Every device attends for its own rows, heads and queries. Without order all queries are of one
+    segment, and its keys come first, as a clip's do.
     """
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {} if mesh.empty else mesh.shape
@@ -109,12 +123,21 @@ def attend(
 
 
 def _cudnn(q, k, v, q_segments, k_segments, causal):
-    """A mask is read as it is, [B L L] without heads; cuDNN's backward pass wants even lengths."""
+    """A clip's keys are told by their number, so that no [B L L] exists.
+
+    A decoder's rows may be packed, or padded on either side, which is known only when the program
+    runs: jax makes a bias of their mask, [B L L] without heads. cuDNN's backward pass wants even
+    lengths.
+    """
     length = q.shape[1]
     pad = lambda x: jnp.pad(x, [(0, 0), (0, length % 2), *[(0, 0)] * (x.ndim - 2)])
-    seen = pad(q_segments)[:, None, :, None] == pad(k_segments)[:, None, None]
+    if causal:
+        how = {"mask": pad(q_segments)[:, None, :, None] == pad(k_segments)[:, None, None]}
+    else:
+        count = (k_segments == q_segments[:, :1]).sum(axis=1, dtype=jnp.int32)
+        how = {"key_value_seq_lengths": jnp.maximum(count, 1)}  # of no key nothing finite is made
     out = jax.nn.dot_product_attention(
-        pad(q), pad(k), pad(v), mask=seen, is_causal=causal, implementation=CUDNN
+        pad(q), pad(k), pad(v), is_causal=causal, implementation=CUDNN, **how
     )
     return out[:, :length]
 

@@ -1,5 +1,7 @@
 """Flash attention is attention."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,8 +71,14 @@ def test_gpus_are_told_the_same_attention(gpu, offset, length):
         assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b)
 
 
-def test_gpus_run_cudnns_kernel(gpu):
-    """Forward and backward, for a GPU that is not here: what is compiled calls it."""
+@pytest.mark.parametrize(
+    ("offset", "kernel"),
+    [(0, "fmhaScaleBiasSoftmax"), (None, "fmhaSoftmax")],
+    ids=["decoder", "encoder"],
+)
+def test_gpus_run_cudnns_kernel(gpu, offset, kernel):
+    """Forward and backward, for a GPU that is not here: what is compiled calls it; an encoder's
+    clips are told by their lengths, without any array of queries by keys."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     gpu.setattr(cudnn, "check_cudnn_version", lambda: 91000)
@@ -78,12 +86,36 @@ def test_gpus_run_cudnns_kernel(gpu):
     gpu.setattr(cudnn, "is_cuda_compute_capability_equal", lambda wanted: False)
     *qkv, segments = example()
     half = [x.astype(jnp.bfloat16) for x in qkv]
-    how = {"q_segments": segments, "k_segments": segments, "offset": 0}
+    how = {"q_segments": jnp.ones_like(segments), "k_segments": segments, "offset": offset}
     total = lambda *qkv: layers.attend(*qkv, **how).astype(jnp.float32).sum()
     with flash.using("flash"):
         traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(*half)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert "fmhaScaleBiasSoftmax" in text and "fmhaScaleBiasSoftmaxBackward" in text
+    assert f"${kernel}(" in text and f"${kernel}Backward(" in text
+    assert (f"{LENGTH}x{LENGTH}x" in text) == (offset == 0)
+
+
+def test_gpus_have_it_where_it_pays(gpu):
+    """Of long rows, in halves, on what cuDNN's kernel is for: heads of eights, NVIDIA's Ampere."""
+    shape = lambda length=256, width=64, dtype=jnp.bfloat16: jnp.zeros((1, length, 2, width), dtype)
+    serves = lambda **how: flash.serves(shape(**how), shape(**how), 0)
+    here = types.SimpleNamespace(compute_capability="9.0")
+    gpu.setattr(jax, "local_devices", lambda: [here])
+    assert not serves()  # of several GPUs without a mesh
+    with jax.set_mesh(sharding.mesh(data=4, context=2)):
+        assert not serves()
+    with jax.set_mesh(sharding.mesh(data=8)):
+        assert serves()
+        for how in ({"length": 255}, {"width": 36}, {"width": 136}, {"dtype": jnp.float32}):
+            assert not serves(**how)
+        for capability, wanted in (
+            ("8.0", True),
+            ("10.0", True),
+            ("7.5", False),
+            ("gfx942", False),
+        ):
+            here.compute_capability = capability
+            assert serves() is wanted
 
 
 def test_gpus_refuse_what_cudnn_has_not(gpu):
@@ -100,8 +132,8 @@ def test_gpus_refuse_what_cudnn_has_not(gpu):
         jax.eval_shape(lambda *qkv: layers.attend(*qkv, **how), *half)
 
 
-def test_who_chooses_for_himself_gets_flash_on_tpus_alone():
-    """A CPU has none; and keys of a cache are read as ever."""
+def test_who_chooses_for_himself_gets_none_on_a_cpu():
+    """It has none; and keys of a cache are read as ever."""
     q, k, *_ = example()
     assert not flash.serves(q, k, 0)
     with flash.using("flash"):
