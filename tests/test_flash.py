@@ -38,15 +38,19 @@ def test_flash_is_dot_product(offset):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)
 
 
-def test_flash_on_a_mesh_is_flash():
-    """Rows, heads and queries on devices of their own; keys are whole."""
-    q, k, v, segments = example()
-    how = {"q_segments": segments, "k_segments": segments, "offset": 0}
-    attend = lambda q, k, v: layers.attend(q, k, v, **how)
-    wanted = attend(q, k, v)
-    with flash.using("flash"), jax.set_mesh(sharding.mesh(data=2, tensor=2, context=2)):
-        found = jax.jit(attend)(q, k, v)
-    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=2e-4)
+@pytest.mark.parametrize(
+    ("offset", "sizes"),
+    [(0, {"data": 2, "tensor": 2, "context": 2}), (None, {"data": 2, "tensor": 4})],
+    ids=["decoder", "encoder, and more devices than keys have heads"],
+)
+def test_flash_on_a_mesh_is_flash(offset, sizes):
+    """Rows, heads and a decoder's queries on devices of their own, keys whole: the value, and all
+    gradients."""
+    wanted = gradients(*example(), offset)
+    with flash.using("flash"), jax.set_mesh(sharding.mesh(**sizes)):
+        found = gradients(*example(), offset)
+    for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)
 
 
 @pytest.fixture
