@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from qwen2audio_jax import sharding, spread
-from qwen2audio_jax.training import hlo, operations
+from qwen2audio_jax.training import collectives, hlo, operations
 from qwen2audio_jax.training.chips import CHIPS, links, route
 
 
@@ -115,14 +115,14 @@ def test_what_devices_exchange_is_counted_in_bytes_they_take_in():
     ],
 )
 def test_groups_are_read_in_every_form(text, group):
-    assert hlo._group(text, 8) == group
+    assert collectives.group(text, 8) == group
 
 
 def test_a_group_in_another_form_is_not_guessed():
     with pytest.raises(ValueError, match="wanted replica_groups in a known form, got all"):
-        hlo._group("replica_groups=all", 8)
+        collectives.group("replica_groups=all", 8)
     with pytest.raises(ValueError, match="wanted a mesh in a known order, got , device_ids=any"):
-        hlo._group("replica_groups=mesh['a'=8], device_ids=any {'a'}", 8)
+        collectives.group("replica_groups=mesh['a'=8], device_ids=any {'a'}", 8)
 
 
 CHAIN = """
@@ -150,7 +150,46 @@ ENTRY %main (x: f32[8]) -> f32[64] {
 def test_an_exchange_that_goes_on_meanwhile_counts_once():
     """What begins it and what ends it both name it, by its channel; another one is another one."""
     found = hlo.Program(CHAIN, devices=8).costs().collectives
-    assert [(each.channel, each.bytes) for each in found] == [("7", 224.0), ("8", 224.0)]
+    assert [(each.channel, each.bytes, each.exposed) for each in found] == [
+        ("7", 224.0, False),  # it goes on meanwhile
+        ("8", 224.0, True),
+    ]
+
+
+AWAY = """
+ENTRY %main (x: f32[8,64], w: f32[64,64]) -> f32[8,64] {
+  %x = f32[8,64]{1,0} parameter(0)
+  %w = f32[64,64]{1,0} parameter(1)
+  %kept = f32[4,8,64]{2,1,0:S(5)} custom-call(), custom_call_target="AllocateBuffer"
+  %i = s32[] constant(0)
+  %b = f32[1,8,64]{2,1,0} bitcast(%x)
+  %out = ((f32[4,8,64]{2,1,0:S(5)}, f32[1,8,64]{2,1,0}, s32[], s32[], s32[]), \
+f32[4,8,64]{2,1,0:S(5)}, u32[]{:S(2)}) dynamic-update-slice-start(%kept, %b, %i, %i, %i)
+  %s = (f32[8,64]{1,0}, f32[8,64]{1,0}) collective-permute-start(%x), channel_id=1, \
+source_target_pairs={{0,1},{1,0}}
+  WORK
+  %r = f32[8,64]{1,0} collective-permute-done(%s)
+  %o = f32[4,8,64]{2,1,0:S(5)} dynamic-update-slice-done(%out)
+  %in = ((f32[4,8,64]{2,1,0:S(5)}, s32[], s32[], s32[]), f32[1,8,64]{2,1,0}, u32[]{:S(2)}) \
+dynamic-slice-start(%o, %i, %i, %i)
+  %back = f32[1,8,64]{2,1,0} dynamic-slice-done(%in)
+  ROOT %y = f32[8,64]{1,0} bitcast(%back)
+}
+""".replace("\\\n", "")
+WORK = "%d = f32[8,64]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+
+
+def test_what_goes_to_the_host_and_comes_back_is_counted():
+    """The part that is written there and read there, of both memories, and no more."""
+    found = hlo.Program(AWAY.replace("WORK", ""), devices=2).costs()
+    assert found.host == 2 * 8 * 64 * 4 == found.bytes
+
+
+@pytest.mark.parametrize(("work", "exposed"), [(WORK, False), ("", True)])
+def test_an_exchange_hides_behind_work(work, exposed):
+    """One that is awaited as soon as it is begun does not."""
+    (exchange,) = hlo.Program(AWAY.replace("WORK", work), devices=2).costs().collectives
+    assert exchange.exposed is exposed
 
 
 def test_links_depend_on_how_a_group_lies():

@@ -1,69 +1,98 @@
 """The table of pods is made of what was compiled, and goes on where it was stopped."""
 
 import json
+import subprocess
+import types
 
 import pytest
 
 from qwen2audio_jax.training.chips import GIB
 from train import pods
 
+FOUND = {
+    "fits": True,
+    "hbm_peak_bytes": 15 * GIB,
+    "hbm_chip_bytes": 15.75 * GIB,
+    "flops_ratio": 1.3,
+    "step_s": 0.5,
+    "mfu_bound": 0.6,
+    "serial_s": 1.0,
+    "serial_mfu": 0.3,
+    "limit": "links",
+    "compile_s": 100.0,
+    "process_peak_bytes": 3 * GIB,
+}
+
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What is compiled, by a compiler that knows at once: every second thing does not fit."""
+    """What is compiled, by a compiler that knows at once."""
     seen = []
-
-    def compiled(step):
-        seen.append(step.command)
-        return {
-            "fits": len(seen) % 2 == 1,
-            "hbm_peak_bytes": 15 * GIB,
-            "hbm_chip_bytes": 16 * GIB,
-            "flops_ratio": 1.3,
-            "step_s": 0.5,
-            "mfu_bound": 0.6,
-            "limit": "links",
-            "compile_cpu_s": 100.0,
-        }
-
-    monkeypatch.setattr(pods, "compiled", compiled)
+    monkeypatch.setattr(pods, "compiled", lambda step: seen.append(step.command) or FOUND)
     return seen
 
 
-def test_every_step_is_compiled_once(asked, tmp_path):
+def test_every_step_is_compiled_once(asked, tmp_path, monkeypatch):
     out = tmp_path / "docs" / "pods.md"
-    pods.main(pods.Options(out))
+    assert pods.main(pods.Options(out)) == 0
     assert len(asked) == len(set(asked)) == len(out.read_text("utf-8").splitlines()) - 2
     assert set(asked) == set(json.loads(out.with_suffix(".json").read_text("utf-8")))
-    assert "| sft | v5e:4x4 | `--batch 64` | 15.00 of 16.00 GiB | 1.300 | links, 500 ms |" in (
-        out.read_text("utf-8")
-    )
-    assert "**15.00 of 16.00 GiB** | | does not fit" in out.read_text("utf-8")
+    assert (
+        "| pretrain, sft | v5e:4x4 | `--batch 16 --tokens 4096 --clips 5` | 15.00 of 15.75 GiB "
+        "| 1.300 | links, 500 ms | 60% | 1000 ms, 30% | 100 s | 3.0 GiB |"
+    ) in out.read_text("utf-8")
+    assert "**" not in out.read_text("utf-8")
     assert out.with_suffix(".png").stat().st_size > 10_000
+    monkeypatch.setattr(pods, "draw", lambda known, path: None)
     before, everything = out.read_text("utf-8"), len(asked)
     pods.main(pods.Options(out))
     assert len(asked) == everything and out.read_text("utf-8") == before
     pods.main(pods.Options(out, only="lora"))
-    assert asked[everything:] == ["--stage lora-sft --topology v5e:2x4 --batch 16"]
+    assert asked[everything:] == [
+        "--stage lora-sft --topology v5e:2x4 --batch 8 --tokens 4096 --clips 5"
+    ]
 
 
-def test_what_ends_badly_loses_nothing(asked, tmp_path, monkeypatch):
-    """Those before it are in the store, and are not asked for again."""
-    given, compiled = [], pods.compiled
+@pytest.mark.parametrize(
+    ("differs", "bold"),
+    [
+        ({"mfu_bound": 0.59}, "**59%**"),
+        ({"flops_ratio": 1.36}, "**1.360**"),
+        ({"compile_s": 121.0}, "**121 s**"),
+        ({"process_peak_bytes": 7 * GIB}, "**7.0 GiB**"),
+        ({"fits": False, "hbm_peak_bytes": 17 * GIB}, "**17.00 of 15.75 GiB**"),
+        ({"fits": False, "hbm_peak_bytes": 17 * GIB}, "**lacks 1.25 GiB**"),
+    ],
+)
+def test_what_misses_its_aim_is_bold(differs, bold):
+    """Of a step that has these aims; one that generates has none but to fit."""
+    aimed = pods.line(pods.TABLE[0], FOUND | differs)
+    assert bold in aimed and aimed.count("|") == pods.HEAD[0].count("|")
+    if differs.keys() & {"mfu_bound", "flops_ratio", "compile_s", "process_peak_bytes"}:
+        assert aimed.count("**") == 2
+        assert "**" not in pods.line(pods.Step("decode", "v5e:1x2", "--batch 4"), FOUND | differs)
 
-    def breaks(step):
-        if len(given) == 3:
-            raise SystemExit(f"train.pods: error: {step.command} ended with 2")
-        given.append(step)
-        return compiled(step)
 
-    monkeypatch.setattr(pods, "compiled", breaks)
-    with pytest.raises(SystemExit, match="ended with 2"):
-        pods.main(pods.Options(tmp_path / "pods.md"))
-    assert len(json.loads((tmp_path / "pods.json").read_text("utf-8"))) == 3
-    monkeypatch.setattr(pods, "compiled", compiled)
-    pods.main(pods.Options(tmp_path / "pods.md"))
-    assert len(asked) == len(set(asked))
+def test_what_cannot_be_compiled_has_a_row_and_is_tried_again(asked, tmp_path, monkeypatch):
+    """All others are compiled, and the exit status says it."""
+    knows, ends = pods.compiled, "train.compile: error: no such pod\n"
+    refused = types.SimpleNamespace(returncode=2, stdout="", stderr=f"a warning\n{ends}")
+    monkeypatch.undo()
+    monkeypatch.setattr(subprocess, "run", lambda *args, **how: refused)
+    wrong = pods.compiled(pods.TABLE[0])
+    assert wrong == {"error": "no such pod"}
+    some = lambda step: wrong if step.stage == "dpo" else knows(step)
+    monkeypatch.setattr(pods, "compiled", some)
+    monkeypatch.setattr(pods, "draw", lambda known, path: None)
+    out = tmp_path / "pods.md"
+    assert pods.main(pods.Options(out)) == 1
+    (row,) = [row for row in out.read_text("utf-8").splitlines() if "no such pod" in row]
+    assert row.startswith("| dpo | v5e:4x8 |") and "**no such pod**" in row
+    before = len(asked)
+    monkeypatch.setattr(pods, "compiled", knows)
+    assert pods.main(pods.Options(out)) == 0
+    assert asked[before:] == ["--stage dpo --topology v5e:4x8 --batch 32"]
+    assert "no such pod" not in out.read_text("utf-8")
 
 
 def test_slices_are_counted():

@@ -7,8 +7,8 @@
 
 It is the very step of training, or of generation, for the real compiler, of shapes alone: memory
 against the chip's, operations against the model's own, bytes moved, and the time that the chip's
-peak rates leave. A step that does not fit is told with its largest arrays. The compiler is an
-extra: pip install 'qwen2audio_jax[tpu]'.
+peak rates leave. A step that does not fit is told with its largest arrays and with what to change.
+The compiler is an extra: pip install 'qwen2audio_jax[tpu]'.
 """
 
 import dataclasses
@@ -16,10 +16,13 @@ import json
 import pathlib
 import sys
 from dataclasses import field
-from typing import Any
+
+import jax
+from jax.sharding import Mesh
 
 from qwen2audio_jax import config, flash, remat
-from qwen2audio_jax.training import compiled, topology
+from qwen2audio_jax.training import compiled, saved, topology
+from qwen2audio_jax.training.advice import advice, given_of
 from qwen2audio_jax.training.chips import GIB
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.placement import table
@@ -51,6 +54,8 @@ class Compile(topology.Work):
     """As in training; generation has a list of blocks."""
     weight_dtype: str | None = None
     """As in training; without, bfloat16 for LoRA, else float32."""
+    ctc: float = 0.0
+    """As in training: of a model that begins from nothing."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: Lora | None = None
     search: bool = False
@@ -60,6 +65,8 @@ class Compile(topology.Work):
     """Print one JSON object."""
     hlo: pathlib.Path | None = None
     """Write the compiled program's text there, to be read by hand."""
+    save: pathlib.Path | None = None
+    """Write the compiled program there, for qwen2audio_jax.training.saved.load on such chips."""
 
 
 def main(given: Compile) -> None:
@@ -69,21 +76,32 @@ def main(given: Compile) -> None:
         for trial in search(given, lambda one: compiled.compile(lower(one, where), where)[0]):
             print(line(trial), file=sys.stderr, flush=True)
             trials.append(trial)
-        best = max(trials, key=lambda trial: trial.rate)
-        given, report = best.given, best.report
-        if not best.rate:
+        given = max(trials, key=lambda trial: trial.rate).given
+        if not any(trial.rate for trial in trials):
             raise ValueError(f"{given.stage} on {given.topology}: nothing that was tried fits")
+        report = next(trial.report for trial in trials if trial.given is given)
+        mesh = given.mesh.make(where.devices)
     else:
         lowered = lower(given, where)
         if given.mesh.show:
             print(table(lowered.held), file=sys.stderr)
         report, program = compiled.compile(lowered, where)
-        if given.hlo and program is not None:
-            given.hlo.write_text(program.as_text())
+        mesh = lowered.mesh
+        if program is not None:
+            write(given, program)
     if given.json:
-        print(json.dumps(report.as_json() | ({"given": chosen(given)} if given.search else {})))
+        print(json.dumps(as_json(given, report, mesh)))
     else:
-        print("\n".join(told(given, report)))
+        print("\n".join(told(given, report, mesh)))
+
+
+def write(given: Compile, program: jax.stages.Compiled) -> None:
+    """What is to be kept of a program."""
+    if given.hlo:
+        given.hlo.write_text(program.as_text())
+    if given.save:
+        size = saved.save(program, given.save)
+        print(f"{given.save}: {size / 2**20:.0f} MiB", file=sys.stderr)
 
 
 def lower(given: Compile, where: topology.Topology) -> topology.Lowered:
@@ -98,23 +116,26 @@ def lower(given: Compile, where: topology.Topology) -> topology.Lowered:
         optimizer=given.optimizer,
         gradient_accumulation_steps=given.gradient_accumulation_steps,
         scan_layers=given.scan_layers,
+        ctc=given.ctc,
         **{name: value for name, value in how.items() if value is not None},
     )
     return topology.lower(given.stage, config.preset(given.model), given, settings, mesh)
 
 
-def chosen(given: Compile) -> dict[str, Any]:
-    """What a search has varied, as it is given."""
-    usual = dataclasses.asdict(MeshConfig())
-    mesh = {k: v for k, v in dataclasses.asdict(given.mesh).items() if v != usual[k]}
-    return {"batch": given.batch, "remat_policy": given.remat_policy, "mesh": mesh}
+def as_json(given: Compile, report: compiled.Report, mesh: Mesh) -> dict:
+    """A report, what it is of, and where it does not fit, what to change."""
+    return report.as_json() | {
+        "given": given_of(given, mesh),
+        "advice": advice(given, report, mesh),
+    }
 
 
 def line(trial: Trial) -> str:
     """One program of a search."""
-    given, report = chosen(trial.given), trial.report
-    mesh = " ".join(f"{k.removesuffix('_parallelism')} {v}" for k, v in given["mesh"].items())
-    name = f"batch {given['batch']:5}  {given['remat_policy']:20} {mesh or 'fsdp':24}"
+    given, report, usual = trial.given, trial.report, MeshConfig()
+    sizes = {k: v for k, v in vars(given.mesh).items() if v != getattr(usual, k)}
+    mesh = " ".join(f"{k.removesuffix('_parallelism')} {v}" for k, v in sizes.items())
+    name = f"batch {given.batch:5}  {given.remat_policy:20} {mesh or 'fsdp':24}"
     if report is None:
         return f"{name} {trial.why}"
     memory = f"{report.hbm_peak_bytes / GIB:7.2f} GiB"
@@ -124,21 +145,21 @@ def line(trial: Trial) -> str:
     return f"{name} {memory} {speed}"
 
 
-def told(given: Compile, report: compiled.Report) -> list[str]:
+def told(given: Compile, report: compiled.Report, mesh: Mesh) -> list[str]:
     """A report in words."""
-    gib = lambda x: f"{x / GIB:.2f} GiB"
+    gib, ms = (lambda x: f"{x / GIB:.2f} GiB"), (lambda s: f"{s * 1e3:.1f} ms")
     lines = [
         f"{given.stage} of {given.model} on {given.topology}, {given.batch} rows of "
         f"{given.tokens} tokens; of each of {report.devices} devices:",
         f"  memory       {gib(report.hbm_peak_bytes)} of {gib(report.hbm_chip_bytes)}",
     ]
     if not report.fits:
-        advice = "fewer rows, more devices, more gradient_accumulation_steps (or --search)"
-        advice += "" if given.remat_policy == "full" else ", remat_policy full"
         return [
             *(line.replace("memory ", "needs  ") for line in lines),
+            f"  lacks        {gib(report.hbm_peak_bytes - report.hbm_chip_bytes)}",
             *(f"  largest      {each}" for each in report.largest),
-            f"  does not fit: wanted {advice}, or attention flash",
+            *(f"  held         {gib(size)}: {what}" for what, size in report.held.items()),
+            *(f"  try          {each}" for each in advice(given, report, mesh)),
         ]
     lines += [
         f"  held         {gib(report.argument_bytes)} between steps",
@@ -148,9 +169,11 @@ def told(given: Compile, report: compiled.Report) -> list[str]:
             f"  {kind:<12} {each['count']:.0f} times, {gib(each['bytes'])}"
             for kind, each in report.collectives.items()
         ),
-        *(f"  {name:<12} {s * 1e3:.1f} ms at the peak" for name, s in report.seconds.items()),
-        f"  bound        {report.step_s * 1e3:.1f} ms by {report.limit}: MFU "
+        *(f"  {name:<12} {ms(s)} at the peak" for name, s in report.seconds.items() if s),
+        f"  bound        {ms(report.step_s)} by {report.limit}, if it hides all else: MFU "
         f"{report.mfu_bound:.1%} at most",
+        f"  one by one   {ms(report.serial_s)}, if nothing is hidden: MFU {report.serial_mfu:.1%}; "
+        f"the program waits for {ms(report.links_exposed)} of links",
         f"  compiled     in {report.compile_s} s ({report.compile_cpu_s} s of processors), with "
         f"{gib(report.process_peak_bytes)}",
     ]

@@ -13,36 +13,41 @@ class Chip:
 
     Attributes:
       flops: dense bfloat16 operations per second.
-      hbm: bytes of memory.
+      hbm: GiB of memory that a program may take on one device; the compiler keeps the rest.
       bandwidth: bytes per second from and to it.
       link: bytes per second of one link to a neighbour, one way.
       ring: from how many chips on an axis its ends are linked, in multiples of so many; CUBE: on
         all three axes at once.
       dcn: bytes per second from one chip to another slice.
+      host: bytes per second from the host's memory or to it: it goes there in the forward pass and
+        comes back in the backward one.
       kind: how jax calls a device.
-      cores: devices that jax sees in a chip, which share its rates and memory.
+      cores: devices that jax sees in a chip, which share its rates.
     """
 
     flops: float
-    hbm: int
+    hbm: float
     bandwidth: float
     link: float
     ring: int
     dcn: float
+    host: float
     kind: str
     cores: int = 1
 
 
 # Sources: cloud.google.com/tpu/docs, a page for each; "How to Scale Your Model" (jax-ml.github.io/
-# scaling-book), "TPU specs", for links, rings and the network.
+# scaling-book), "TPU specs", for links, rings, the network and PCIe to the host (1.5e10 bytes a
+# second and chip, twice that from v6e on; of 7x it says nothing). Memory is what libtpu 0.0.42 says
+# when it refuses a program; tests/test_tpu.py asks it again.
 # fmt: off
 CHIPS = {
-    #            flops    memory     bandwidth links  ring dcn
-    "v4":  Chip(275e12,   32 * GIB,  1.23e12, 45e9,   4,  6.25e9,  "TPU v4"),
-    "v5e": Chip(197e12,   16 * GIB,  8.19e11, 45e9,  16,  3.125e9, "TPU v5 lite"),
-    "v5p": Chip(459e12,   95 * GIB,  2.77e12, 90e9,   4,  6.25e9,  "TPU v5"),
-    "v6e": Chip(918e12,   32 * GIB,  1.64e12, 90e9,  16,  12.5e9,  "TPU v6 lite"),
-    "7x":  Chip(2307e12, 192 * GIB,  7.38e12, 100e9,  4,  12.5e9,  "TPU7x", cores=2),
+    #            flops    memory  bandwidth links  ring dcn      host
+    "v4":  Chip(275e12,   30.75,  1.23e12, 45e9,   4,  6.25e9,  1.5e10, "TPU v4"),
+    "v5e": Chip(197e12,   15.75,  8.19e11, 45e9,  16,  3.125e9, 1.5e10, "TPU v5 lite"),
+    "v5p": Chip(459e12,   95.74,  2.77e12, 90e9,   4,  6.25e9,  1.5e10, "TPU v5"),
+    "v6e": Chip(918e12,   31.25,  1.64e12, 90e9,  16,  12.5e9,  3.2e10, "TPU v6 lite"),
+    "7x":  Chip(2307e12,  94.75,  7.38e12, 100e9,  4,  12.5e9,  3.2e10, "TPU7x", cores=2),
 }
 # fmt: on
 

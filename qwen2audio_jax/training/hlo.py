@@ -10,29 +10,27 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-import numpy as np
-
-from qwen2audio_jax.training import operations
+from qwen2audio_jax.training import arrays, collectives, operations
+from qwen2audio_jax.training.collectives import Collective
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-_ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _FLOATING = re.compile(r"b?f\d+\[")
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
 _ALIASED = re.compile(r"output_to_operand_aliasing=\{(.*?\))\}(?:,|$)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
-COLLECTIVES = (
-    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
-    *("collective-permute", "collective-broadcast"),
-)
-TO_ALL = ("all-to-all", "ragged-all-to-all")
 # what moves nothing by itself
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"),
     *("conditional", "call", "partition-id", "replica-id", "async-start", "async-update"),
     *("optimization-barrier", "domain"),
 }
+_CALLS = ("while", "fusion", "call", "conditional", "async-start", "custom-call")
+# what takes a device long enough to hide an exchange
+_WORK = {"dot", "convolution", *_CALLS}
+# what touches a part of its first operand: a result of its own or, of an update, the second one
+_PARTS = ("copy", "slice", "dynamic-slice", "gather", "dynamic-update-slice")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,35 +50,18 @@ class Instruction:
         return [name for text in found for name in re.findall(r"%([\w.\-]+)", text)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """One kind of exchange.
-
-    Attributes:
-      bytes: that each device takes in, each time.
-      shape: of its result.
-      group: the devices of the first group, as numbers in the program's order.
-      pairs: of a collective-permute, who sends to whom.
-      times: how often it happens.
-      channel: what the compiler knows it by, in each part of the program that works on it.
-    """
-
-    kind: str
-    bytes: float
-    shape: str
-    group: tuple[int, ...]
-    pairs: tuple[tuple[int, int], ...]
-    times: float
-    where: str
-    channel: str | None
-
-
 @dataclasses.dataclass
 class Costs:
-    """Of one device in one run of a program."""
+    """Of one device in one run of a program.
+
+    Attributes:
+      bytes: from and to its memory.
+      host: bytes from and to the host's.
+    """
 
     flops: float = 0.0
     bytes: float = 0.0
+    host: float = 0.0
     collectives: list[Collective] = dataclasses.field(default_factory=list)
 
     def by_kind(self) -> dict[str, dict[str, float]]:
@@ -112,36 +93,55 @@ class Program:
                 body = self.computations.setdefault(found[2], {})
                 self.entry = found[2] if found[1] else self.entry
 
-    def arrays(self) -> Iterator[tuple[int, ...]]:
-        """The shape of every array that the program names."""
+    def shapes(self) -> Iterator[tuple[int, ...]]:
+        """Of every array that the program names."""
         for body in self.computations.values():
             for each in body.values():
-                for _, dims, _ in _ARRAY.findall(each.type):
-                    yield _dims(dims)
+                yield from map(arrays.shape, arrays.each(each.type))
 
     def costs(self) -> Costs:
         costs = Costs()
-        self._walk(self.entry, 1.0, costs, fused=False)
-        costs.collectives = _each_once(costs.collectives)
+        self._walk(self.entry, 1.0, costs, fused=False, hidden=False)
+        costs.collectives = collectives.each_once(costs.collectives)
         return costs
 
-    def _walk(self, name: str, times: float, costs: Costs, *, fused: bool) -> None:
+    def _walk(self, name: str, times: float, costs: Costs, *, fused: bool, hidden: bool) -> None:
+        """Adds up a computation and what it calls.
+
+        Args:
+          fused: whether it goes on within one instruction, and so in no memory of its own.
+          hidden: whether other work goes on meanwhile.
+        """
         body = self.computations[name]
         for each in body.values():
-            inner = times
-            if each.op == "while":
-                inner = times * self._trips(each, body)
-            if each.op in ("while", "fusion", "call", "conditional", "async-start", "custom-call"):
-                for called in each.called:
-                    if called in self.computations:
-                        within = fused or each.op in ("fusion", "custom-call")
-                        self._walk(called, inner, costs, fused=within)
+            inner = times * self._trips(each, body) if each.op == "while" else times
+            for called in each.called if each.op in _CALLS else ():
+                if called in self.computations:
+                    self._walk(
+                        called,
+                        inner,
+                        costs,
+                        fused=fused or each.op in ("fusion", "custom-call"),
+                        # Of exchanges, those are fused that are begun and awaited apart.
+                        hidden=hidden or each.op in ("fusion", "async-start"),
+                    )
             costs.flops += times * self._flops(each, body)
             kind = each.op.removesuffix("-start")
-            if kind in COLLECTIVES:
-                costs.collectives.append(self._collective(kind, each, body, times))
+            if kind in collectives.KINDS:
+                costs.collectives.append(
+                    collectives.read(
+                        kind,
+                        each.type,
+                        each.rest,
+                        len(each.operands),
+                        self.devices,
+                        times=times,
+                        exposed=not hidden and _exposed(each, body),
+                    )
+                )
             elif not fused and each.op not in _FREE and not each.op.endswith("-done"):
                 costs.bytes += times * self._bytes(each, body)
+                costs.host += times * _to_host(each, body)
 
     def _trips(self, loop: Instruction, body: dict[str, Instruction]) -> float:
         """How often a loop goes round that counts up to what its condition compares with.
@@ -180,34 +180,28 @@ class Program:
         if each.op not in ("dot", "convolution", "custom-call"):
             return 0.0
         operands = [body[name].type for name in each.operands if name in body]
-        shapes = list(map(_shape, operands))
+        shapes = list(map(arrays.shape, operands))
         if each.op == "dot":
             contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.rest)
-            sizes = [shapes[0][i] for i in _dims(contracted[1])]
-            return 2.0 * math.prod(_shape(each.type)) * math.prod(sizes)
+            sizes = [shapes[0][i] for i in arrays.dims(contracted[1])]
+            return 2.0 * math.prod(arrays.shape(each.type)) * math.prod(sizes)
         if each.op == "convolution":
-            return operations.convolution(each.rest, *shapes[:2], _shape(each.type))
-        floating = [_shape(kind) for kind in operands if _FLOATING.match(kind)]
+            return operations.convolution(each.rest, *shapes[:2], arrays.shape(each.type))
+        floating = [arrays.shape(kind) for kind in operands if _FLOATING.match(kind)]
         return operations.kernel(each.name, each.rest, floating)
 
     def _bytes(self, each: Instruction, body: dict[str, Instruction]) -> float:
         """Bytes that go from and to memory: of what is sliced or updated, the part alone."""
-        if each.op in ("dynamic-slice", "slice", "gather"):
-            return 2 * _size(each.type)
-        if each.op == "dynamic-update-slice":
-            return 2 * _size(body[each.operands[1]].type)
         operands = [body[name].type for name in each.operands if name in body]
         if each.op == "copy-start":
-            return sum(map(_size, operands)) + _size(_first(each.type))
-        if each.op.endswith("-start"):  # a part of what is the first of its types
-            part = _ARRAY.findall(each.type)[1]
-            return _plain_size(f"{part[0]}[{part[1]}]") + _size(
-                f"{part[0]}[{part[1]}]{{{part[2]}}}"
-            )
+            return sum(map(_main, operands)) + _main(arrays.each(each.type)[0])
+        if (part := _part(each, body)) is not None and each.op != "copy":
+            whole = arrays.within(operands[0], "main")
+            return arrays.size(part) * whole + _main(part)
         if each.op == "custom-call" and "tpu_custom_call" not in each.rest:
             return 0.0  # marks for the compiler
         if each.op != "fusion" or not each.called:
-            return sum(map(_size, operands)) + _size(each.type)
+            return sum(map(_main, operands)) + _main(each.type)
         inside = self.computations[each.called[0]]
         return self._read(inside, operands) + self._written(inside, each)
 
@@ -217,14 +211,14 @@ class Program:
         for each in parameters:
             number = int(each.rest.partition(")")[0])
             users = [user for user in inside.values() if each.name in user.operands]
-            whole = _size(operands[number]) if number < len(operands) else 0
+            whole = _main(operands[number]) if number < len(operands) else 0
             part = 0.0
             for user in users:
                 if (
                     user.op in ("dynamic-slice", "slice", "gather")
                     and each.name == user.operands[0]
                 ):
-                    part += _plain_size(user.type)
+                    part += arrays.size(user.type)
                 elif user.op != "tuple" and (
                     user.op != "dynamic-update-slice" or each.name != user.operands[0]
                 ):
@@ -237,50 +231,55 @@ class Program:
         kind, root = each.type, _root(inside)
         if passed := _ALIASED.search(each.rest):  # outputs that are operands as they were
             numbers = {int(n) for n in re.findall(r"\{(\d+)[\d,]*\}:", passed[1])}
-            arrays = [found[0] for found in _ARRAY.finditer(kind)]
-            if numbers and root.op == "tuple" and len(arrays) == len(root.operands):
-                return sum(_size(array) for i, array in enumerate(arrays) if i not in numbers)
+            parts = arrays.each(kind)
+            if numbers and root.op == "tuple" and len(parts) == len(root.operands):
+                return sum(_main(part) for i, part in enumerate(parts) if i not in numbers)
         while root.op == "bitcast" and root.operands[0] in inside:
             root = inside[root.operands[0]]
         if root.op == "dynamic-update-slice":
-            return min(_size(kind), _plain_size(inside[root.operands[1]].type))
-        return _size(kind)
-
-    def _collective(self, kind, each, body, times) -> Collective:
-        group = _group(each.rest, self.devices)
-        n = len(group)
-        arrays = [f"{dtype}[{dims}]" for dtype, dims, _ in _ARRAY.findall(each.type)]
-        given = len(each.operands)
-        # what begins one gives what it takes in, and then what comes out
-        results = arrays[given : 2 * given] if len(arrays) >= 2 * given else arrays
-        size = sum(map(_plain_size, results))
-        share = {
-            "all-reduce": 2 * (n - 1) / n,
-            "reduce-scatter": n - 1,  # the result is a part of what came in
-            "collective-permute": 1,
-        }.get(kind, (n - 1) / n)
-        where = re.search(r'op_name="([^"]*)"', each.rest)
-        channel = re.search(r"channel_id=(\d+)", each.rest)
-        return Collective(
-            kind=kind,
-            bytes=size * share,
-            shape=each.type,
-            group=group,
-            pairs=_pairs(each.rest),
-            times=times,
-            where=where[1] if where else "",
-            channel=channel and channel[1],
-        )
+            return min(_main(kind), arrays.size(inside[root.operands[1]].type))
+        return _main(kind)
 
 
-def _each_once(collectives: list[Collective]) -> list[Collective]:
-    """Without repetitions: what begins, waits for and ends an exchange each name it."""
-    known: dict[str, Collective] = {}
-    for number, each in enumerate(collectives):
-        key = each.channel or f"without {number}"
-        if key not in known or each.times > known[key].times:
-            known[key] = each
-    return list(known.values())
+def _exposed(each: Instruction, body: dict[str, Instruction]) -> bool:
+    """Whether a device waits for an exchange: it has no beginning and end of their own, or nothing
+    that takes time lies between these."""
+    if not each.op.endswith("-start"):
+        return True
+    after = list(body.values())[list(body).index(each.name) + 1 :]
+    for number, other in enumerate(after):
+        if each.name in other.operands and other.op.endswith("-done"):
+            return not any(between.op in _WORK for between in after[:number])
+    return False
+
+
+def _part(each: Instruction, body: dict[str, Instruction]) -> str | None:
+    """The type of what is copied, read of an array or written into it; None: of other work."""
+    kind = each.op.removesuffix("-start")
+    if kind not in _PARTS:
+        return None
+    if kind == "dynamic-update-slice":
+        return body[each.operands[1]].type
+    if each.op == kind:
+        return each.type
+    # its operands, its result and what it is awaited by; a copy has its result first
+    return arrays.each(each.type)[0 if kind == "copy" else len(each.operands)]
+
+
+def _to_host(each: Instruction, body: dict[str, Instruction]) -> float:
+    """Bytes that go from the host's memory or to it."""
+    operands = [body[name].type for name in each.operands if name in body]
+    if not any(arrays.size(kind, "host") for kind in (*operands, each.type)):
+        return 0.0
+    if (part := _part(each, body)) is not None:
+        return arrays.size(part)
+    if each.op == "custom-call":
+        return 0.0  # room that is set aside
+    return sum(arrays.size(kind, "host") for kind in (*operands, each.type))
+
+
+def _main(kind: str) -> float:
+    return arrays.size(kind, "main")
 
 
 def _root(body: dict[str, Instruction]) -> Instruction:
@@ -323,90 +322,3 @@ def _end(text: str) -> int:
         if not depth:
             return i
     return len(text)
-
-
-def _dims(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split(",") if n)
-
-
-def _shape(kind: str) -> tuple[int, ...]:
-    found = _ARRAY.search(kind)
-    return _dims(found[2]) if found else ()
-
-
-def _first(kind: str) -> str:
-    found = _ARRAY.search(kind)
-    return found[0] if found else ""
-
-
-def _width(dtype: str) -> float:
-    if dtype in ("pred", "token"):
-        return float(dtype == "pred")
-    return int(re.search(r"\d+", dtype)[0]) / 8
-
-
-def _plain_size(kind: str) -> float:
-    return sum(_width(dtype) * math.prod(_dims(dims)) for dtype, dims, _ in _ARRAY.findall(kind))
-
-
-def _size(kind: str) -> float:
-    """Bytes in the device's main memory: S(1) and on are others, nearer or the host's."""
-    return sum(
-        _width(dtype) * math.prod(_dims(dims))
-        for dtype, dims, layout in _ARRAY.findall(kind)
-        if not re.search(r"S\([1-9]", layout)
-    )
-
-
-def _group(text: str, devices: int) -> tuple[int, ...]:
-    """The first group of devices that exchange something.
-
-    Raises:
-      ValueError: it is written in no form that is known.
-    """
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-        return _dims(found[1])
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, order, turned = (_dims(x or "") for x in found.groups())
-        numbers = np.arange(math.prod(order)).reshape(order)
-        numbers = numbers.transpose(turned) if turned else numbers
-        return tuple(int(n) for n in numbers.reshape(shape)[0])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](.*?) ?\{([^}]*)\}", text):
-        return _along_axes(*found.groups())
-    if pairs := _pairs(text):
-        return pairs[0]
-    if (found := re.search(r"replica_groups=(\S*)", text)) is None or found[1].startswith("{}"):
-        return tuple(range(devices))
-    raise ValueError(f"wanted replica_groups in a known form, got {found[1]}")
-
-
-def _along_axes(mesh: str, order: str, axes: str) -> tuple[int, ...]:
-    """The first group along axes `'a','b'` of a mesh `'a'=2,'b'=4`.
-
-    `'b':(2)2` is a part of an axis, 2 of its devices, of which the ones of a part of 2 are apart.
-
-    Raises:
-      ValueError: the mesh's devices are in an order that is not understood.
-    """
-    sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    numbers = np.arange(math.prod(sizes.values()))
-    if order:  # `, device_ids=([4,2]T(1,0))`: counted in this shape, with its axes turned
-        found = re.fullmatch(r", device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", order)
-        if found is None:
-            raise ValueError(f"wanted a mesh in a known order, got {order}")
-        numbers = numbers.reshape(_dims(found[1]))
-        numbers = (numbers.transpose(_dims(found[2])) if found[2] else numbers).ravel()
-    numbers, group = numbers.reshape(tuple(sizes.values())), np.zeros(1, int)
-    stride = dict(zip(sizes, (np.array(numbers.strides) // numbers.itemsize).tolist(), strict=True))
-    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
-        count = int(size or sizes[name])
-        step = stride[name] * (sizes[name] // (int(before or 1) * count))
-        group = (group[:, None] + step * np.arange(count)).ravel()
-    return tuple(int(n) for n in numbers.ravel()[group])
-
-
-def _pairs(text: str) -> tuple[tuple[int, int], ...]:
-    """The devices that send, each with the one that it sends to."""
-    found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", text)
-    pairs = re.findall(r"\{(\d+),(\d+)\}", found[1]) if found else []
-    return tuple((int(a), int(b)) for a, b in pairs)

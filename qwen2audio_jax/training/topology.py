@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from qwen2audio_jax import cache as caches
 from qwen2audio_jax import config, flash, processor, programs, sharding
+from qwen2audio_jax.data.pack import FRAMES_PER_WORD
 from qwen2audio_jax.generate import GREEDY, SHORTEST_CACHE, bucket
 from qwen2audio_jax.mel import audio_tokens
 from qwen2audio_jax.model import Qwen2Audio
@@ -38,6 +39,9 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compilers do not contend for a device
 }
+# As jax drives them: both cores of a v4 chip are one device. Others are so of themselves, or, 7x,
+# have two.
+CHIP_CONFIGS = {"v4": "megacore"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +76,13 @@ class Work:
             if getattr(self, name) < 1:
                 raise ValueError(f"wanted {name} of at least 1, got {getattr(self, name)}")
 
-    def arrays(self, c: config.Config, stage: str, parts: int = 1) -> dict[str, np.ndarray]:
+    def arrays(
+        self, c: config.Config, stage: str, parts: int = 1, *, words: bool = False
+    ) -> dict[str, np.ndarray]:
         """A batch in which every row is full, and all is learned that is not heard.
+
+        Args:
+          words: whether it has what is said in each clip, for CTC, as many words as there may be.
 
         Raises:
           ValueError: rows are too short for their clips, or do not make up the parts.
@@ -98,6 +107,8 @@ class Work:
             text = {f"{side}_{k}": x for side in ("chosen", "rejected") for k, x in text.items()}
         else:
             text["segment_ids"] = np.ones_like(ids)
+        if words:
+            sound["words"] = np.zeros((clips, max(self.frames // FRAMES_PER_WORD, 1)), np.int32)
         if stage == "dpo-precomputed":
             known = np.zeros(self.batch, np.float32)
             text |= {"ref_chosen_logps": known, "ref_rejected_logps": known}
@@ -138,14 +149,14 @@ def describe(name: str, *, slices: int = 1) -> Topology:
             topology_name=f"{kind}:{'x'.join(map(str, shape))}",
             chips_per_host_bounds=(*host, 1),
             num_slices=slices,
+            **(
+                {"chip_config_name": CHIP_CONFIGS[generation]} if generation in CHIP_CONFIGS else {}
+            ),
         ).devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"no topology {name}: {str(error).splitlines()[0]}") from None
     if len(found) != (wanted := slices * math.prod(shape) * chip.cores):
-        raise ValueError(
-            f"{name}: wanted {wanted} devices, the compiler has {len(found)}: jax makes no mesh of "
-            "the cores of one chip"
-        )
+        raise ValueError(f"{name}: wanted {wanted} devices, the compiler has {len(found)}")
     return Topology(name, chip, shape, list(found))
 
 
@@ -167,14 +178,14 @@ class Lowered:
       flops: that the model itself needs, of all devices.
       held: what devices hold, by what it is.
       loops: how often a loop goes round whose rounds depend on data.
-      devices: those of the program, in its order.
+      mesh: what it is for; its devices are the program's, in its order.
     """
 
     program: jax.stages.Lowered
     flops: float
     held: dict[str, Any]
     loops: int
-    devices: list[jax.Device]
+    mesh: Mesh
 
 
 def lower(
@@ -197,7 +208,7 @@ def lower(
         with flash.using(settings.attention):
             return (_reading if stage == "prefill" else _saying)(sizes, work, settings, mesh)
     parts = settings.gradient_accumulation_steps
-    batch = work.arrays(sizes, stage, parts)
+    batch = work.arrays(sizes, stage, parts, words=settings.ctc > 0)
     model = _shapes(sizes, settings.weight_dtype, mesh, scan_layers=settings.scan_layers)
     trainee = trainee_of(settings, model, mesh)
     shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batch.items()}
@@ -208,7 +219,7 @@ def lower(
         flops=trainee.flops(batch),
         held=trainee.held() | {"batch": dict(placement.place(shapes, mesh, parts=parts))},
         loops=-(-learned // chunk_size(sides * rows, work.tokens, mesh.size)),
-        devices=list(mesh.devices.flat),
+        mesh=mesh,
     )
 
 
@@ -241,7 +252,7 @@ def _reading(sizes, work, settings, mesh) -> Lowered:
     last["labels"] = np.broadcast_to(last["labels"], batch["labels"].shape)
     (heard, projected), reading, head = flops.forward(sizes, last)
     held = {"model": nnx.state(model), "batch": dict(shapes)}
-    return Lowered(program, heard + projected + reading + head, held, 1, list(mesh.devices.flat))
+    return Lowered(program, heard + projected + reading + head, held, 1, mesh)
 
 
 def _saying(sizes, work, settings, mesh) -> Lowered:
@@ -259,6 +270,4 @@ def _saying(sizes, work, settings, mesh) -> Lowered:
     with jax.set_mesh(mesh):
         program = programs.decode.lower(model, state, draws, rules, 1)
     needed = rows * flops.of_token(d, work.tokens)
-    return Lowered(
-        program, needed, {"model": nnx.state(model), "cache": cache}, 1, list(mesh.devices.flat)
-    )
+    return Lowered(program, needed, {"model": nnx.state(model), "cache": cache}, 1, mesh)
