@@ -3,10 +3,13 @@
 import dataclasses
 import importlib.util
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen2audio_jax import Qwen2Audio, sharding
 from qwen2audio_jax.training import arrays, compiled, hlo, placement, topology
@@ -44,23 +47,50 @@ def test_every_stage_has_a_program(mesh, stage):
     assert "bytes a device" in placement.table(lowered.held)
 
 
-def test_a_step_gathers_no_stack_and_holds_no_scores(mesh):
-    """Parameters come a layer at a time; nowhere is there an array of [B L V]."""
-    many = dataclasses.replace(small.EVEN.decoder, vocabulary=4096)
-    words = dataclasses.replace(small.EVEN, decoder=many)
-    lowered = topology.lower("sft", words, LONG, settings(), mesh)
-    program = hlo.Program(lowered.program.compile().as_text(), devices=8)
-    scores = LONG.batch * LONG.tokens * many.vocabulary // 8
-    assert max(np.prod(shape) for shape in program.shapes()) < scores
-    gathers = [each for each in program.costs().collectives if each.kind == "all-gather"]
-    stacks = [
-        x.shape
-        for name, x in placement.by_name(lowered.held["trained"]).items()
+def stacks_gathered(trained, text):
+    """All-gathers of which a result has as many values as a stack, `tensor` being split or not."""
+    stacks = {
+        (x.shape[0], x.size // parts): name
+        for name, x in placement.by_name(trained).items()
+        for parts in (1, 2)
         if ".blocks." in name and x.ndim > 2
+    }
+    gathers = [
+        each
+        for each in hlo.Program(text, devices=8).costs().collectives
+        if each.kind == "all-gather"
     ]
     assert gathers and stacks
-    for each in gathers:
-        assert arrays.shape(each.shape) not in stacks, each
+    results = [arrays.shape(x) for each in gathers for x in arrays.each(each.shape)]
+    return [stacks[key] for x in results for n in x if (key := (n, np.prod(x))) in stacks]
+
+
+def test_a_step_gathers_no_stack_and_holds_no_scores(mesh):
+    """Parameters come a layer at a time; nowhere is there an array of [B L V]."""
+    many = dataclasses.replace(small.EVEN.decoder, vocabulary=4096, layers=3)
+    words = dataclasses.replace(small.EVEN, decoder=many)
+    lowered = topology.lower("sft", words, LONG, settings(), mesh)
+    text = lowered.program.compile().as_text()
+    scores = LONG.batch * LONG.tokens * many.vocabulary // 8
+    assert max(np.prod(shape) for shape in hlo.Program(text, devices=8).shapes()) < scores
+    assert not stacks_gathered(lowered.held["trained"], text)
+
+
+@pytest.mark.parametrize("over", [(None, None, "tensor"), ()])
+def test_a_stack_that_is_gathered_is_noticed(mesh, over):
+    """Over `fsdp` alone, or all of it."""
+    place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+
+    def loss(kernel):
+        kernel = jax.lax.with_sharding_constraint(kernel, place(*over))
+        return jax.lax.scan(lambda x, up: (jnp.tanh(x @ up), None), jnp.ones((8, 16)), kernel)[
+            0
+        ].sum()
+
+    kernel = jax.ShapeDtypeStruct((3, 16, 16), np.float32, sharding=place(None, "fsdp", "tensor"))
+    text = jax.jit(jax.grad(loss)).lower(kernel).compile().as_text()
+    trained = {"decoder": {"blocks": {"up": kernel}}}
+    assert "decoder.blocks.up" in stacks_gathered(trained, text)
 
 
 def test_mistakes_are_lines(mesh, monkeypatch):
