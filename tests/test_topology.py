@@ -67,8 +67,9 @@ def stacks_gathered(trained, text):
 
 def test_a_step_gathers_no_stack_and_holds_no_scores(mesh):
     """Parameters come a layer at a time; nowhere is there an array of [B L V]."""
-    many = dataclasses.replace(small.EVEN.decoder, vocabulary=4096, layers=3)
-    words = dataclasses.replace(small.EVEN, decoder=many)
+    many = dataclasses.replace(small.EVEN.decoder, vocabulary=4096, layers=7)
+    hears = dataclasses.replace(small.EVEN.encoder, layers=7)  # like no other size
+    words = dataclasses.replace(small.EVEN, encoder=hears, decoder=many)
     lowered = topology.lower("sft", words, LONG, settings(), mesh)
     text = lowered.program.compile().as_text()
     scores = LONG.batch * LONG.tokens * many.vocabulary // 8
