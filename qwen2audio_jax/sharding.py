@@ -56,7 +56,10 @@ def mesh(
             f"a mesh of {dict(zip(AXES, shape, strict=True))}{slices} needs {needed} devices, "
             f"there are {len(devices)}"
         )
-    laid_out = _by_host(_laid_out(shape, over, devices))
+    try:
+        laid_out = _by_host(_laid_out(shape, over, devices))
+    except NotImplementedError as error:
+        raise ValueError(f"no mesh of {shape} for these devices: {error}") from error
     return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -75,7 +78,11 @@ def _laid_out(shape, over, devices) -> np.ndarray:
         known = {getattr(device, mark, None) for device in devices}
         if len(known) == math.prod(over) and None not in known:
             return mesh_utils.create_hybrid_device_mesh(
-                shape, over, devices, process_is_granule=mark == marks[1]
+                shape,
+                over,
+                devices,
+                process_is_granule=mark == marks[1],
+                allow_split_physical_axes=True,  # as 128 of a 16 x 16
             )
     if devices[0].platform != "cpu":
         raise ValueError(f"wanted {math.prod(over)} slices, the devices are of {slices}")

@@ -15,6 +15,7 @@ from qwen2audio_jax import sharding, spread, weights
 from qwen2audio_jax.config import PRESETS, Config, DecoderConfig, EncoderConfig, preset
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.training import placement
+from qwen2audio_jax.training.settings import MeshConfig
 from qwen2audio_jax.weights import conversion, table
 
 SHAPE = Config(
@@ -129,7 +130,15 @@ def test_a_table_says_what_each_device_holds():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
+    """What is asked of a device that is not here."""
+
     process_index: int
+    id: int = 0
+    slice_index: int = 0
+    coords: tuple[int, ...] = (0, 0, 0)
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
 
 
 def test_the_rows_of_a_host_are_next_to_each_other():
@@ -177,3 +186,47 @@ def test_slices_that_nobody_mentions_are_told_of():
         sharding._laid_out((1, 8, 1, 1), (1, 1, 1, 1), devices)
     with pytest.raises(ValueError, match=r"of 2 slices: wanted .*, got 4$"):
         sharding._laid_out((1, 2, 1, 1), (4, 1, 1, 1), devices)
+
+
+def pod(*, slices: int, side: int, **kind: str) -> list[Chip]:
+    """Chips of slices of side x side, four of them on a host."""
+    return [
+        Chip(
+            (number * side // 2 + y // 2) * side // 2 + x // 2,
+            id=number * side**2 + y * side + x,
+            slice_index=number,
+            coords=(x, y, 0),
+            **kind,
+        )
+        for number in range(slices)
+        for y in range(side)
+        for x in range(side)
+    ]
+
+
+def test_an_axis_of_several_slices_may_be_a_part_of_a_side():
+    """128 of a 16 x 16, on each of two slices, which are the outermost."""
+    devices = pod(slices=2, side=16)
+    found = sharding._laid_out((2, 128, 1, 1), (2, 1, 1, 1), devices)
+    assert found.shape == (4, 128, 1, 1)
+    assert [{d.slice_index for d in copy.flat} for copy in found] == [{0}, {0}, {1}, {1}]
+    assert len({device.id for device in found.flat}) == len(devices)
+
+
+def test_gpus_of_each_host_are_a_slice():
+    """As XLA numbers them: without a word they are refused, with -1 there are as many as hosts."""
+    gpus = pod(slices=2, side=2, platform="gpu", device_kind="NVIDIA H100")
+    with pytest.raises(ValueError, match=r"as --mesh.dcn-data-parallelism 2"):
+        sharding._laid_out((1, 8, 1, 1), (1, 1, 1, 1), gpus)
+    over = MeshConfig(dcn_data_parallelism=-1)._filled("dcn", 2)
+    found = sharding._laid_out((1, 4, 1, 1), tuple(over.values()), gpus)
+    assert [[d.slice_index for d in copy.flat] for copy in found] == [[0] * 4, [1] * 4]
+
+
+def test_what_jax_cannot_lay_out_is_a_line(monkeypatch):
+    def refuses(*args, **how):
+        raise NotImplementedError("Failed to find assignment")
+
+    monkeypatch.setattr(sharding.mesh_utils, "create_device_mesh", refuses)
+    with pytest.raises(ValueError, match=r"no mesh of \(1, 8, 1, 1\) for these devices: Failed"):
+        sharding.mesh(fsdp=8)
