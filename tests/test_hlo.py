@@ -244,3 +244,13 @@ def test_flash_attention_costs_queries_times_keys(rows):
     shapes = [(*rows, 4, 256, 64), (*rows, 4, 1024, 64), (*rows, 4, 1024, 64)]
     wanted = 2 * 2 * math.prod(rows) * 4 * 256 * 1024 * 64
     assert operations.kernel("splash_mha_fwd", text, shapes) == wanted
+
+
+@pytest.mark.parametrize(("shards", "seen"), [(1, 0.5), (2, 0.75), (4, 0.875)])
+def test_the_slowest_of_those_who_share_a_row_is_counted(shards, seen):
+    """It has the last of the tokens, and sees all of the past but a half of its own part."""
+    text = 'custom_call_target="tpu_custom_call", metadata={op_name="causal/splash_mha_fwd"}'
+    length = 2**17  # so long that a block more or less is nothing
+    shapes = [(4, length // shards, 64), (4, length, 64), (4, length, 64)]
+    wanted = 2 * 2 * 4 * (length // shards) * length * 64 * seen
+    assert operations.kernel("splash_mha_fwd", text, shapes) == pytest.approx(wanted, rel=0.01)

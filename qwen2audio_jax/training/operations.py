@@ -43,6 +43,9 @@ def _taps(size, taps, out, stride, pad, spread, apart) -> int:
 def kernel(name: str, text: str, shapes: list[Shape]) -> float:
     """Splash attention's products over the blocks that its mask leaves; of other kernels none.
 
+    Of devices that share a row by its tokens, the one with the last of them sees the most of the
+    past; the others wait for it, and what it does is counted.
+
     Args:
       shapes: of its operands of floating point, queries and keys first. One row alone is a matrix
         of heads: Pallas leaves out a batch of one.
@@ -54,6 +57,7 @@ def kernel(name: str, text: str, shapes: list[Shape]) -> float:
     keys = shapes[1][-2]  # of all devices that share a row's queries
     backward = "dkv" in name
     products = 5 if backward else 2
-    blocks = keys // flash.largest_block(queries)
-    seen = (blocks + 1) / (2 * blocks) if "causal" in found[1] else 1.0
+    block = flash.largest_block(queries)
+    own, blocks = queries // block, keys // block
+    seen = 1 - (own - 1) / (2 * blocks) if "causal" in found[1] else 1.0
     return 2.0 * products * math.prod(rows) * number * queries * keys * width * seen
