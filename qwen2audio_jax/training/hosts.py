@@ -2,11 +2,14 @@
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import itertools
 import json
 import os
 import platform
+import signal
+import socket
 import sys
 import threading
 import time
@@ -28,6 +31,7 @@ LEFT = "left"  # the last sign of a process that ends in order
 # What processes tell the service.
 NAMES, LIFE, LOST = (f"qwen2audio_jax/{what}" for what in ("names", "life", "lost"))
 _ENDING = threading.Lock()
+_HANDLERS: list[Any] = []  # C has no other hold on them
 
 
 def join(config: HostsConfig) -> None:
@@ -55,6 +59,10 @@ def join(config: HostsConfig) -> None:
     _tell(NAMES, here())
     watch = Watch(config.timeout)
     watch.start()
+    if jax.process_index():
+        client = distributed.global_state.client
+        first = client.blocking_key_value_get(f"{NAMES}/0", MEETING * 1000)
+        _say_when_aborted(first, watch)
     atexit.register(watch.leave)  # before jax, which leaves the service
 
 
@@ -138,8 +146,9 @@ class Watch(threading.Thread):
 
     def __init__(self, timeout: int):
         super().__init__(daemon=True)
-        self._timeout = timeout
+        self.timeout = timeout
         self._leaves = threading.Event()
+        self.answered = time.monotonic()  # when the service took a sign of life last
         self._last: dict[int, tuple[str, float]] = {}  # each one's last sign, and since when
 
     def run(self) -> None:
@@ -147,6 +156,7 @@ class Watch(threading.Thread):
             # what the service does not take now it may take later; if it is gone, jax makes an end
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 _tell(LIFE, str(number))
+                self.answered = time.monotonic()
                 if lost := self.lost(time.monotonic()):
                     _end("no sign of life", lost)
             if self._leaves.wait(BEAT):
@@ -164,7 +174,7 @@ class Watch(threading.Thread):
         return _named(
             number
             for number, (sign, since) in self._last.items()
-            if sign != LEFT and now - since > self._timeout
+            if sign != LEFT and now - since > self.timeout
         )
 
     def leave(self) -> None:
@@ -173,6 +183,40 @@ class Watch(threading.Thread):
         self.join()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _tell(LIFE, LEFT)
+
+
+def _say_when_aborted(first: str, watch: Watch) -> None:
+    """Names the first process where jax aborts this one because the service went with it.
+
+    That comes at once, from a thread of jax's own, before one of Python's could notice; Python's
+    handlers run when the signal's own has returned, which is too late.
+
+    Args:
+      first: its name.
+    """
+
+    def aborted(number: int) -> None:
+        if _is_gone() or time.monotonic() - watch.answered > watch.timeout:
+            said = f"{here()}: lost {first}, where all report"
+            print(f"train: error: {said}", file=sys.stderr, flush=True)
+            os._exit(1)
+        signal_of(number, None)  # it is something else: as without
+
+    signal_of = ctypes.CDLL(None).signal
+    signal_of.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
+    _HANDLERS.append(handler)
+    signal_of(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+
+
+def _is_gone() -> bool:
+    """Whether nothing listens where the service was."""
+    host, _, port = distributed.global_state.coordinator_address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=BEAT).close()
+    except OSError:
+        return True
+    return False
 
 
 def _end(reason: str, lost: str) -> NoReturn:
