@@ -68,18 +68,24 @@ class Compile(topology.Work):
     save: pathlib.Path | None = None
     """Write the compiled program there, for qwen2audio_jax.training.saved.load on such chips."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.search and (self.save or self.hlo):
+            raise ValueError("--save and --hlo are of one program: wanted them without --search")
+
 
 def main(given: Compile) -> None:
     where = topology.describe(given.topology, slices=given.slices)
     if given.search:
         trials = []
-        for trial in search(given, lambda one: compiled.compile(lower(one, where), where)[0]):
+        measure = lambda one: compiled.compile(lower(one, where), where)[0]
+        for trial in search(given, measure, len(where.devices)):
             print(line(trial), file=sys.stderr, flush=True)
             trials.append(trial)
-        given = max(trials, key=lambda trial: trial.rate).given
-        if not any(trial.rate for trial in trials):
-            raise ValueError(f"{given.stage} on {given.topology}: nothing that was tried fits")
-        report = next(trial.report for trial in trials if trial.given is given)
+        best = max(trials, key=lambda trial: trial.rank)
+        given, report = best.given, best.report
+        if report is None:
+            raise ValueError(f"{given.stage} on {given.topology}: nothing divides; {best.why}")
         mesh = given.mesh.make(where.devices)
     else:
         lowered = lower(given, where)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jax.sharding import Mesh
 
@@ -11,6 +11,7 @@ from qwen2audio_jax.training.compiled import Report
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 
 
+@runtime_checkable
 class Asked(Protocol):
     """What a program was compiled for, as `train.compile` is told."""
 

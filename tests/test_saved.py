@@ -1,0 +1,48 @@
+"""A compiled program outlives its process, and does the same as before."""
+
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import serialize_executable
+
+from qwen2audio_jax import sharding
+from qwen2audio_jax.training import saved
+
+
+@pytest.fixture
+def program():
+    """Of four devices, with trees of arguments and results."""
+    mesh = sharding.mesh(devices=jax.devices()[:4], fsdp=4)
+    rows = jax.NamedSharding(mesh, jax.P("fsdp"))
+    f = jax.jit(lambda state, x: ({"sum": state["sum"] + x.sum()}, x * 2), donate_argnums=0)
+    x = jax.device_put(jnp.arange(8.0), rows)
+    state = {"sum": jax.device_put(jnp.float32(1), jax.NamedSharding(mesh, jax.P()))}
+    return f.lower(state, x).compile(), state, x
+
+
+def test_a_saved_program_runs(program, tmp_path):
+    compiled, state, x = program
+    path = tmp_path / "program"
+    assert saved.save(compiled, path) == path.stat().st_size
+    again, doubled = saved.load(path, jax.devices()[:4])(state, x)
+    assert again["sum"] == 29 and doubled.sharding == x.sharding
+    np.testing.assert_array_equal(doubled, 2 * np.arange(8.0))
+
+
+def test_what_cannot_be_is_a_line(program, tmp_path, monkeypatch):
+    """A file of another version, and a runtime that keeps its programs to itself."""
+    compiled, *_ = program
+    path = tmp_path / "program"
+    path.write_bytes(pickle.dumps(("0.1", b"", None, None)))
+    with pytest.raises(ValueError, match=rf"is of jax 0.1, wanted {jax.__version__}"):
+        saved.load(path)
+
+    def refuses(program):
+        raise ValueError("Compilation does not support serialization")
+
+    monkeypatch.setattr(serialize_executable, "serialize", refuses)
+    with pytest.raises(ValueError, match=r"cannot be saved: Compilation does not support"):
+        saved.save(compiled, path)
