@@ -30,6 +30,7 @@ from qwen2audio_jax.weights import settings, table
 
 IDS = {"audio_token": 3, "pad_token": 0, "end_tokens": (0, 2)}
 SIZES = PRESETS | {
+    "7b": PRESETS["qwen2-audio-7b"],
     # Qwen2-Audio's encoder, and a decoder of its decoder's proportions
     "mid": Config(decoder=DecoderConfig(layers=12, width=1024, heads=8, kv_heads=8, hidden=2752)),
     # Whisper base's encoder with two layers more, and a decoder of half Qwen2-0.5B's layers
@@ -69,8 +70,49 @@ def make_clip(seconds: float) -> np.ndarray:
     return (0.1 * voice * syllables + 0.005 * rng.standard_normal(len(t))).astype(np.float32)
 
 
-def build(sizes: Config, dtype: str, device: str) -> tuple[Qwen2Audio, Any]:
+def build(
+    sizes: Config, dtype: str, device: str, *, scan_layers: bool = False
+) -> tuple[Qwen2Audio, Any]:
     """Our model and transformers', with the same random parameters, each made on the device."""
+    theirs, take = _theirs(sizes, dtype, device)
+    return _ours(sizes, dtype, take, scan_layers=scan_layers), theirs
+
+
+def build_one(name: str, sizes: Config, dtype: str, device: str) -> Any:
+    """One of `build`'s two models, "ours" or "theirs", where memory has no room for both."""
+    if name == "ours":
+        return _ours(sizes, dtype, lambda row, array: None, scan_layers=True)
+    theirs, take = _theirs(sizes, dtype, device)
+    for seed, row in enumerate(_rows(sizes)):
+        take(row, _drawn(seed, row, jnp.dtype(dtype)))
+    return theirs
+
+
+def _rows(sizes: Config) -> list[table.Entry]:
+    """Parameters in the order in which `weights.fill` asks for them."""
+    layers: dict[str, list[table.Entry]] = {}
+    for row in table.entries(sizes):
+        layers.setdefault(row.path, []).append(row)
+    return [row for rows in layers.values() for row in rows]
+
+
+def _ours(sizes, dtype, take, *, scan_layers):
+    numbers = {row.key: (seed, row) for seed, row in enumerate(_rows(sizes))}
+
+    def read(keys, shape, dtype, place):
+        arrays = []
+        for key in keys:
+            seed, row = numbers[key]
+            arrays.append(_drawn(seed, row, dtype))
+            take(row, arrays[-1])
+        return arrays
+
+    how = {"mesh": None, "scan_layers": scan_layers, "progress": False}
+    return weights.fill(sizes, read, dtype=jnp.dtype(dtype), **how)
+
+
+def _theirs(sizes, dtype, device):
+    """Transformers' model, and what puts a parameter of ours into it."""
     told = transformers.Qwen2AudioConfig(**settings.describe(sizes, dtype))
     torch.set_default_dtype(getattr(torch, dtype))
     with torch.device(device), initialization.no_init_weights():
@@ -80,28 +122,21 @@ def build(sizes: Config, dtype: str, device: str) -> tuple[Qwen2Audio, Any]:
     theirs.generation_config.pad_token_id = sizes.pad_token
     if sizes.decoder.tied:
         theirs.lm_head.weight = theirs.model.language_model.embed_tokens.weight
-    left = {table.on_disk(name): p for name, p in theirs.named_parameters()}
+    named = {table.on_disk(name): p for name, p in theirs.named_parameters()}
     if sizes.decoder.tied:
-        left.pop(table.HEAD, None)
-    rows = {row.key: row for row in table.entries(sizes)}
-    seed = iter(range(len(rows)))
+        named.pop(table.HEAD, None)
+    if more := named.keys() - {row.name for row in _rows(sizes)}:
+        raise ValueError(f"transformers has parameters that we lack: {', '.join(sorted(more))}")
 
     @torch.no_grad()
-    def read(keys, shape, dtype, place):
-        arrays = []
-        for key in keys:
-            mean = 1.0 if key.endswith("scale") else 0.0
-            arrays.append(_random(next(seed), mean, shape, dtype))
-            row = rows[key]
-            left.pop(row.name).copy_(torch.from_dlpack(row.to_theirs(arrays[-1])))
-        return arrays
+    def take(row: table.Entry, array: jax.Array) -> None:
+        named[row.name].copy_(torch.from_dlpack(row.to_theirs(array)))
 
-    ours = weights.fill(
-        sizes, read, dtype=jnp.dtype(dtype), mesh=None, scan_layers=False, progress=False
-    )
-    if left:
-        raise ValueError(f"transformers has parameters that we lack: {', '.join(left)}")
-    return ours, theirs
+    return theirs, take
+
+
+def _drawn(seed: int, row: table.Entry, dtype: Any) -> jax.Array:
+    return _random(seed, 1.0 if row.key.endswith("scale") else 0.0, row.our_shape, dtype)
 
 
 @jax.jit(static_argnames=("shape", "dtype"))

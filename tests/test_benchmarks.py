@@ -84,10 +84,29 @@ def test_steps_are_timed_in_pairs(trained):
     for side in (theirs, ours):
         # nothing but parameters and two moments is held between steps
         assert side["peak_gib"] - side["rise_gib"] == pytest.approx(
-            12 * clip["trained_parameters"] / 2**30
+            (12 * clip["trained_parameters"] + 4 * 1500 * 144) / 2**30  # and the sines
         )
         assert side["gflops_per_s"] == pytest.approx(clip["model_gflops"] / side["step_s"])
     assert "1 clips of 1 s | transformers | ours | ratio |" in tables
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["full", "lora"])
+def test_both_sides_train_alike_as_on_gpus(how, tmp_path):
+    """In bfloat16, recomputing, one after the other; with equal adapters too; and a known peak."""
+    out = tmp_path / "training.json"
+    small = ["--presets", "tiny", "--seconds", "1", "--clips", "2", "--repeats", "1"]
+    more = ["--how", how, "--dtype", "bfloat16", "--peak-tflops", "0.1", "--json", str(out)]
+    training.main([*small, *more])
+    (clip,) = json.loads(out.read_text("utf-8"))["presets"]["tiny"]
+    for side in (clip["theirs"], clip["ours"]):
+        assert side["mfu"] == pytest.approx(side["gflops_per_s"] / 100)
+        assert side["losses"][-1] < side["losses"][0]
+    assert clip["ours"]["losses"] == pytest.approx(clip["theirs"]["losses"], rel=3e-2)
+    # r of 8 at every side of seven matrices in three layers; or all but the sines
+    wide, narrow, hidden = 144, 72, 384
+    sizes = 2 * (wide + wide) + 2 * (wide + narrow) + 3 * (wide + hidden)
+    assert (clip["trained_parameters"] == 8 * 3 * sizes) == (how == "lora")
 
 
 @pytest.mark.parametrize("losses", [[6.001, 5.5], [6.0, 5.51], [6.0, float("nan")]])
