@@ -69,6 +69,37 @@ def test_a_slice_of_a_stack_costs_its_own_bytes():
     assert 16 * 3 * one <= costs(scanned, shape(512, 512), shape(16, 512, 512)).bytes < 16 * 8 * one
 
 
+NESTED = """
+%inner (a: f32[32,8,8], i: s32[]) -> f32[8,8] {
+  %a = f32[32,8,8] parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %part = f32[1,8,8] dynamic-slice(%a, %i, %zero, %zero), dynamic_slice_sizes={1,8,8}
+  ROOT %flat = f32[8,8] bitcast(%part)
+}
+%outer (b: f32[32,8,8], j: s32[], w: f32[8,8]) -> f32[8,8] {
+  %b = f32[32,8,8] parameter(0)
+  %j = s32[] parameter(1)
+  %w = f32[8,8] parameter(2)
+  %x = f32[8,8] fusion(%b, %j), kind=kLoop, calls=%inner
+  ROOT %y = f32[8,8] dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+ENTRY %main (c: f32[32,8,8], k: s32[], v: f32[8,8]) -> f32[8,8] {
+  %c = f32[32,8,8] parameter(0)
+  %k = s32[] parameter(1)
+  %v = f32[8,8] parameter(2)
+  ROOT %z = f32[8,8] fusion(%c, %k, %v), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_so_does_a_slice_within_a_fusion_of_a_fusion():
+    """One layer of 32, a matrix, an index, and the result."""
+    found = hlo.Program(NESTED, devices=1).costs()
+    assert found.bytes == 3 * 8 * 8 * 4 + 4
+    assert found.flops == 2 * 8**3
+
+
 def test_convolutions_count_what_meets_an_input():
     """As XLA's own count has it: padding is no work."""
     conv = lambda x, w: jax.lax.conv_general_dilated(

@@ -57,6 +57,8 @@ class Compile(topology.Work):
     ctc: float = 0.0
     """As in training: of a model that begins from nothing."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    compiler_options: tuple[str, ...] = ()
+    """For XLA, each NAME=VALUE; a run has them by LIBTPU_INIT_ARGS=--NAME=VALUE."""
     lora: Lora | None = None
     search: bool = False
     """Look for the batch, the remat policy and the mesh that are fastest, from those given on; each
@@ -78,7 +80,7 @@ def main(given: Compile) -> None:
     where = topology.describe(given.topology, slices=given.slices)
     if given.search:
         trials = []
-        measure = lambda one: compiled.compile(lower(one, where), where)[0]
+        measure = lambda one: compiled.compile(lower(one, where), where, one.compiler_options)[0]
         for trial in search(given, measure, len(where.devices)):
             print(line(trial), file=sys.stderr, flush=True)
             trials.append(trial)
@@ -91,7 +93,7 @@ def main(given: Compile) -> None:
         lowered = lower(given, where)
         if given.mesh.show:
             print(table(lowered.held), file=sys.stderr)
-        report, program = compiled.compile(lowered, where)
+        report, program = compiled.compile(lowered, where, given.compiler_options)
         mesh = lowered.mesh
         if program is not None:
             write(given, program)

@@ -110,5 +110,5 @@ def _of_generation(given: Asked, report: Report, sizes: Mapping[str, int]) -> It
 def given_of(given: Any, mesh: Mesh) -> dict[str, Any]:
     """What a report is of, for those who read it elsewhere."""
     names = ("stage", "model", "topology", "slices", "batch", "tokens", "clips", "frames")
-    names += ("remat_policy", "attention", "gradient_accumulation_steps")
+    names += ("remat_policy", "attention", "gradient_accumulation_steps", "compiler_options")
     return {name: getattr(given, name) for name in names} | {"mesh": dict(mesh.shape)}

@@ -6,7 +6,7 @@ import re
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -75,15 +75,23 @@ class Report:
         return dataclasses.asdict(self)
 
 
-def compile(lowered: Lowered, topology: Topology) -> tuple[Report, jax.stages.Compiled | None]:
+def compile(
+    lowered: Lowered, topology: Topology, options: Sequence[str] = ()
+) -> tuple[Report, jax.stages.Compiled | None]:
     """Compiles; a program for which there is no room is an answer, too.
+
+    Args:
+      options: for the compiler, each `NAME=VALUE`.
 
     Raises:
       ValueError: the compiler refuses it for another reason.
     """
+    if odd := [each for each in options if "=" not in each]:
+        raise ValueError(f"wanted compiler options as NAME=VALUE, got {', '.join(odd)}")
+    chosen = dict(each.split("=", 1) for each in options)
     start, cpu = time.perf_counter(), time.process_time()
     try:
-        program, refused = lowered.program.compile(), None
+        program, refused = lowered.program.compile(chosen or None), None
     except jax.errors.JaxRuntimeError as error:
         if (refused := _refusal(str(error))) is None:
             raise ValueError(f"the compiler refuses it: {str(error).splitlines()[0]}") from error

@@ -206,26 +206,32 @@ class Program:
         return self._read(inside, operands) + self._written(inside, each)
 
     def _read(self, inside: dict[str, Instruction], operands: list[str]) -> float:
-        total = 0.0
-        parameters = [each for each in inside.values() if each.op == "parameter"]
-        for each in parameters:
-            number = int(each.rest.partition(")")[0])
-            users = [user for user in inside.values() if each.name in user.operands]
-            whole = _main(operands[number]) if number < len(operands) else 0
-            part = 0.0
-            for user in users:
-                if (
-                    user.op in ("dynamic-slice", "slice", "gather")
-                    and each.name == user.operands[0]
-                ):
-                    part += arrays.size(user.type)
-                elif user.op != "tuple" and (
-                    user.op != "dynamic-update-slice" or each.name != user.operands[0]
-                ):
-                    part = whole
-                    break
-            total += min(part, whole)
-        return total
+        sizes = [_main(kind) for kind in operands]
+        return sum(
+            self._used(each, inside, sizes[number])
+            for number, each in _parameters(inside).items()
+            if number < len(sizes)
+        )
+
+    def _used(self, value: Instruction, inside: dict[str, Instruction], whole: float) -> float:
+        """Of a value's bytes, those that a fusion, or one within it, really reads."""
+        part = 0.0
+        for user in inside.values():
+            if value.name not in user.operands:
+                continue
+            first = value.name == user.operands[0]
+            if first and user.op in ("dynamic-slice", "slice", "gather"):
+                part += arrays.size(user.type)
+            elif user.op == "bitcast":
+                part += self._used(user, inside, whole)
+            elif user.op == "fusion" and user.called:
+                within = self.computations[user.called[0]]
+                for number, each in _parameters(within).items():
+                    if user.operands[number] == value.name:
+                        part += self._used(each, within, whole)
+            elif user.op != "tuple" and not (first and user.op == "dynamic-update-slice"):
+                return whole
+        return min(part, whole)
 
     def _written(self, inside: dict[str, Instruction], each: Instruction) -> float:
         kind, root = each.type, _root(inside)
@@ -276,6 +282,13 @@ def _to_host(each: Instruction, body: dict[str, Instruction]) -> float:
     if each.op == "custom-call":
         return 0.0  # room that is set aside
     return sum(arrays.size(kind, "host") for kind in (*operands, each.type))
+
+
+def _parameters(inside: dict[str, Instruction]) -> dict[int, Instruction]:
+    """What a computation is given, by its number."""
+    return {
+        int(each.rest.partition(")")[0]): each for each in inside.values() if each.op == "parameter"
+    }
 
 
 def _main(kind: str) -> float:
