@@ -234,6 +234,9 @@ def main(arguments: list[str] | None = None) -> None:
     how = How(lora=options.how == "lora", dtype=dtype, device=device)
     given = options.peak_tflops and options.peak_tflops * 1e12
     sizing = {"clips": options.clips, "repeats": options.repeats, "peak": given or peak(dtype)}
+    if device == "cuda" and not sizing["peak"]:  # of a machine that is lent, MFU is the point
+        kind = jax.devices()[0].device_kind
+        raise SystemExit(f"wanted --peak-tflops: the peak of {kind} in {dtype} is not known")
     memory.keep()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if device == "cuda":

@@ -125,3 +125,11 @@ def test_a_second_start_compiles_nothing(tmp_path):
     figures = json.loads(out.read_text("utf-8"))
     assert figures["times_faster"] >= 5 and figures["second"]["compile_s"] > 0
     assert "| second |" in out.with_suffix(".md").read_text("utf-8")
+
+
+def test_a_gpu_of_unknown_peak_is_refused(monkeypatch):
+    """Before anything is made: its figures would be without MFU."""
+    monkeypatch.setattr(training.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(training.torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit, match="wanted --peak-tflops: the peak of cpu in bfloat16"):
+        training.main(["--presets", "7b", "--how", "lora"])
