@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import words
+from jax.experimental import multihost_utils
 
 pytest.importorskip("grain")
 

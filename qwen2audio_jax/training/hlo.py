@@ -207,11 +207,9 @@ class Program:
 
     def _read(self, inside: dict[str, Instruction], operands: list[str]) -> float:
         sizes = [_main(kind) for kind in operands]
-        return sum(
-            self._used(each, inside, sizes[number])
-            for number, each in _parameters(inside).items()
-            if number < len(sizes)
-        )
+        given = _parameters(inside).items()
+        parts = (self._used(each, inside, sizes[i]) for i, each in given if i < len(sizes))
+        return sum(parts, start=0.0)
 
     def _used(self, value: Instruction, inside: dict[str, Instruction], whole: float) -> float:
         """Of a value's bytes, those that a fusion, or one within it, really reads."""
