@@ -1,9 +1,14 @@
-"""Several processes train as one does; one that dies ends all, and nothing is lost."""
+"""Several processes train as one does; one that dies ends all, and nothing is lost.
+
+Starts take longest: all runs of SFT are to be one, however spread, so that they go on from each
+other's checkpoints and are compared with each other.
+"""
 
 import json
 import os
 import pathlib
 import platform
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +27,8 @@ from qwen2audio_jax.training import log
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORDS = ("low", "mid", "high", "top")
-STEPS = 8
+STEPS = 10
+HALF = 6  # of these: behind it a run goes on elsewhere
 LOST = (3, 8)  # clips that are nowhere
 
 pytestmark = pytest.mark.slow
@@ -35,7 +41,8 @@ def given(tmp_path_factory, chirp):
     tiny.save(folder / "model")
     rows, pairs = [], []
     for i in range(24):
-        soundfile.write(folder / f"{i}.wav", chirp(0.3, i), 16_000)
+        seconds = 0.3 if i % 3 else 0.6  # of two buckets
+        soundfile.write(folder / f"{i}.wav", chirp(seconds, i), 16_000)
         wave = "lost.wav" if i in LOST else f"{i}.wav"
         asked = [{"type": "audio", "audio": wave}, {"type": "text", "text": "How high?"}]
         answer = {"role": "assistant", "content": WORDS[i % 4]}
@@ -55,12 +62,19 @@ def port():
         return free.getsockname()[1]
 
 
-def start(given, out, *args, stage="sft", processes=1, devices=1):
-    """Starts a training on so many processes of so many devices each."""
+def start(given, out, *args, stage="sft", processes=1, devices=1, measured=False):
+    """Starts a training on so many processes of so many devices each.
+
+    Args:
+      measured: whether it is asked what was held out, too, which takes long to be compiled.
+    """
     rows = given / f"{stage}.jsonl"
     command = [sys.executable, "-m", f"train.{stage}", "tiny", "--model", given / "model"]
-    command += ["--out", out, "--data.train", f"{rows}:train", "--data.held-out", f"{rows}:test"]
+    command += ["--out", out, "--data.train", f"{rows}:train"]
+    command += ["--data.held-out", f"{rows}:test"] if measured else []
     command += ["--data.workers", 0, "--data.augmented", 0, "--data.masked", 0]
+    command += ["--data.buckets", "6x220,30x40", "6x220,30x80"]
+    command += ["--optimizer.name", "adamw"]  # Muon's programs take longer to be compiled
     command += ["--data.feeds", 2, "--optimizer.steps", STEPS, "--optimizer.warmup-steps", 1]
     command += ["--loop.save-every", 2, "--loop.evaluate-every", 100, "--loop.no-evaluate-first"]
     command += ["--evaluation.max-new-tokens", 2, "--no-tensorboard", *args]
@@ -108,68 +122,68 @@ def parameters(out):
 def undisturbed(given, tmp_path_factory):
     """What two processes make of it when nothing happens."""
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
-    finish(start(given, out, processes=2), out)
+    finish(start(given, out, processes=2, measured=True), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(given, tmp_path_factory):
+    """What one process makes of it, with more devices."""
+    out = tmp_path_factory.mktemp("runs") / "alone"
+    finish(start(given, out, devices=8, measured=True), out)
     return out
 
 
 def alike(one, other):
-    """Whether two runs have the same losses and parameters within rounding."""
+    """Whether two runs have the same losses, parameters and scores within rounding, and the same
+    data, each sample counted once."""
     for name in ("loss", "grad_norm", "tokens"):
         ours, theirs = ([row[name] for row in steps(each)] for each in (one, other))
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    ours, theirs = (log.read(each / log.LOG)[-1] for each in (one, other))
+    assert "eval/loss" in ours and ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
     theirs = parameters(other)
     for name, value in parameters(one).items():
         np.testing.assert_allclose(value, theirs[name], atol=1e-5, err_msg=name)
+    assert left_out(one) == left_out(other) and left_out(one)[-1] > 0
+    assert trained_on(one) == trained_on(other) and "missing audio" in trained_on(one)
 
 
-def test_two_processes_are_one(given, undisturbed, tmp_path):
-    """The same losses and parameters as of one process with as many devices, and the same data."""
-    out = tmp_path / "one"
-    finish(start(given, out, devices=2), out)
+def test_two_processes_are_one(undisturbed, alone):
+    """The same losses and parameters as of one process, and the same data."""
     assert all(row["tokens"] > 0 for row in steps(undisturbed))
-    alike(out, undisturbed)
-    assert left_out(undisturbed) == left_out(out) and left_out(out)[-1] > 0
-    assert trained_on(undisturbed) == trained_on(out) and "missing audio" in trained_on(out)
+    alike(undisturbed, alone)
 
 
-@pytest.mark.parametrize(("stage", "args"), [("sft", ["--lora.r", 2]), ("dpo", [])])
-def test_adapters_and_preferences_too(given, tmp_path, stage, args):
-    """Devices of a process share rows by heads, processes share the parameters; as in one."""
+@pytest.mark.parametrize(
+    ("processes", "args"),
+    [(2, ["--lora.r", 2, "--precompute-ref-log-probs", "--optimizer.name", "muon"]), (4, [])],
+)
+def test_processes_share_rows(given, tmp_path, processes, args):
+    """By heads, two of them; and the parameters. Adapters and preferences, of a reference that is
+    kept or was asked before, are as of one process with as many devices."""
     args = [*args, "--mesh.ici-tensor-parallelism", 2]
-    one, two = tmp_path / "one", tmp_path / "two"
-    finish(start(given, two, *args, stage=stage, processes=2, devices=2), two)
-    finish(start(given, one, *args, stage=stage, devices=4), one)
-    alike(one, two)
+    how = {"stage": "dpo", "measured": True}
+    one, many = tmp_path / "one", tmp_path / "many"
+    finish(start(given, many, *args, processes=processes, **how), many)
+    finish(start(given, one, *args, devices=processes, **how), one)
+    alike(one, many)
 
 
-def test_a_process_that_dies_ends_all_and_the_run_goes_on(given, undisturbed, tmp_path):
-    """Or that hangs: soon, with a line that names it; the end is the same to the bit."""
-    out = tmp_path / "killed"
-    for signal_, at in ((signal.SIGSTOP, 3), (signal.SIGKILL, 5)):
-        started = start(given, out, processes=2)
-        while not (out / log.LOG).exists() or len(steps(out)) < at:
-            assert all(process.poll() is None for process in started)
-            time.sleep(0.05)
-        started[1].send_signal(signal_)
-        lost = time.monotonic()
-        assert started[0].wait(120) == 1
-        assert time.monotonic() - lost < 60
-        started[1].kill()
-        started[1].wait()
-        line = f"process 0 of 2 on {platform.node()}: lost process 1 of 2 on {platform.node()}: "
-        assert line in pathlib.Path(f"{out}.0.txt").read_text()
-    finish(start(given, out, processes=2), out)
-    wanted = parameters(undisturbed)
-    for name, value in parameters(out).items():
-        np.testing.assert_array_equal(value, wanted[name], err_msg=name)
+def reached(started, out, step):
+    """Waits for a step to be logged."""
+    while not (out / log.LOG).exists() or len(steps(out)) < step:
+        assert all(process.poll() is None for process in started)
+        time.sleep(0.05)
 
 
-def test_a_process_that_is_to_end_ends_all_at_one_step(given, undisturbed, tmp_path):
-    """SIGTERM to one: both save the same step and say so; the end is the same to the bit."""
-    out = tmp_path / "preempted"
+def test_whatever_ends_a_run_it_goes_on(given, undisturbed, tmp_path):
+    """SIGTERM to one process: both save the same step and say so. One hangs, or the first, to which
+    all report, dies: the other ends soon, and names it. The end is the same to the bit."""
+    out = tmp_path / "ended"
     started = start(given, out, "--loop.save-every", 100, processes=2)
-    # Its first step is compiled then; jax looks for the signal once a second.
-    while not (out / log.LOG).exists():
+    # Before its first step: jax looks once a second, and steps are quick.
+    while "rows and tokens of a step" not in pathlib.Path(f"{out}.0.txt").read_text():
         assert all(process.poll() is None for process in started)
         time.sleep(0.05)
     started[1].send_signal(signal.SIGTERM)
@@ -178,39 +192,46 @@ def test_a_process_that_is_to_end_ends_all_at_one_step(given, undisturbed, tmp_p
         assert process.wait(600) == 128 + signal.SIGTERM, told.read_text()[-3000:]
         assert "signal 15: run it again to go on" in told.read_text()
     [saved] = [path for path in (out / "checkpoints").iterdir() if path.name.isdigit()]
-    assert 0 < int(saved.name) < STEPS and (saved / "data" / "host-1").exists()
-    assert [row["step"] for row in steps(out)] == [*range(1, int(saved.name) + 1)]
-    finish(start(given, out, "--loop.save-every", 100, processes=2), out)
+    saved = int(saved.name)
+    assert 0 < saved < STEPS - 4 and (out / f"checkpoints/{saved}/data/host-1").exists()
+    assert [row["step"] for row in steps(out)] == [*range(1, saved + 1)]
+
+    for signal_, number, at in ((signal.SIGSTOP, 1, saved + 1), (signal.SIGKILL, 0, saved + 3)):
+        started = start(given, out, processes=2)
+        reached(started, out, at)
+        started[number].send_signal(signal_)
+        lost = time.monotonic()
+        assert started[1 - number].wait(120) == 1
+        assert time.monotonic() - lost < 60
+        started[number].kill()
+        started[number].wait()
+        one, other = (f"process {i} of 2 on {platform.node()}" for i in (1 - number, number))
+        assert f"{one}: lost {other}" in pathlib.Path(f"{out}.{1 - number}.txt").read_text()
+
+    finish(start(given, out, processes=2), out)
     wanted = parameters(undisturbed)
     for name, value in parameters(out).items():
         np.testing.assert_array_equal(value, wanted[name], err_msg=name)
 
 
 @pytest.mark.parametrize(
-    ("first", "then"),
+    ("first", "axis", "then"),
     [
-        ({"processes": 2}, {}),
-        ({"devices": 8}, {"devices": 4, "tensor": 2}),
-        ({"devices": 4, "context": 2}, {"processes": 2, "devices": 2}),
+        ("undisturbed", ("tensor", 2), {"devices": 4}),
+        ("alone", ("context", 4), {"processes": 2, "devices": 2}),
     ],
 )
-def test_a_run_goes_on_elsewhere(given, undisturbed, tmp_path, first, then):
-    """With fewer processes or devices, or other axes: the same samples in the same order, so the
-    same losses."""
-    out = tmp_path / "moved"
-
-    def begin(*args, tensor=1, context=1, **where):
-        mesh = ["--mesh.ici-tensor-parallelism", tensor, "--mesh.ici-context-parallelism", context]
-        return start(given, out, *args, *mesh, **where)
-
-    started = begin("--loop.save-every", STEPS // 2, **first)
-    while not (out / "checkpoints" / str(STEPS // 2)).exists():
-        assert all(process.poll() is None for process in started)
-        time.sleep(0.05)
-    for process in started:
-        process.kill()
-        process.wait()
-    finish(begin(**then), out)
+def test_a_run_goes_on_elsewhere(given, request, undisturbed, tmp_path, first, axis, then):
+    """With fewer processes or devices, or other axes, of which one reaches over processes: the same
+    samples in the same order, so the same losses."""
+    begun = request.getfixturevalue(first)
+    out = shutil.copytree(begun, tmp_path / "moved")
+    for path in (out / "checkpoints").iterdir():
+        if path.name.isdigit() and int(path.name) > HALF:
+            shutil.rmtree(path)
+    name, size = axis
+    finish(start(given, out, f"--mesh.ici-{name}-parallelism", size, **then), out)
+    assert steps(out)[:HALF] == steps(begun)[:HALF]  # with the seconds that they took
     ours, theirs = ([row["loss"] for row in steps(each)] for each in (out, undisturbed))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 

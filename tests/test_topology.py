@@ -84,9 +84,8 @@ def test_a_stack_that_is_gathered_is_noticed(mesh, over):
 
     def loss(kernel):
         kernel = jax.lax.with_sharding_constraint(kernel, place(*over))
-        return jax.lax.scan(lambda x, up: (jnp.tanh(x @ up), None), jnp.ones((8, 16)), kernel)[
-            0
-        ].sum()
+        x, _ = jax.lax.scan(lambda x, up: (jnp.tanh(x @ up), None), jnp.ones((8, 16)), kernel)
+        return x.sum()
 
     kernel = jax.ShapeDtypeStruct((3, 16, 16), np.float32, sharding=place(None, "fsdp", "tensor"))
     text = jax.jit(jax.grad(loss)).lower(kernel).compile().as_text()
