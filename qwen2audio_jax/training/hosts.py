@@ -26,6 +26,7 @@ from qwen2audio_jax.training.settings import HostsConfig
 MEETING = 300  # seconds that the first process waits for the last
 BLOCK = 4096  # bytes that what they tell each other is a multiple of
 BEAT = 2  # seconds between signs of life
+SLACK = 30  # seconds that a busy machine may be late with them
 MISSED = 4  # so many in a row: once something has failed, the process is lost
 LEFT = "left"  # the last sign of a process that ends in order
 # What processes tell the service.
@@ -45,7 +46,8 @@ def join(config: HostsConfig) -> None:
             coordinator_address=config.coordinator,
             num_processes=config.count,
             process_id=config.number,
-            heartbeat_timeout_seconds=2 * config.timeout,  # the watch is first, which names it
+            # jax may take half of it; the watch, which names the lost one, has to be first
+            heartbeat_timeout_seconds=2 * (config.timeout + SLACK),
             initialization_timeout=MEETING,
         )
     except ValueError as error:
