@@ -56,6 +56,17 @@ def given(tmp_path_factory, chirp):
     return folder
 
 
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def none_is_left():
+    """A test that fails leaves no process behind, not even one that it has stopped."""
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
 def port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -93,6 +104,7 @@ def start(given, out, *args, stage="sft", processes=1, devices=1, measured=False
                     env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
                 )
             )
+    STARTED.extend(started)
     return started
 
 
