@@ -85,7 +85,8 @@ def test_equal_seeds_make_equal_samples(world):
 
 
 def test_training_and_test_share_no_voice(world, voices, monkeypatch):
-    """Nor any cell of a dial: what is held out is held out in every part of every sample."""
+    """Nor any cell of a dial: what is held out is held out in every part of every sample. Those who
+    are known by name are heard in both, for just that."""
     cells, dial = set(), sounds.dial
 
     def note(rng, low, high, *, held_out):
@@ -104,7 +105,9 @@ def test_training_and_test_share_no_voice(world, voices, monkeypatch):
             for mode in MODES:
                 world.messages(seed, split, mode=mode)
             world.preference(seed, split)
-        heard[split] = {voice.partition("+")[2] for voice in voices}, set(cells)
+        named = set(lexicon.PEOPLE.values()) & voices if split == "test" else set()
+        assert bool(named) == (world.name == "full" and split == "test")
+        heard[split] = {voice.partition("+")[2] for voice in voices - named}, set(cells)
     assert heard["test"][0] <= set(synth.HELD_OUT_VARIANTS)
     assert heard["train"][0] <= set(synth.TRAIN_VARIANTS)
     assert not heard["train"][1] & heard["test"][1] and len(heard["test"][1]) > 20
@@ -166,6 +169,25 @@ def test_voices_are_who_they_are_said_to_be():
         assert (fundamental(wave) > 135) == (gender == "female"), (variant, fundamental(wave))
     held_out = {lexicon.GENDERS[v] for v in synth.HELD_OUT_VARIANTS if v in lexicon.GENDERS}
     assert held_out == {"female", "male"}
+
+
+def test_who_is_known_by_name_has_one_voice():
+    """Each who is known by name has a voice of training, and a gender; what is held out nobody has
+    said like that in training."""
+    world, said = World.named("full"), {}
+    for split in ("train", "test"):
+        for seed in range(60):
+            sample = world["voice"].sample(seed, split)
+            gender = lexicon.GENDERS[lexicon.PEOPLE[sample["text"]].partition("+")[2]]
+            assert sample["facts"]["gender"] == gender
+            said.setdefault((split, sample["text"]), set()).add(sample["audio"][0].tobytes())
+    assert set(said) == {(split, who) for split in ("train", "test") for who in lexicon.PEOPLE}
+    assert set(lexicon.PEOPLE.values()) <= set(synth.TRAIN_VOICES)
+    trained, held_out = (
+        set().union(*(waves for (each, _), waves in said.items() if each == split))
+        for split in ("train", "test")
+    )
+    assert not trained & held_out and len(held_out) == 60
 
 
 def fundamental(wave):

@@ -93,14 +93,22 @@ def manner(
     kind: str,
     vocabulary: tuple[str, ...],
 ) -> Sample:
-    """Who speaks or how: "gender", "pitch", "rate" or "emotion".
+    """Who speaks or how: "voice", "gender", "pitch", "rate" or "emotion".
 
+    A voice that is known by name is heard in training, too; what it says when held out is not.
     Pitch is a man's, relative to other men: beside women's it would be their gender.
     """
     pool = lexicon.pooled(rng, kind, held_out=held_out)
-    among = {"gender": ("male", "female"), "pitch": PITCHES, "rate": SPEEDS, "emotion": EMOTIONS}
+    among = {
+        "voice": lexicon.PEOPLE,
+        "gender": ("male", "female"),
+        "pitch": PITCHES,
+        "rate": SPEEDS,
+        "emotion": EMOTIONS,
+    }
     text = pick(pool, tuple(among[kind]))
     how = {
+        "voice": lambda: Manner(voice=lexicon.PEOPLE[text]),
         "gender": lambda: Manner(gender=text),
         "pitch": lambda: Manner(gender="male", pitch=PITCHES[text], range=(20, 50)),
         "rate": lambda: Manner(rate=SPEEDS[text]),
@@ -111,7 +119,7 @@ def manner(
     words = [str(pick(pool, vocabulary)) for _ in range(pool.integers(2, 4))]
     said = lexicon.say(" ".join(words), pool, how, held_out=held_out)
     facts = {"gender": said.gender} if said.gender else {}
-    if kind == "gender":  # recognition trains no such pitches and speeds as the others have
+    if kind in ("voice", "gender"):  # recognition trains no pitches and speeds of the others
         facts["recognise en"] = " ".join(words)
     return _made(said.wave, text, rng, facts=facts)
 

@@ -56,6 +56,7 @@ MEANT = ("What does that mean in {}?", "How do you say that in {}?")
 # fmt: off
 CLASSES = {
     # what is classified, the answer in a conversation, questions
+    "voice": ("the speaker", "It is {text}.", ("Whose voice is that?",)),
     "gender": ("the gender of the speaker", "The speaker is {text}.",
                ("Who is speaking?", "Is the speaker male or female?")),
     "pitch": ("the pitch of the voice", "The voice is {text}.", ("Is the voice low or high?",)),
@@ -76,6 +77,7 @@ CLASSES = {
 }
 # fmt: on
 SETS = {
+    "voice": tuple(lexicon.PEOPLE),
     "gender": ("male", "female"),
     "pitch": tuple(scenes.PITCHES),
     "rate": tuple(scenes.SPEEDS),
@@ -188,13 +190,17 @@ def full(words: tuple[str, ...], chats: tuple[dialogue.Chat, ...]) -> tuple[Skil
     manner = lambda kind: partial(scenes.manner, kind=kind, vocabulary=words)
     drawn = lambda kind, make: partial(scenes.drawn, make=make, among=SETS[kind])
     others = [
-        *(_recognise(language, lexicon.words(language), 3) for language in languages),
+        *(
+            # French words are the shortest, and learned last
+            _recognise(code, lexicon.words(code), 3, weight=3.0 if code == "fr" else 2.0)
+            for code in languages
+        ),
         *(_translate(language, "en") for language in languages),
         *(_translate("en", language) for language in languages),
         *(
             # what is heard in the pitch of a voice is learned late
-            _classify(kind, manner(kind), weight=1.0 if kind == "rate" else 4.0)
-            for kind in ("gender", "pitch", "rate", "emotion")
+            _classify(kind, manner(kind), weight={"voice": 2.0, "rate": 1.0}.get(kind, 4.0))
+            for kind in ("voice", "gender", "pitch", "rate", "emotion")
         ),
         _classify("presence", partial(scenes.presence, vocabulary=words)),
         _classify("sound", scenes.sound),

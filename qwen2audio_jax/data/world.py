@@ -8,7 +8,8 @@
     world.preference(7, "test")
 
 Everything is a pure function of seed and split. Test samples are by voices, and of sounds with
-frequencies, that no training sample has. Speech needs espeak-ng (extra: `demo`).
+frequencies, that no training sample has; where the question is whose voice it is, new is what is
+said. Speech needs espeak-ng (extra: `demo`).
 """
 
 import dataclasses
