@@ -9,9 +9,7 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import safetensors.torch
 import torch
 from flax import nnx
@@ -30,23 +28,6 @@ LORA = LoraConfig()  # PEFT's r of 8, on every linear layer of the decoder
 
 Batch = Mapping[str, np.ndarray]
 Step = Callable[[], float]
-
-
-class Halves(OptimizerConfig):
-    """AdamW whose moments are both kept in bfloat16, as torch's of such parameters are."""
-
-    def make(self) -> optax.GradientTransformation:
-        inner = super().make()
-        is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
-        to = lambda dtype, tree: jax.tree.map(lambda x: x.astype(dtype) if is_float(x) else x, tree)
-
-        def update(grads, state, params):
-            updates, state = inner.update(grads, to(jnp.float32, state), params)
-            return updates, to(jnp.bfloat16, state)
-
-        return optax.GradientTransformation(
-            lambda params: to(jnp.bfloat16, inner.init(params)), update
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +49,8 @@ class How:
 
     @property
     def optimizer(self) -> OptimizerConfig:
-        return (Halves if self.spares and not self.lora else OptimizerConfig)(**SETTINGS)
+        short = {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"}
+        return OptimizerConfig(**SETTINGS, **(short if self.spares and not self.lora else {}))
 
 
 def ours(model: Qwen2Audio, batch: Batch, how: How) -> tuple[Step, float]:

@@ -111,8 +111,9 @@ class Tokenizer:
         """Turns a prompt with one `<|AUDIO|>` per clip into segments.
 
         Args:
-          text: the prompt, tokenized as a whole; special tokens in it count as such, also where
-            a user wrote them: so does the reference.
+          text: the prompt, tokenized as a whole, but that what is learned begins with a token of
+            its own, as when it is generated; special tokens in it count as such, also where a user
+            wrote them: so does the reference.
           counts: audio tokens of each clip, in order.
           learned: character spans of `text` whose tokens the loss counts.
           expanded: `text` already has every clip's `<|AUDIO|>` as often as the clip has tokens.
@@ -123,8 +124,14 @@ class Tokenizer:
         marked = np.zeros(len(text) + 1, bool)
         for first, last in learned:
             marked[first:last] = True
-        encoding = self.core.encode(text)
-        found, wanted = encoding.ids.count(self.audio_id), sum(counts) if expanded else len(counts)
+        starts = sorted({0, *(first for first, _ in learned if not (first and marked[first - 1]))})
+        tokens = []
+        for first, last in itertools.pairwise([*starts, len(text)]):
+            encoding = self.core.encode(text[first:last], add_special_tokens=first == 0)
+            offsets = (first + begin for begin, _ in encoding.offsets)
+            tokens += zip(encoding.ids, offsets, strict=True)
+        found = [token for token, _ in tokens].count(self.audio_id)
+        wanted = sum(counts) if expanded else len(counts)
         if found != wanted:
             raise ValueError(
                 f"the prompt has {found} {AUDIO}, wanted {wanted} for {len(counts)} clips"
@@ -136,18 +143,16 @@ class Tokenizer:
         return tuple(
             Segment(tuple(token for token, _, _ in run), clip, learns)
             for (clip, learns), run in itertools.groupby(
-                self._tokens(encoding, slots, marked), key=lambda token: token[1:]
+                self._tokens(tokens, slots, marked), key=lambda token: token[1:]
             )
         )
 
-    def _tokens(self, encoding, slots, marked) -> Iterator[tuple[int, int | None, bool]]:
-        for token, (first, _) in zip(encoding.ids, encoding.offsets, strict=True):
+    def _tokens(self, tokens, slots, marked) -> Iterator[tuple[int, int | None, bool]]:
+        for token, first in tokens:
             if token == self.audio_id:
                 clip, n = next(slots)
                 yield from [(token, clip, False)] * n
             else:
-                # A token that begins before a learned span is given, even if it reaches into it:
-                # when generating, the prompt would have ended within it.
                 yield token, None, bool(marked[first])
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from qwen2audio_jax import Qwen2Audio
+from qwen2audio_jax import Processor, Qwen2Audio
+from qwen2audio_jax.data.world import World
+from train import demo
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAMS = sorted(
@@ -60,6 +62,22 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
         (tmp_path / "rows.jsonl").write_text('{"audio": "a.wav", "text": "one"}\n' + line)
         assert run(monkeypatch, "train.demo", "--manifest", "rows.jsonl", "--out", "out") == 2
         assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_another_world_begins_anew(tmp_path):
+    """Where nothing was saved of the one before: with its own words and sizes."""
+    start = tmp_path / "start"
+
+    def begun(name):
+        demo.begin(demo.Demo(world=name, out=tmp_path), World.named(name))
+        return json.loads((start / "config.json").read_text())["text_config"]["vocab_size"]
+
+    for name in ("small", "full"):
+        assert begun(name) == demo.VOCABULARY[name]
+        knows_anna = len(Processor.from_pretrained(start).tokenizer.encode("Anna")) == 1
+        assert knows_anna == (name == "full")
+    (tmp_path / "pretrain" / "checkpoints" / "500").mkdir(parents=True)
+    assert begun("small") == demo.VOCABULARY["full"]  # what goes on refuses other settings
 
 
 def demonstrate(out, *args):

@@ -110,13 +110,16 @@ class Slow(Counted):
 
 
 def test_a_device_that_waits_for_data_is_told_of():
-    """Where batches are there at once it computes while the next one is put in line."""
+    """Where batches are there at once it computes while the next one is put in line. Behind a
+    checkpoint it has nothing to do until one comes; the first is told apart."""
     rows = {}
     for kind in (Slow, Counted):
         log = Log(None)
-        loop.train(learner(), kind(), log=log)
+        loop.train(learner(), kind(), LoopConfig(**{**SPARSE, "save_every": 2}), log=log)
         rows[kind] = [row["waited"] for row in log.rows]
-    assert all(0.3 <= seconds < 3 for seconds in rows[Slow][1:])
+        slow = kind is Slow
+        assert [0.3 <= row.get("first_batch", 0) < 3 for row in log.rows][:2] == [slow, False]
+    assert len(rows[Slow]) > 3 and all(0.3 <= seconds < 3 for seconds in rows[Slow][1:])
     assert rows[Slow][0] == 0 and sum(rows[Counted]) < 0.3
 
 

@@ -298,6 +298,15 @@ def test_no_night_is_spent_on_nothing(tokenizer, monkeypatch):
         batches.close()
 
 
+def test_what_ends_is_read_to_its_end(tokenizer, monkeypatch):
+    """However many are bad in a row, as where a folder of clips is gone."""
+    monkeypatch.setattr("qwen2audio_jax.data.batches.HOPELESS", 5)
+    late = lambda record, made: (text_only if record["n"] >= 20 else unusable)(record, made)
+    part = Part(name="late", source=numbers(23), compile=late)
+    mixture = Mixture(parts=(part,), processor=tokenizer, buckets=(SHORT,), epochs=1, shuffle=False)
+    assert told_by(tokenizer, mixture) == [20, 21, 22]
+
+
 def told_by(tokenizer, mixture, count=None):
     batches = iter(mixture)
     made = list(batches) if count is None else take(batches, count)
@@ -473,6 +482,40 @@ def test_pairs_are_drawn_from_preferences(tokenizer, clips):
     assert processor.decode(one["rejected_labels"][:1])[0].strip() == "no"
 
 
+def test_a_run_goes_on_without_what_is_gone(tokenizer, clips, monkeypatch):
+    """Of the samples that wait for the rest of their batch, one can no longer be read and one has
+    become longer: both are counted, and the others come as they would have."""
+    rows = [dict(row) for row in clips if row["text"].startswith("yes ")]
+    part = Part(name="hear", source=rows, compile=TASK.compile)
+    buckets = [dataclasses.replace(bucket, rows=8) for bucket in (SHORT, LONG)]
+    mixture = Mixture(parts=(part,), processor=tokenizer, buckets=tuple(buckets), seed=5)
+    whole = iter(mixture)
+    next(whole)
+    state, waits = whole.get_state(), [0, 0]
+    while min(waits) < 2:
+        next(whole)
+        state = json.loads(json.dumps(whole.get_state()))
+        waits = [sum(map(len, groups)) for groups in state["waiting"]]
+    whole.close()
+    samples = mixture.samples()
+    gone, changed = (samples[state["waiting"][bucket][0][0]] for bucket in (1, 0))
+    rows[gone.row] = {**rows[gone.row], "audio": "nowhere.wav"}
+    rows[changed.row] = {**rows[changed.row], "audio": clips[-1]["audio"]}
+    again = iter(mixture)
+    again.set_state(state)
+    bad = again.counts["hear"]["bad"]
+    assert bad["missing audio"][0] >= 1 and bad["changed"][0] >= 1
+    assert "has another length than when it waited" in bad["changed"][1]
+    left = [sum(map(len, groups)) for groups in again.get_state()["waiting"]]
+    assert sum(left) == sum(waits) - bad["missing audio"][0] - bad["changed"][0]
+    next(again)
+    again.close()
+    fatal = iter(dataclasses.replace(mixture, fatal=True))
+    with pytest.raises(ValueError, match=r"part .hear.: row .*: it has another length"):
+        fatal.set_state({**state, "mixture": fatal.get_state()["mixture"]})
+    fatal.close()
+
+
 def test_another_mixture_s_state_is_refused(tokenizer):
     """The message names what differs."""
     part = Part(name="n", source=numbers(5), compile=text_only)
@@ -483,6 +526,9 @@ def test_another_mixture_s_state_is_refused(tokenizer):
     grown = Part(name="n", source=numbers(6), compile=text_only)
     with pytest.raises(ValueError, match=r"cannot resume: parts was .*5.* is .*6"):
         iter(Mixture(**{**vars(mixture), "parts": (grown,)})).set_state(state)
+    half = (SHORT, dataclasses.replace(LONG, weight=3.0))
+    with pytest.raises(ValueError, match=r"each of the buckets or for none, got .* 2x160,4x110@3"):
+        Mixture(**{**vars(mixture), "buckets": half})
     with pytest.raises(ValueError, match="one part on one host"):
         Mixture(**{**vars(mixture), "epochs": 1, "hosts": 2})
 

@@ -171,19 +171,33 @@ def test_adamw_is_optax_s(params):
 
 
 def test_moments_are_held_as_asked():
-    """Of bfloat16 parameters: the first in what is set, the second in float32, never shorter."""
+    """Of bfloat16 parameters, each in what is set."""
     tree = {"projector": {"kernel": jnp.ones((256, 128), jnp.bfloat16)}}
     types = lambda config: [
         str(x.dtype) for x in jax.tree.leaves(config.make().init(tree)) if x.ndim == 2
     ]
     assert types(OptimizerConfig()) == ["float32", "float32"]
     assert types(OptimizerConfig(mu_dtype="bfloat16")) == ["bfloat16", "float32"]
+    assert types(OptimizerConfig(nu_dtype="bfloat16")) == ["float32", "bfloat16"]
+    with pytest.raises(ValueError, match=r"b2 of at most 0.99 beside nu_dtype bfloat16, got 0.999"):
+        OptimizerConfig(nu_dtype="bfloat16", b2=0.999)
     adafactor = OptimizerConfig(name="adafactor", learning_rate=0.5, warmup_steps=0)
     state = adafactor.make().init(tree)
     assert sum(x.size for x in jax.tree.leaves(state)) < 1000  # rows and columns
     updates, _ = adafactor.make().update(tree, state, tree)
     moved = optax.apply_updates(tree, updates)["projector"]["kernel"]
     assert moved.dtype == jnp.bfloat16 and (moved < 1).all()
+
+
+def test_shorter_second_moments_are_rounded_and_no_more(params):
+    """Updates of several steps are those of long ones within bfloat16's rounding, not its drift."""
+    moved = [
+        step(OptimizerConfig(nu_dtype=dtype, warmup_steps=0), params, params, count=6)
+        for dtype in ("float32", "bfloat16")
+    ]
+    for path, wanted in moved[0].items():
+        np.testing.assert_allclose(moved[1][path], wanted, rtol=2e-2, atol=1e-9)
+    assert any((moved[1][path] != wanted).any() for path, wanted in moved[0].items())
 
 
 def test_adam_does_not_decay(params):

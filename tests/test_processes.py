@@ -30,6 +30,7 @@ WORDS = ("low", "mid", "high", "top")
 STEPS = 10
 HALF = 6  # of these: behind it a run goes on elsewhere
 LOST = (3, 8)  # clips that are nowhere
+MINE = 21  # a clip that is held out, and that one process alone can read: the first
 
 pytestmark = pytest.mark.slow
 
@@ -39,11 +40,12 @@ def given(tmp_path_factory, chirp):
     """A model; conversations about clips, and pairs of answers to the same."""
     folder = tmp_path_factory.mktemp("given")
     tiny.save(folder / "model")
+    (folder / "elsewhere").mkdir()
     rows, pairs = [], []
     for i in range(24):
         seconds = 0.3 if i % 3 else 0.6  # of two buckets
         soundfile.write(folder / f"{i}.wav", chirp(seconds, i), 16_000)
-        wave = "lost.wav" if i in LOST else f"{i}.wav"
+        wave = {MINE: f"/proc/self/cwd/{i}.wav"}.get(i, "lost.wav" if i in LOST else f"{i}.wav")
         asked = [{"type": "audio", "audio": wave}, {"type": "text", "text": "How high?"}]
         answer = {"role": "assistant", "content": WORDS[i % 4]}
         split = "test" if i > 19 else "train"
@@ -98,10 +100,15 @@ def start(given, out, *args, stage="sft", processes=1, devices=1, measured=False
             started.append(
                 subprocess.Popen(
                     list(map(str, command + joined * (processes > 1))),
-                    cwd=ROOT,
+                    cwd=given / "elsewhere" if number else given,
                     stdout=told,
                     stderr=told,
-                    env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
+                    env={
+                        **os.environ,
+                        "PYTHONPATH": str(ROOT),
+                        "JAX_PLATFORMS": "cpu",
+                        "JAX_NUM_CPU_DEVICES": str(devices),
+                    },
                 )
             )
     STARTED.extend(started)
@@ -158,6 +165,8 @@ def alike(one, other):
     for name, value in parameters(one).items():
         np.testing.assert_allclose(value, theirs[name], atol=1e-5, err_msg=name)
     assert left_out(one) == left_out(other) and left_out(one)[-1] > 0
+    told = [(each / "answers.jsonl").read_text("utf-8") for each in (one, other)]
+    assert told[0] == told[1] and told[0].count("\n") == 4  # of all that are held out
     assert trained_on(one) == trained_on(other) and "missing audio" in trained_on(one)
 
 

@@ -128,11 +128,18 @@ def test_an_empty_answer_is_its_end(made):
     assert learned_text(made, messages) == ["<|im_end|>"]
 
 
-def test_a_token_that_begins_in_the_given_part_is_given(made):
-    """The newline of the generation prompt joins an answer that begins with one."""
+def test_an_answer_begins_with_a_token_of_its_own(made):
+    """Where it begins with a newline, too, which that of the generation prompt would take in: what
+    is given are the tokens that are given when it is generated."""
     assert len(made.encode("\n\n")) == 1
     segments = made.compile("it\n\nyes", (), [(3, 7)])
-    assert [(made.decode(s.ids), s.learned) for s in segments] == [("it\n\n", False), ("yes", True)]
+    assert [(made.decode(s.ids), s.learned) for s in segments] == [("it\n", False), ("\nyes", True)]
+    messages = [*CHAT[:1], {"role": "assistant", "content": "\n\nA dog.\n"}]
+    text, spans = ChatTemplate().learned(messages)
+    segments = made.compile(text, [1], spans)
+    given = made.encode(ChatTemplate().render(messages[:1], add_generation_prompt=True))
+    assert flat(s for s in segments if not s.learned)[: len(given)] == given
+    assert learned_text(made, messages) == ["\n\nA dog.\n<|im_end|>"]
 
 
 def test_a_template_with_thoughts_that_vanish_cannot_be_learned():

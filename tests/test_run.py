@@ -98,7 +98,7 @@ def test_another_setting_is_refused_with_both_values(folder, change, message):
 
 def test_what_is_measured_may_change(tmp_path):
     """It moves no parameter. That data have moved has to be said; what they are stays."""
-    data = DataConfig(train=("/data/chats.jsonl:train",))
+    data = DataConfig(train=("/data/chats.jsonl:train",), style="tags")
     told = lambda data, *changing: training.Settings(data=data, changing=changing)
     assert begin(tmp_path, told(data)) is False
     checkpoints = Checkpoints(tmp_path)

@@ -381,6 +381,20 @@ def test_a_preset_gives_way_to_what_is_told(monkeypatch):
     assert told("dpo", "7b", "--lora.r", "4").lora.config.lora_alpha == 32
 
 
+def test_a_presets_world_is_not_measured_beside_other_data(monkeypatch, capsys):
+    """Unless it is asked for, with others or alone."""
+
+    def held_out(*args):
+        monkeypatch.setattr(sys, "argv", ["x", "tiny", "--data.train", "a.jsonl:train", *args])
+        return launch._without_others(launch._parse("sft", "about"), "sft").data.held_out
+
+    assert held_out() == ()
+    assert capsys.readouterr().err == "train.sft: nothing is measured without --data.held-out\n"
+    for asked in (("a.jsonl:test", "world:small/chat:test"), ("world:small/chat:test",)):
+        assert held_out("--data.held-out", *asked) == asked
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
 def test_presets_are_settings_that_fit_each_other(stage):
     """For a laptop and for a pod; each says its command."""

@@ -363,6 +363,13 @@ def test_a_mistake_in_a_line_says_in_which(rows):
         inputs.training(DataConfig(train=(path, path), tasks=(ASR, wrong)))
 
 
+def test_a_style_that_nothing_has_is_refused(rows):
+    """Conversations have no hints at a task that could be put otherwise."""
+    path = rows({"messages": ANSWERED})
+    with pytest.raises(ValueError, match=r"data\.style none is of tasks: wanted --data\.tasks, "):
+        inputs.training(DataConfig(train=(path,), style="none"))
+
+
 PAIR = {"chosen": "yes", "rejected": "no"}
 ASKED = [{"role": "user", "content": "Yes?"}]
 ANSWERED = [*ASKED, {"role": "assistant", "content": "yes"}]

@@ -106,6 +106,7 @@ def test_what_is_held_out_is_asked_as_its_file_is_learned(train, held_out, wante
     """Whatever the order; where nothing tells which line it is, a wrong one is not guessed."""
     for kind in ("tasks", "tags"):
         told = {"train": train, "held_out": held_out, kind: ("x", "y")}
+        told |= {"style": "tags"} if kind == "tags" else {}
         if isinstance(wanted, tuple):
             data = DataConfig(**told)
             assert wanted == (data.lines_held_out if kind == "tasks" else data.tags_held_out)
@@ -137,7 +138,7 @@ def test_what_is_made_takes_no_lines_of_what_is_learned(given, wanted):
     data = DataConfig(train=("world:small/tasks", "a.jsonl"), **given)
     assert data.lines_held_out == wanted
     tags = {name.replace("tasks", "tags"): words for name, words in given.items()}
-    assert DataConfig(train=data.train, **tags).tags_held_out == wanted
+    assert DataConfig(train=data.train, style="tags", **tags).tags_held_out == wanted
 
 
 def test_adapters_are_like_those_that_they_begin_with():
@@ -161,6 +162,9 @@ def test_adapters_are_like_those_that_they_begin_with():
         (DataConfig, {"augmented": (0.0, -1.0)}, "augmented from 0 to 1, got -1.0"),
         (DataConfig, {"augmented": (0.0, 1.0), "train": ("a",) * 3}, "augmented for 3 .*, got 2"),
         (DataConfig, {"masked": -1.0}, "masked from 0 to 1, got -1.0"),
+        (DataConfig, {"tags": ("<|a|>",)}, "tags are of the style tags: .*, got prompt"),
+        (DataConfig, {"held_out_tags": ("<|a|>",), "style": "none"}, "the style tags: .* got none"),
+        (Lora, {"lora_dropout": 0.1}, "lora_dropout is of no adapters: wanted lora.r too, got 0"),
         (DataConfig, {"workers": -1}, "workers from 0, got -1"),
         (EvaluationConfig, {"rows": 0}, "rows of at least 1, got 0"),
         (LoopConfig, {"profile": (9, 3)}, r"a first and a last step to profile, got \(9, 3\)"),

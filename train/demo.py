@@ -32,7 +32,7 @@ from qwen2audio_jax.data.world import MODES, World
 from qwen2audio_jax.evaluation import recognition
 from qwen2audio_jax.evaluation import world as evaluation
 from qwen2audio_jax.evaluation.world import Row
-from qwen2audio_jax.training import log
+from qwen2audio_jax.training import log, run
 from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.optimizer import OptimizerConfig
 from qwen2audio_jax.training.preference import PreferenceConfig
@@ -106,7 +106,7 @@ def begin(demo: Demo, world: World) -> None:
     for path in demo.manifest:
         _rows(path)  # a mistake is told before anything is written
     folder = demo.out / "start"
-    if (folder / "config.json").exists():
+    if run.goes_on(demo.out / STAGES[0]):  # it refuses what it did not begin with
         return
     vocabulary = VOCABULARY[world.name]
     world.write_tokenizer(folder, vocabulary=vocabulary)
@@ -306,6 +306,8 @@ def card(
     train = recordings(demo, "train")
     licences = sorted({str(row["licence"]) for row in train if row.get("licence")})
     spoken = f" and {len(train)} recordings ({', '.join(licences) or 'no licence stated'})"
+    knows_voices = any(skill.name == "voice" for skill in world.tasks)
+    named = ", and on new phrases of the voices that are known by name" if knows_voices else ""
     count = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
     steps = " + ".join(map(str, demo.steps or STEPS[demo.world]))
     return f"""---
@@ -322,7 +324,7 @@ steps, seed {demo.seed}, {minutes:.0f} minutes on a CPU) on a made world of synt
 (espeak-ng, {len(synth.TRAIN_VOICES)} voices) and sounds{spoken if train else ""}. It shows how the
 architecture works and tests what carries it; it is of no other use.
 
-On held-out voices and sounds, after each stage:
+On held-out voices and sounds{named}, after each stage:
 
 ```
 {evaluation.compare(told)}

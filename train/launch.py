@@ -42,7 +42,7 @@ def launch(stage: str, train: Callable[[Any], int | None], about: str) -> None:
     name = f"train.{stage}"
     command.prepare()
     with command.guard(name):
-        settings = _without_others(_parse(stage, about), name)
+        settings = _without_others(_parse(stage, about), stage)
         if settings.distributed or settings.hosts.coordinator:
             hosts.join(settings.hosts)
         signal = _train(train, settings, name)
@@ -87,14 +87,12 @@ def _read(stage: str, known: dict[str, tuple[str, Any]], about: str) -> Any:
     return command.read(partial(cli, known, prog=f"python -m train.{stage}", description=about))
 
 
-def _without_others(settings: Any, name: str) -> Any:
+def _without_others(settings: Any, stage: str) -> Any:
     """A preset's made world does not measure what was learned from somebody's own data."""
-    made = lambda sources: [source for source in sources if source.startswith(WORLD)]
+    made = lambda sources: any(source.startswith(WORLD) for source in sources)
     data = settings.data
-    others = set() if made(data.train) else set(made(data.held_out))
-    if not data.train or not others:
+    usual = [each.data.held_out for _, each in presets(stage).values()]
+    if not data.train or made(data.train) or not made(data.held_out) or data.held_out not in usual:
         return settings
-    kept = tuple(source for source in data.held_out if source not in others)
-    if not kept:
-        print(f"{name}: nothing is measured without --data.held-out", file=sys.stderr)
-    return dataclasses.replace(settings, data=dataclasses.replace(data, held_out=kept))
+    print(f"train.{stage}: nothing is measured without --data.held-out", file=sys.stderr)
+    return dataclasses.replace(settings, data=dataclasses.replace(data, held_out=()))

@@ -26,7 +26,7 @@ from qwen2audio_jax.processor import Inputs
 if TYPE_CHECKING:
     from qwen2audio_jax.data.mixture import Mixture
 
-HOPELESS = 1000  # bad samples in a row, after which no good one is waited for
+HOPELESS = 1000  # bad samples in a row, after which an endless mixture waits for no good one
 KILLED = re.compile(r"process was terminated unexpectedly with exit code (-?\d+)")  # as Grain says
 WAITING = 4  # groups of a bucket that may wait for their turn, where several hosts keep step
 
@@ -296,7 +296,7 @@ class _Groups(grain.DatasetIterator):
         count, _ = reasons.get(bad.reason, (0, ""))
         reasons[bad.reason] = [count + 1, bad.message]
         self._hopeless += 1
-        if self._hopeless >= HOPELESS:
+        if self._hopeless >= HOPELESS and self._mixture.epochs is None:
             raise ValueError(f"{HOPELESS} samples in a row are bad, the last: {bad.message}")
 
     def _group(self, bucket: int) -> Group:
@@ -330,16 +330,19 @@ class _Groups(grain.DatasetIterator):
             name: {**count, "bad": {**count["bad"]}} for name, count in state["counts"].items()
         }
         self._waiting = [
-            [self._refilled(bucket, keys) for keys in groups]
+            [group for keys in groups if (group := self._refilled(bucket, keys)).keys]
             for bucket, groups in enumerate(state["waiting"])
         ]
 
     def _refilled(self, bucket: int, keys: list[int]) -> Group:
+        """A group as it was, but for what cannot be read any more or would not have come here."""
         group = self._group(bucket)
         for key in keys:
             sample = self._samples[key]
-            if isinstance(sample, Bad):  # it was good: what it was read from has changed since
-                raise ValueError(f"cannot resume: part {sample.part!r}: {sample.message}")
-            if sample.bucket != bucket or not group.take(sample, key):
-                raise ValueError(f"cannot resume: part {sample.part!r} has changed on disk")
+            if isinstance(sample, Bad):
+                self._refuse(sample)
+            elif sample.bucket != bucket or not group.take(sample, key):
+                (source,) = (p.source for p in self._mixture.parts if p.name == sample.part)
+                message = f"{where(source, sample.row)}: it has another length than when it waited"
+                self._refuse(Bad(part=sample.part, reason="changed", message=message))
         return group

@@ -76,6 +76,10 @@ class Mixture:
         names = [part.name for part in self.parts]
         if not self.parts or not self.buckets or len(set(names)) < len(names):
             raise ValueError(f"wanted buckets and parts with names of their own, got {names}")
+        given = [bucket.weight is not None for bucket in self.buckets]
+        if any(given) and not all(given):
+            told = " ".join(map(str, self.buckets))
+            raise ValueError(f"wanted a weight for each of the buckets or for none, got {told}")
         for part in self.parts:
             if part.weight <= 0 or not len(part.source):
                 size = f"{len(part.source)} samples and weight {part.weight}"

@@ -95,7 +95,8 @@ def manner(
 ) -> Sample:
     """Who speaks or how: "voice", "gender", "pitch", "rate" or "emotion".
 
-    A voice that is known by name is heard in training, too; what it says when held out is not.
+    A voice that is known by name is heard in training, too; what it says when held out is not: a
+    word longer than all it is learned by.
     Pitch is a man's, relative to other men: beside women's it would be their gender.
     """
     pool = lexicon.pooled(rng, kind, held_out=held_out)
@@ -116,7 +117,8 @@ def manner(
             gender="male", pitch=EMOTIONS[text][0], rate=EMOTIONS[text][1], range=(20, 50)
         ),
     }[kind]()
-    words = [str(pick(pool, vocabulary)) for _ in range(pool.integers(2, 4))]
+    number = 4 if kind == "voice" and held_out else pool.integers(2, 4)
+    words = [str(pick(pool, vocabulary)) for _ in range(number)]
     said = lexicon.say(" ".join(words), pool, how, held_out=held_out)
     facts = {"gender": said.gender} if said.gender else {}
     if kind in ("voice", "gender"):  # recognition trains no pitches and speeds of the others

@@ -1,13 +1,16 @@
-"""What a model in training makes of samples it never learns: its loss, and its answers."""
+"""What a model in training makes of samples it never learns: its loss, and its answers.
+
+Of several hosts the first reads the samples for all: what one of them alone could not read would
+part them.
+"""
 
 import collections
 import dataclasses
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-
-import jax
 
 from qwen2audio_jax.data.example import BadSample, Example, Pair, why
 from qwen2audio_jax.data.mixture import Mixture
@@ -15,7 +18,7 @@ from qwen2audio_jax.data.sources import where
 from qwen2audio_jax.evaluation import answering, metrics
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
-from qwen2audio_jax.training import inputs
+from qwen2audio_jax.training import hosts, inputs
 from qwen2audio_jax.training.inputs import HeldOut
 from qwen2audio_jax.training.loss import Sums
 
@@ -36,7 +39,7 @@ def losses(parts: Sequence[HeldOut], mixture: Mixture, measure: Callable[[Any], 
     """What `measure` adds up to over all samples that can be used."""
     total = None
     for each in parts:
-        for batch in _usable(each, mixture):
+        for batch in hosts.each_by_first(_usable(each, mixture)):
             sums = measure(batch)
             total = sums if total is None else total + sums
     means = {} if total is None else total.means()
@@ -61,7 +64,8 @@ def answers(
     room = model.config.decoder.positions - max_new_tokens
     ends = {*model.config.end_tokens, model.config.pad_token, processor.tokenizer.pad_id}
     for each in parts:
-        samples = list(_samples(each, processor, room, bad))
+        samples, left_out = hosts.by_first(functools.partial(_samples, each, processor, room))
+        bad += left_out
         given, answers, choices = zip(*samples, strict=True) if samples else ((), (), ())
         tokens = answering.answer(
             model, processor, given, choices, rows=rows, max_new_tokens=max_new_tokens
@@ -82,7 +86,7 @@ def _usable(each: HeldOut, mixture: Mixture) -> Iterator[dict[str, Any]]:
         except ValueError as error:  # none of its samples is of use: no reason to end a training
             if mixture.fatal:
                 raise
-            _tell(f"{each.part.name} is not measured: {error}")
+            _log.warning(f"{each.part.name} is not measured: {error}")
             return
         if batch is None:
             return
@@ -90,10 +94,11 @@ def _usable(each: HeldOut, mixture: Mixture) -> Iterator[dict[str, Any]]:
 
 
 def _samples(
-    each: HeldOut, processor: Processor, room: int, bad: collections.Counter
-) -> Iterator[tuple[Example, Answer, list[str] | None]]:
-    """What can be answered, of prompts of at most `room` tokens; the rest is counted and told."""
-    told: dict[str, list[str]] = collections.defaultdict(list)
+    each: HeldOut, processor: Processor, room: int
+) -> tuple[list[tuple[Example, Answer, list[str] | None]], collections.Counter]:
+    """What can be answered, of prompts of at most `room` tokens; the rest is told, and counted by
+    reason."""
+    found, told = [], collections.defaultdict(list)
     for row in range(len(each.part.source)):
         try:
             sample = each.part.read(row)
@@ -110,15 +115,11 @@ def _samples(
         rejected = None
         if isinstance(example, Pair):
             rejected = inputs.text_of(example.rejected, processor)
-        yield given, Answer(part=each.part.name, wanted=wanted, got="", rejected=rejected), choices
+        answer = Answer(part=each.part.name, wanted=wanted, got="", rejected=rejected)
+        found.append((given, answer, choices))
     for reason, messages in told.items():
-        bad[reason] += len(messages)
-        _tell(f"{each.part.name}: {len(messages)} {reason}, the last: {messages[-1]}")
-
-
-def _tell(line: str) -> None:
-    if jax.process_index() == 0:
-        _log.warning(line)
+        _log.warning(f"{each.part.name}: {len(messages)} {reason}, the last: {messages[-1]}")
+    return found, collections.Counter({reason: len(messages) for reason, messages in told.items()})
 
 
 def scores(answers: Sequence[Answer]) -> dict[str, float]:

@@ -77,6 +77,9 @@ def _of_state(given: Asked, report: Report, mesh: Mesh) -> Iterator[str]:
     if adam and given.optimizer.mu_dtype == "float32" and moments > GIB / 10:
         saved = f"{moments / 4 / GIB:.2f} GiB less"  # a half of one of two
         yield f"--optimizer.mu-dtype bfloat16: first moments in half the bytes, {saved}"
+    elif adam and given.optimizer.nu_dtype == "float32" and moments > GIB / 10:
+        saved = f"{moments / 3 / GIB:.2f} GiB less"  # a half of two thirds
+        yield f"--optimizer.nu-dtype bfloat16: second moments in half the bytes, {saved}"
     if sizes["data"] > 1:
         more = f"{sizes['data'] * sizes['fsdp']} devices rather than {sizes['fsdp']}"
         yield f"--mesh.ici-data-parallelism 1: each copy of the model is spread over {more}"

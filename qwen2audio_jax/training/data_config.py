@@ -83,6 +83,8 @@ class DataConfig:
             raise ValueError(f"wanted a sampling rate of at least 1, got {self.rate}")
         each_of(self.train, self.tasks, "tasks")
         each_of(self.train, self.tags, "tags")
+        if self.style != "tags" and (self.tags or self.held_out_tags):
+            raise ValueError(f"tags are of the style tags: wanted it beside them, got {self.style}")
         each_of(self.train, self.augmented_each, "augmented")
         self._each_held_out("held_out_tasks", self.tasks)
         self._each_held_out("held_out_tags", self.tags)

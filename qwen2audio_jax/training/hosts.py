@@ -7,13 +7,14 @@ import functools
 import itertools
 import json
 import os
+import pickle
 import platform
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -25,6 +26,7 @@ from qwen2audio_jax.training.settings import HostsConfig
 
 MEETING = 300  # seconds that the first process waits for the last
 BLOCK = 4096  # bytes that what they tell each other is a multiple of
+PARCEL = 2**26  # bytes of it at a time
 BEAT = 2  # seconds between signs of life
 SLACK = 30  # seconds that a busy machine may be late with them
 MISSED = 4  # so many in a row: once something has failed, the process is lost
@@ -87,6 +89,50 @@ def gathered(value: Any) -> list[Any]:
     content = content.ljust(-(-int(longest) // BLOCK) * BLOCK)
     every = multihost_utils.process_allgather(np.frombuffer(content, np.uint8))
     return [json.loads(bytes(each)) for each in every]
+
+
+def by_first(make: Callable[[], Any]) -> Any:
+    """What the first process makes, in all of them; all have to ask at once.
+
+    What a process reads for itself may be what another cannot read.
+
+    Args:
+      make: called by the first alone; it gives what pickle can hold.
+
+    Raises:
+      Exception: what `make` raises, in all of them.
+    """
+    if jax.process_count() == 1:
+        return make()
+    content, failed = b"", None
+    if jax.process_index() == 0:
+        try:
+            content = pickle.dumps((make(), None))
+        except Exception as error:
+            failed = error
+            content = pickle.dumps((None, f"{error}"))
+    # few lengths are few programs to compile; each parcel is on every device on its way
+    blocks = multihost_utils.broadcast_one_to_all(np.array(-(-len(content) // BLOCK), np.int32))
+    content, told = content.ljust(int(blocks) * BLOCK), []
+    for start in range(0, len(content), PARCEL):
+        part = np.frombuffer(content[start : start + PARCEL], np.uint8)
+        told.append(np.asarray(multihost_utils.broadcast_one_to_all(part)).tobytes())
+    if failed is not None:
+        raise failed
+    value, said = pickle.loads(b"".join(told))
+    if said is not None:
+        raise ValueError(said)
+    return value
+
+
+def each_by_first(items: Iterator[Any]) -> Iterator[Any]:
+    """One after the other, what the first process has; nobody else asks `items` for anything.
+
+    Args:
+      items: none of them is None.
+    """
+    while (item := by_first(lambda: next(items, None))) is not None:
+        yield item
 
 
 def counted(

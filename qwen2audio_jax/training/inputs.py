@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from qwen2audio_jax.data.batches import Batches, left_out, tell
@@ -75,6 +74,12 @@ def training(data: DataConfig, *, pairs: bool = False, words: bool = False) -> t
     """
     if not data.train:
         raise ValueError("nothing to train on: wanted --data.train SOURCE")
+    made = any(spec.startswith(WORLD) for spec in data.train)
+    if data.style != "prompt" and not made and not any(data.tasks):
+        raise ValueError(
+            f"data.style {data.style} is of tasks: wanted --data.tasks, got conversations, or "
+            "pairs, alone"
+        )
     weights = data.weights or [1.0] * len(data.train)
     found, said = [], False
     given = (each_of(data.train, each) for each in (data.tasks, data.tags, data.augmented_each))
@@ -245,9 +250,8 @@ def once(
     batches = Batches(alone, bad=bad)
     try:
         yield from batches
-        if jax.process_index() == 0:  # all have the same
-            for line in left_out(batches.counts):
-                tell(f"left out: {line}")
+        for line in left_out(batches.counts):
+            tell(f"left out: {line}")
     finally:
         batches.close()
 

@@ -48,11 +48,11 @@ class Meter:
         self._host = _host()
         self._peak = 1e12 * (config.peak_tflops or 0) or flops.peak(dtype)
         self._waiting: tuple[int, dict[str, float], Any] | None = None
-        self._waited = 0.0
+        self._wait: dict[str, float] = {}
         self._told: set[tuple[str, str]] = set()
         self._others: list[Mapping[str, Any]] = []  # what other hosts have counted
         self._recent: collections.deque = collections.deque(maxlen=RECENT)
-        self._last, self._compiling = time.perf_counter(), True
+        self._last, self._first, self._compiling = time.perf_counter(), True, True
         self._progress = Progress(
             learner.optimizer.steps,
             desc="training",
@@ -73,12 +73,16 @@ class Meter:
     def batch_came(self, asked: float) -> None:
         """Notes for how long the device has waited for a batch at most, if it is done by now.
 
+        The first of a start is told apart: nothing could be made ahead of it.
+
         Args:
           asked: when the batch was asked for, by `time.perf_counter`.
         """
         metrics = self._waiting[2] if self._waiting else {}
-        idle = bool(metrics) and all(x.is_ready() for x in metrics.values())
-        self._waited = time.perf_counter() - asked if idle else 0.0
+        seconds = time.perf_counter() - asked
+        self._wait = {"waited": seconds if all(x.is_ready() for x in metrics.values()) else 0.0}
+        if self._first:
+            self._first, self._wait = False, {"waited": 0.0, "first_batch": seconds}
 
     def add(
         self,
@@ -92,7 +96,7 @@ class Meter:
         Args:
           counts: as `batches.Batches` has them: what could not be used is told when it begins.
         """
-        sizes = _sizes(self._learner, batch) | {"waited": self._waited}
+        sizes = _sizes(self._learner, batch) | {"wait": self._wait}
         sizes["bad"] = self._tell_bad(counts or {})
         before, self._waiting = self._waiting, (number, sizes, metrics)
         self._read(before)
@@ -161,14 +165,14 @@ class Meter:
         if waiting is None:
             return
         number, sizes, metrics = waiting
-        waited, bad = sizes.pop("waited"), sizes.pop("bad")
+        wait, bad = sizes.pop("wait"), sizes.pop("bad")
         row = {name: float(x) for name, x in jax.device_get(metrics).items()}
         now = time.perf_counter()
         # The schedule counts steps that moved something: those before this one.
         moved = number - int(row["skipped"]) - math.isfinite(row["grad_norm"])
         with jax.default_device(self._host):
             row |= {name: float(rate(moved)) for name, rate in self._schedules.items()}
-        row |= {"seconds": now - self._last, "waited": waited}
+        row |= {"seconds": now - self._last, **wait}
         self._last = now
         if not self._compiling:
             self._recent.append({**sizes, "seconds": row["seconds"]})

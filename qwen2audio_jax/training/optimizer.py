@@ -29,8 +29,9 @@ class OptimizerConfig:
 
     name: Literal["adamw", "adam", "adafactor", "muon"] = "adamw"
     """adam is adamw without decay; adafactor keeps row and column sums in place of each matrix's
-    second moments, and no first ones (optax has no 8-bit Adam); muon makes the updates of blocks'
-    matrices orthogonal, and is adamw for all else."""
+    second moments, and no first ones (optax has no 8-bit Adam), so that b1, b2, eps and the dtypes
+    of moments are not its own; muon makes the updates of blocks' matrices orthogonal, and is adamw
+    for all else."""
     learning_rate: float = 1e-4
     """The peak."""
     encoder_learning_rate: float | None = None
@@ -66,7 +67,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     """Adam's floor under the root of the second moment."""
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Adam's and Muon's first moments are kept in this; the second ones always in float32."""
+    """Adam's and Muon's first moments are kept in this."""
+    nu_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Adam's second moments; bfloat16 wants a b2 of at most 0.99, or what is new gets lost."""
     clip_norm: float = 1.0
     """The longest gradient, over all that trains; 0 clips none."""
     ema_decay: float = 0.0
@@ -92,6 +95,9 @@ class OptimizerConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"wanted {name} from 0, got {value}")
+
+        if self.nu_dtype == "bfloat16" and self.b2 > 0.99:
+            raise ValueError(f"wanted a b2 of at most 0.99 beside nu_dtype bfloat16, got {self.b2}")
 
     @property
     def decay_steps(self) -> int:
@@ -185,8 +191,27 @@ class OptimizerConfig:
             factored = optax.scale_by_factored_rms(min_dim_size_to_factor=FACTORED)
             return optax.chain(factored, optax.clip_by_block_rms(1.0))
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype)
+        adam = _with_second_moments_in(self.nu_dtype, adam)
         momentum = {"beta": self.muon_beta, "mu_dtype": self.mu_dtype}
         return _muon(adam, **momentum) if self.name == "muon" else adam
+
+
+def _with_second_moments_in(
+    dtype: str, adam: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Adam that keeps its second moments so between steps; optax has such an option for the first
+    ones alone."""
+    if dtype == "float32":
+        return adam
+
+    def kept(state, dtype):
+        return state._replace(nu=jax.tree.map(lambda x: x.astype(dtype), state.nu))
+
+    def update(grads, state, params):
+        updates, state = adam.update(grads, kept(state, "float32"), params)
+        return updates, kept(state, dtype)
+
+    return optax.GradientTransformation(lambda params: kept(adam.init(params), dtype), update)
 
 
 def _muon(adam: optax.GradientTransformation, **momentum: Any) -> optax.GradientTransformation:

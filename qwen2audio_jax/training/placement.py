@@ -51,14 +51,11 @@ def place(
     Args:
       batch: arrays, or their shapes where nothing is to be allocated.
       parts: if more than 1, arrays lead with an axis of so many batches.
-      shared: every host has the same batch, and keeps it whole.
+      shared: every host has the same batch, rather than rows of its own.
     """
     if mesh is None:
         return batch
-    if shared and jax.process_count() > 1:
-        return jax.device_put(dict(batch), NamedSharding(mesh, PartitionSpec()))
-
-    group, count = share(mesh)
+    group, count = (0, 1) if shared else share(mesh)
     devices, axis = math.prod(mesh.shape[axis] for axis in ROWS) // count, int(parts > 1)
 
     def put(name, x):

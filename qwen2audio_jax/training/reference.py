@@ -24,7 +24,7 @@ from qwen2audio_jax.data.pack import Bad
 from qwen2audio_jax.data.sources import ELSEWHERE, FEW, Made, RandomAccess, each_clip, where
 from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.progress import Progress
-from qwen2audio_jax.training import checksum, inputs, run
+from qwen2audio_jax.training import checksum, hosts, inputs, run
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.preference import REFERENCE
 from qwen2audio_jax.training.settings import PreferenceSettings
@@ -190,7 +190,7 @@ def _compute(
     before, saved = [asked.copy(), unheard.copy()], time.monotonic()
     with Progress(len(which), desc="reference", unit=" pairs", shown=first) as progress:
         some = dataclasses.replace(part, source=_Some(part.source, which)) if again else part
-        for batch in _batches(some, mixture, bad, again):
+        for batch in hosts.each_by_first(_batches(some, mixture, bad, again)):
             used = batch["rows"] >= 0
             pairs = which[batch["rows"][used]]
             new = ~asked[pairs]
@@ -202,7 +202,7 @@ def _compute(
                     _write(path, model, rows, logps, asked, unheard)
                     saved = time.monotonic()
             progress.update(int(used.sum()))
-    for each in bad:
+    for each in hosts.by_first(lambda: bad):
         unheard[which[each.row]] = each.reason in PASSING
         asked[which[each.row]] = each.reason not in PASSING
     unheard &= ~asked
@@ -220,8 +220,7 @@ def _batches(
     except ValueError as error:
         if not again or mixture.fatal:
             raise
-        if jax.process_index() == 0:
-            _log.warning("%s: still without a reference: %s", part.name, error)
+        _log.warning("%s: still without a reference: %s", part.name, error)
 
 
 def _fingerprints(source: RandomAccess) -> UInt32[np.ndarray, " rows"]:

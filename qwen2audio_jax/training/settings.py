@@ -180,6 +180,8 @@ class Lora(LoraConfig):
     lora_alpha, target_modules and modules_to_save has to agree."""
 
     def __post_init__(self):
+        if not self.r and self.start is None and self.lora_dropout:
+            raise ValueError("lora.lora_dropout is of no adapters: wanted lora.r too, got 0")
         if self.start is None:
             for name in ("lora_alpha", "target_modules", "modules_to_save"):
                 usual = getattr(LoraConfig, name)

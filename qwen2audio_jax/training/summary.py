@@ -32,7 +32,8 @@ def write(
         lines += [
             f"{last['step']} steps in {hours:.2f} hours; the last loss was {last['loss']:.4f}, "
             f"{int(last['skipped'])} steps were skipped; the device waited for data for "
-            f"{_waited(steps):.1%} of the time. Settings: [{SETTINGS}]({SETTINGS}).",
+            f"{_waited(steps):.1%} of the time, and {_first(steps):.1f} s for the first batch. "
+            f"Settings: [{SETTINGS}]({SETTINGS}).",
             "",
         ]
     if scores:
@@ -50,6 +51,11 @@ def write(
 
 def _waited(steps: Sequence[Row]) -> float:
     return sum(row.get("waited", 0.0) for row in steps) / sum(row["seconds"] for row in steps)
+
+
+def _first(steps: Sequence[Row]) -> float:
+    """Seconds until batches came, of every start."""
+    return sum(row.get("first_batch", 0.0) for row in steps)
 
 
 def _table(scores: Sequence[Row]) -> list[str]:

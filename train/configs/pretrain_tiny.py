@@ -3,7 +3,8 @@
     python -m train.pretrain tiny
 
 Expected: after half of the 1500 steps one word in ten of held-out voices is wrong, and of sounds
-and counts nine in ten are right (as in train.demo, whose first stage this is).
+and counts nine in ten are right. (The first stage of train.demo is shorter: fewer words in its
+vocabulary, recognition more often, less augmentation.)
 """
 
 import pathlib

@@ -6,7 +6,7 @@
         "[AUDIO:audio] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"
 
 Expected: of digits that `--model runs/demo` hears, seven words in ten wrong before the first step,
-and one in a hundred after 300.
+one in sixty after 300, none in 300 after 600.
 """
 
 import pathlib
