@@ -5,8 +5,11 @@
     python -m benchmarks.interruption --processes 4 --kills 5 --saves 1 --steps 40
 
 Both are `python -m train.sft` on clips made here. One is ended by kill -9 at random steps and
-while it saves, by SIGTERM, and by a disk that is full, and is started again each time. In the end
-parameters, and every step's loss and gradient, have to be the same to the bit.
+while it saves, by SIGTERM, and by a disk that takes no checkpoint, and is started again each time.
+In the end parameters, and every step's loss and gradient, have to be the same to the bit.
+
+That disk is a limit on how large a file may become: its error is another than a full disk's, which
+tests/test_train.py has where it may mount one.
 
 With several processes it is a random one that is killed: the others have to end by themselves, in
 LIMIT seconds, and to say which is lost.
@@ -39,13 +42,13 @@ from train import command
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORDS = ("low", "middle", "high", "highest")
+LARGEST_FILE = 300 * 1024  # bytes; no checkpoint's files are all so small
 TOLD = {
     "kill": "kill -9 at a random step",
     "save": "kill -9 in a save",
     "term": "SIGTERM",
-    "full": "a full disk",
+    "full": f"a disk that takes no checkpoint: files of {LARGEST_FILE // 1024} KiB at most",
 }
-FULL = 300 * 1024  # bytes that a file may have on the disk that is full: no checkpoint's
 SILENCE = 10  # seconds after which a process counts as lost
 LIMIT = 60  # seconds that the others may go on for
 
@@ -61,7 +64,7 @@ class Settings:
     terms: int = 1
     """Random steps to get SIGTERM at."""
     full_disks: int = 1
-    """Starts with a disk that takes no checkpoint."""
+    """Starts with a disk that takes no checkpoint: files of 300 KiB at most."""
     steps: int = 200
     save_every: int = 5
     """Steps between checkpoints."""
@@ -147,7 +150,7 @@ def begin(
             port = free.getsockname()[1]
         command += ["--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.timeout", SILENCE]
         command += ["--hosts.count", settings.processes]
-    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     started = []
     for number in range(settings.processes):
         mine = ["--hosts.number", number] if settings.processes > 1 else []
@@ -158,7 +161,7 @@ def begin(
                     cwd=ROOT,
                     stdout=said,
                     stderr=said,
-                    preexec_fn=None if limit is None else full,
+                    preexec_fn=None if limit is None else limited,
                 )
             )
     return started
@@ -190,7 +193,7 @@ def interrupt(
     for number, way in enumerate(ways):
         # Moments that are spread over the run, so that there is always something left to end.
         moment = settings.steps * (number + rng.random()) / (len(ways) + 1)
-        started = start(out, limit=FULL if way == "full" else None)
+        started = start(out, limit=LARGEST_FILE if way == "full" else None)
         lost = rng.randrange(len(started))
         if way != "full":
             wait = at_a_save if way == "save" else at_a_step

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qwen2audio_jax import cache as caches
+from qwen2audio_jax import spread
 from qwen2audio_jax.cache import Cache
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.sampling import Rules, adjust
@@ -70,6 +71,7 @@ def search(
     rules: Rules,
     limit: int,
     *,
+    rows: int,
     num_beams: int,
     n: int,
     length_penalty: float,
@@ -81,6 +83,7 @@ def search(
       logits: scores of the prompts' next tokens.
       cache: the prompts.
       seen: the prompts' tokens, where repetition is penalised.
+      rows: prompts; what is behind them in the arrays is empty.
       others: as in `generate`.
 
     Returns:
@@ -88,10 +91,11 @@ def search(
     """
     capacity = -(-limit // SHORTEST_ANSWER) * SHORTEST_ANSWER
     found = _search(
-        model, logits, caches.repeat(cache, num_beams), seen, rules, limit, length_penalty,
-        num_beams=num_beams, early_stopping=early_stopping, capacity=capacity,
+        model, logits, caches.repeat(cache, num_beams), seen, np.arange(len(logits)) >= rows, rules,
+        limit, length_penalty, num_beams=num_beams, early_stopping=early_stopping,
+        capacity=capacity,
     )  # fmt: skip
-    best = lambda x: np.asarray(x)[:, :n].reshape(-1, *x.shape[2:])
+    best = lambda x: spread.whole(x)[:rows, :n].reshape(-1, *x.shape[2:])
     lengths = best(found.lengths)
     kept = np.arange(lengths.max()) < lengths[:, None]
     return (
@@ -102,9 +106,10 @@ def search(
 
 @partial(jax.jit, static_argnames=("num_beams", "early_stopping", "capacity"))
 def _search(
-    model, logits, cache, seen, rules, limit, length_penalty, *, num_beams, early_stopping, capacity
-):
-    B = len(logits)
+    model, logits, cache, seen, empty, rules, limit, length_penalty, *, num_beams, early_stopping,
+    capacity,
+):  # fmt: skip
+    B, empty = len(logits), empty[:, None]
     wide = lambda x: jnp.repeat(x, num_beams, axis=0)
     nothing = Answers(
         tokens=jnp.zeros((B, num_beams, capacity), jnp.int32),
@@ -120,7 +125,7 @@ def _search(
         # the beams are alike at first: only one may be extended
         open=nothing.replace(score=nothing.score.at[:, 0].set(0)),
         complete=nothing,
-        improvable=jnp.ones((B, 1), bool),
+        improvable=~empty,
         step=jnp.zeros((), jnp.int32),
         going=jnp.array(True),
     )
@@ -138,13 +143,13 @@ def _search(
         hoped = score[:, :1] / length.astype(jnp.float32) ** length_penalty
         worst = jnp.where(complete.ended, complete.score.min(axis=1, keepdims=True), NEVER)
         improvable = state.improvable & (hoped > worst).any(axis=1, keepdims=True)
-        full = (early_stopping is True) & complete.ended.all()
+        full = (early_stopping is True) & (complete.ended | empty).all()
         state = _advance(model, state, following.tokens[:, :, state.step], _take(parents, index))
         return state.replace(
             open=following,
             complete=complete,
             improvable=improvable,
-            going=improvable.any() & ~full & ~best.ended.all(),
+            going=improvable.any() & ~full & ~(best.ended | empty).all(),
         )
 
     return jax.lax.while_loop(lambda state: state.going, step, state).complete
@@ -191,7 +196,9 @@ def _advance(model, state, tokens, parents):
     B, num_beams = parents.shape
     rows = (jnp.arange(B)[:, None] * num_beams + parents).ravel()
     tokens = tokens.reshape(-1, 1)
-    x, cache = model.hidden(tokens, jnp.ones_like(tokens), cache=caches.take(state.cache, rows))
+    x, cache = model.hidden(
+        tokens, jnp.ones_like(tokens), cache=caches.reorder(state.cache, parents)
+    )
     seen = state.seen
     if seen is not None:
         seen = seen[rows].at[jnp.arange(len(rows)), tokens[:, 0]].set(True)

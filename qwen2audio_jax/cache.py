@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from qwen2audio_jax import spread
 from qwen2audio_jax.config import DecoderConfig
 
 
@@ -43,15 +44,38 @@ def empty(c: DecoderConfig, batch: int, slots: int, *, scan: bool, dtype: Any) -
     )
 
 
-@partial(jax.jit, static_argnames="n")
-def repeat(cache: Cache, n: int) -> Cache:
-    """Gives every row `n` copies, one after the other."""
-    return _map(cache, lambda x, batch: jnp.repeat(x, n, axis=batch))
+@partial(jax.jit, static_argnames=("n", "rows", "total"))
+def repeat(cache: Cache, n: int, *, rows: int | None = None, total: int | None = None) -> Cache:
+    """Gives each of the first `rows`, or of all, `n` copies, one after the other.
+
+    Args:
+      total: rows of the result; what is behind the copies is empty. None: the copies alone.
+    """
+
+    def copied(x, batch):
+        x = jnp.repeat(jax.lax.slice_in_dim(x, 0, rows, axis=batch), n, axis=batch)
+        more = 0 if total is None else total - x.shape[batch]
+        x = jnp.pad(x, [(0, more if axis == batch else 0) for axis in range(x.ndim)])
+        letters = "B slots" if x.ndim == 2 else "layer " * batch + "B slots K H"
+        return spread.constrain(x, letters)
+
+    return _map(cache, copied)
 
 
-def take(cache: Cache, rows: Int[Array, " rows"]) -> Cache:
-    """Makes a batch of these rows."""
-    return _map(cache, lambda x, batch: jnp.take(x, rows, axis=batch))
+def reorder(cache: Cache, parents: Int[Array, "B n"]) -> Cache:
+    """Makes of each prompt's `n` rows others of the same prompt, so that no device needs another's.
+
+    Args:
+      parents: which of its prompt's rows each row is to be, from 0.
+    """
+    B, n = parents.shape
+
+    def reordered(x, batch):
+        take = jax.vmap(lambda x, index: jnp.take(x, index, axis=batch), (batch, 0), batch)
+        each = x.reshape(*x.shape[:batch], B, n, *x.shape[batch + 1 :])
+        return take(each, parents).reshape(x.shape)
+
+    return _map(cache, reordered)
 
 
 @partial(jax.jit, static_argnames="slots")

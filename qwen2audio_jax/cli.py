@@ -32,6 +32,7 @@ Answers about clips: with a question it is audio analysis, without one voice cha
   qwen2audio ask *.wav "What is that?" --json        every clip by itself, in batches
   qwen2audio ask a.wav b.wav "Which is louder?" --together
   qwen2audio ask a.wav -q "Does it say clip.wav?"    where a question looks like a file
+  qwen2audio ask *.wav --mesh.ici-data-parallelism 4 --mesh.ici-tensor-parallelism 2
 
 An argument that exists, is a URL, is one word that ends like a sound file, or begins with ./,
 ../, / or ~/ is a clip; the one that is none of these is the question. A clip over 30 s is
@@ -66,6 +67,11 @@ several. `/new` forgets what was said, `/help` lists the commands, `/exit` or Ct
 Ctrl-C stops an answer.
 """
 DTYPES = ("float32", "bfloat16", "float16")
+MESH = {
+    "data": "copies of the model, each for clips of its own (1)",
+    "fsdp": "devices that each copy is spread over, with clips of their own (-1: all others)",
+    "tensor": "devices that share each answer by heads and hidden units (1)",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -235,6 +241,15 @@ def _add_model(parser) -> None:
     group.add_argument(
         "--dtype", choices=DTYPES, help="of the parameters (float32 on CPUs, else bfloat16)"
     )
+    group = parser.add_argument_group(
+        "mesh",
+        "All accelerators here share the model, as in training; without any of these it is on\n"
+        "one. For speed, tensor shares each answer and data the clips of a batch.",
+    )
+    for axis, text in MESH.items():
+        name = f"ici_{axis}_parallelism"
+        flag = f"--mesh.{name.replace('_', '-')}"
+        group.add_argument(flag, dest=name, type=int, metavar="N", help=text)
     group = parser.add_argument_group("answer")
     group.add_argument(
         "--max-new-tokens", type=_positive, metavar="N", help="the longest answer (256)"

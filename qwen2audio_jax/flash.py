@@ -184,12 +184,18 @@ def _parts(axes, sizes):
     return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
-def by_queries(attend: Callable, q: Array, k: Array, v: Array, mask: Array) -> Array:
+def by_queries(
+    attend: Callable, q: Array, k: Array, v: Array, mask: Array, *, split: int = 1
+) -> Array:
     """`attend(q, k, v, mask)`, plain attention, some queries at a time, forward and backward.
 
     Where keys are cached, so that no kernel serves.
+
+    Args:
+      split: devices that share rows and heads.
     """
-    parts = 2 ** math.ceil(math.log2(q[..., 0].size * k.shape[1] / (SCORES * spread.devices())))
+    scores = q[..., 0].size * k.shape[1] / split
+    parts = 2 ** max(math.ceil(math.log2(scores / SCORES)), 0)
     size = -(-q.shape[1] // parts)
     pad = -q.shape[1] % size
     padded = lambda x: jnp.pad(x, [(0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)])

@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qwen2audio_jax import beam, constraint, programs, spread
-from qwen2audio_jax import cache as caches
 from qwen2audio_jax.cache import Cache
 from qwen2audio_jax.model import Qwen2Audio, as_array
 from qwen2audio_jax.processor import Processor
@@ -98,8 +97,9 @@ def generate(
         logits, cache = prefill(model, rows, heard, limit)
         with model.on_mesh():
             tokens, scores = beam.search(
-                model, logits, cache, seen(rules, rows, logits), rules, limit, num_beams=num_beams,
-                n=n, length_penalty=length_penalty, early_stopping=early_stopping,
+                model, logits, cache, seen(rules, rows, logits), rules, limit, rows=len(rows),
+                num_beams=num_beams, n=n, length_penalty=length_penalty,
+                early_stopping=early_stopping,
             )  # fmt: skip
         return (tokens, scores) if logprobs else tokens
     if n > 1 and sampling.temperature == 0:
@@ -179,7 +179,7 @@ def seen(rules: Rules, rows: Rows, logits: Float[Array, "B V"]) -> Bool[np.ndarr
     if rules.repetition_penalty is None:
         return None
     seen = np.zeros(logits.shape, bool)
-    for row, tokens in zip(seen, rows, strict=True):
+    for row, tokens in zip(seen, rows, strict=False):  # which empty ones may follow
         row[tokens] = True
     return seen
 
@@ -187,10 +187,16 @@ def seen(rules: Rules, rows: Rows, logits: Float[Array, "B V"]) -> Bool[np.ndarr
 def prefill(
     model: Qwen2Audio, rows: Rows, heard: tuple | None, limit: int
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Reads the prompts: what comes next, and a cache with room for `limit` tokens more."""
+    """Reads the prompts: what comes next, and a cache with room for `limit` tokens more.
+
+    Where a mesh does not divide the prompts, empty rows follow, so that each device holds its part
+    of the cache rather than all of it.
+    """
     length = bucket(max(map(len, rows)), SHORTEST_PROMPT, per_octave=4)
     slots = bucket(length + limit, SHORTEST_CACHE, per_octave=2)
-    ids = np.full((len(rows), length), model.config.pad_token, np.int32)
+    with model.on_mesh():
+        filled = spread.filled(len(rows))
+    ids = np.full((filled, length), model.config.pad_token, np.int32)
     mask = np.zeros(ids.shape, np.int32)
     for b, row in enumerate(rows):
         ids[b, length - len(row) :] = row
@@ -240,7 +246,7 @@ def decode(
 
     Args:
       rows: the prompts, `n` answers to each.
-      logits: scores of the prompts' next tokens.
+      logits: scores of the prompts' next tokens; rows behind these are empty, and never answer.
       cache: the prompts, given away.
       nodes: where each row's choices begin in the rules' trie.
       paced: give pieces often enough to be watched, rather than as large as can be.
@@ -249,26 +255,31 @@ def decode(
       The cache, with all but the last token in it.
     """
     if n > 1:
+        with model.on_mesh():
+            logits, cache = programs.repeat(logits, cache, n, len(rows))
         rows = [row for row in rows for _ in range(n)]
-        logits, cache = jnp.repeat(logits, n, axis=0), caches.repeat(cache, n)
         nodes = None if nodes is None else np.repeat(nodes, n)
     # a row's chance depends on its prompt and on which of its answers it is, not on its place
     number = [
         zlib.crc32(np.int32(i % n).tobytes(), zlib.crc32(row.tobytes()))
         for i, row in enumerate(rows)
     ]
-    draws = np.array(number, np.uint32)
+    filled = lambda x, rest: np.pad(x, (0, len(logits) - len(rows)), constant_values=rest)
+    draws = filled(np.array(number, np.uint32), 0)
+    nodes = None if nodes is None else filled(nodes, constraint.ENDED)
+    ended = filled(np.zeros(len(rows), bool), True)
     with model.on_mesh():
         said = seen(rules, rows, logits)
-        state, tokens, scores = programs.begin(logits, cache, said, draws, nodes, rules)
+        state, tokens, scores = programs.begin(logits, cache, said, draws, nodes, ended, rules)
     made, count = 0, 1
     while True:
-        lengths, ended = spread.whole(state.lengths), spread.whole(state.ended)
-        tokens, scores = spread.whole(tokens), spread.whole(scores)
+        lengths, ended, tokens, scores = (
+            spread.whole(x)[: len(rows)] for x in (state.lengths, state.ended, tokens, scores)
+        )
         if stops is not None:
             lengths = stops(tokens, lengths)
             ended = ended | stops.stopped
-            state = state.replace(ended=jnp.asarray(ended))
+            state = state.replace(ended=jnp.asarray(filled(ended, True)))
         new = int(lengths.max()) - made
         kept = np.arange(made, made + new) < lengths[:, None]
         yield (

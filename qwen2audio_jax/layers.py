@@ -114,12 +114,16 @@ def attend(
             q, k, v, q_segments=q_segments, k_segments=k_segments, causal=offset is not None
         )
     mask = _visible(q_segments, k_segments, offset)
+    rows, queries = ("B", "L") if offset is not None else ("C", "positions")  # as towers split them
+    shape = q.shape[:3]
     q = einops.rearrange(q, "B L (K G) H -> B L K G H", K=k.shape[2])
     scores, on_cpu = q[..., 0].size * k.shape[1], spread.platform() == "cpu"
     if on_cpu and spread.devices() == 1 and scores > CPU_SCORES:
         out = _attend_by_head(q, k, v, mask)
-    elif not on_cpu and scores > flash.SCORES * spread.devices():
-        out = flash.by_queries(_attend, q, k, v, mask)
+    elif not on_cpu and scores > flash.SCORES * spread.parts(f"{rows} {queries} N", shape):
+        # whose blocks of queries each device goes through one by one
+        split = spread.parts(f"{rows} N", shape[::2])
+        out = flash.by_queries(_attend, q, k, v, mask, split=split)
     else:
         out = _attend(q, k, v, mask)
     return einops.rearrange(out, "B L K G H -> B L (K G) H")

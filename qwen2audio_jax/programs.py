@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen2audio_jax import cache as caches
+from qwen2audio_jax import spread
 from qwen2audio_jax.cache import Cache
 from qwen2audio_jax.sampling import choose
 
@@ -41,6 +42,8 @@ class State:
 # depend on the clips' shapes alone, or on the prompt's alone.
 @jax.jit
 def listen(model, features, mask):
+    more = spread.filled(len(features)) - len(features)  # empty clips
+    features, mask = (jnp.pad(x, [(0, more), *[(0, 0)] * (x.ndim - 1)]) for x in (features, mask))
     return model.listen(features, mask)
 
 
@@ -63,16 +66,25 @@ def prefill(model, x, mask, cache, slots, used):
     return model.decoder.logits(last), caches.rewind(cache, start + used)
 
 
+@partial(jax.jit, static_argnames=("n", "rows"))
+def repeat(logits, cache, n, rows):
+    """Rows for `n` answers to each of the first `rows` prompts, and empty ones that fill a mesh."""
+    total = spread.filled(rows * n)
+    logits = jnp.repeat(logits[:rows], n, axis=0)
+    logits = jnp.pad(logits, ((0, total - rows * n), (0, 0)))
+    return logits, caches.repeat(cache, n, rows=rows, total=total)
+
+
 @partial(jax.jit, donate_argnames="cache")
-def begin(logits, cache, seen, draws, nodes, rules):
-    """Chooses the answers' first tokens."""
+def begin(logits, cache, seen, draws, nodes, ended, rules):
+    """Chooses the answers' first tokens; rows that have `ended` already are not there to answer."""
     state = State(
         cache=cache,
         last=jnp.zeros(len(logits), jnp.int32),
         lengths=jnp.zeros(len(logits), jnp.int32),
         seen=seen,
         nodes=nodes,
-        ended=jnp.zeros(len(logits), bool),
+        ended=ended,
         step=jnp.zeros((), jnp.int32),
     )
     state, tokens, scores = _choose(state, logits, draws, rules)

@@ -4,6 +4,7 @@ The layers know nothing of meshes. What may be split is read off a parameter's l
 conversion table.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,7 +45,8 @@ def mesh(
       dcn: sizes of axes over several slices, joined by a network; `sizes` are within each.
 
     Raises:
-      ValueError: an axis is unknown, or the sizes do not multiply to the number of devices.
+      ValueError: an axis is unknown, the sizes do not multiply to the number of devices, or they
+        would have hosts bring rows that do not follow each other.
     """
     devices, dcn = jax.devices() if devices is None else list(devices), dcn or {}
     if unknown := [name for name in (*sizes, *dcn) if name not in AXES]:
@@ -57,7 +59,7 @@ def mesh(
             f"there are {len(devices)}"
         )
     try:
-        laid_out = _by_host(_laid_out(shape, over, devices))
+        laid_out = _by_host(_laid_out(shape, over, devices), over)
     except NotImplementedError as error:
         raise ValueError(f"no mesh of {shape} for these devices: {error}") from error
     return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -92,16 +94,34 @@ def _laid_out(shape, over, devices) -> np.ndarray:
     return parts.transpose(order).reshape([a * b for a, b in zip(over, shape, strict=True)])
 
 
-def _by_host(devices: np.ndarray) -> np.ndarray:
+def _by_host(devices: np.ndarray, over: Sequence[int] = (1, 1, 1, 1)) -> np.ndarray:
     """The places of rows such that those of a host are next to each other, in an order as before.
 
     A host brings rows, and their clips, which are cut into as many parts: only where its parts
     follow each other do the clips of the first rows come before those of the next. Hosts that share
     rows are as one.
+
+    Args:
+      over: sizes of the axes over several slices. Rows stay within their slice: were they sorted
+        beyond it, an axis that is to cross the network would not, and another one would.
+
+    Raises:
+      ValueError: a host has rows of a slice that cannot be next to each other.
     """
     rows = devices.reshape(-1, *devices.shape[2:])
     number = {host: i for i, group in enumerate(groups(devices)) for host in group}
-    order = sorted(range(len(rows)), key=lambda i: number[rows[i].flat[0].process_index])
+    host = lambda i: number[rows[i].flat[0].process_index]
+    (data, fsdp), order = devices.shape[:2], np.arange(len(rows))
+    # [slices of data, data in each, slices of fsdp, fsdp in each] -> a line for each slice
+    places = order.reshape(over[0], data // over[0], over[1], fsdp // over[1]).swapaxes(1, 2)
+    for those in places.reshape(over[0] * over[1], -1):
+        order[those] = sorted(those.tolist(), key=host)
+    runs = sum(1 for _ in itertools.groupby(order.tolist(), key=host))
+    if runs > len(set(number.values())):
+        raise ValueError(
+            f"dcn fsdp of {over[1]} parts the rows of hosts: wanted ici data of 1, or hosts of "
+            f"each slice that divide by it, got ici data of {data // over[0]}"
+        )
     return rows[order].reshape(devices.shape)
 
 

@@ -78,6 +78,22 @@ def devices() -> int:
     return max(1, jax.sharding.get_abstract_mesh().size)
 
 
+def parts(letters: str, shape: tuple[int, ...]) -> int:
+    """Into how many parts the mesh that is set splits an activation of these letters."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in jax.tree.leaves(tuple(spec(letters, shape, sizes))))
+
+
+def filled(rows: int) -> int:
+    """So many rows, and as many more as have them split evenly over the mesh that is set.
+
+    One row stays alone: it cannot be split, and others beside it would help nobody.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    devices = math.prod(sizes.get(axis, 1) for axis in ROWS)
+    return rows if rows == 1 else -(-rows // devices) * devices
+
+
 def on(parameter: jax.Array) -> contextlib.AbstractContextManager:
     """A context in which the compiler knows of the mesh that a model's parameter is spread over."""
     place = None if isinstance(parameter, jax.core.Tracer) else parameter.sharding

@@ -50,10 +50,13 @@ def test_a_cache_may_be_rewound_grown_repeated_and_reordered(model):
     _, past = read(model, IDS, MASK, empty(model, 16))
     past = cache.grow(cache.rewind(past, jnp.int32(9)), 24)
     assert past.slots == 24
-    past = cache.take(cache.repeat(past, 2), jnp.array([3, 0, 1]))
-    rows = np.array([1, 0, 0])
-    logits, past = read(model, IDS[rows, 3:6], np.ones((3, 3), np.int32), past)
+    second = cache.repeat(past, 2, rows=1, total=3)  # and an empty one
+    assert second.segments.shape == (3, 24) and not second.segments[2].any()
+    rows = np.array([1, 0, 0, 1])
+    past = cache.repeat(cache.reorder(past, jnp.array([[1, 0]])), 2)
+    past = cache.reorder(past, jnp.array([[0, 2, 3, 1]]))
+    logits, past = read(model, IDS[rows, 3:6], np.ones((4, 3), np.int32), past)
     ids = np.concatenate([IDS[rows, :9], IDS[rows, 3:6]], axis=1)
-    mask = np.concatenate([MASK[rows, :9], np.ones((3, 3), np.int32)], axis=1)
+    mask = np.concatenate([MASK[rows, :9], np.ones((4, 3), np.int32)], axis=1)
     np.testing.assert_allclose(logits, model(ids, mask)[:, 9:], atol=1e-4)
     assert int(past.length) == 12

@@ -1,5 +1,6 @@
 """The command line answers, says what is wrong in one line, and never loses a good clip."""
 
+import functools
 import io
 import json
 import os
@@ -44,7 +45,8 @@ def clips(tmp_path_factory, chirp):
 def run(folder, pair, clips, monkeypatch, capsys):
     """Runs a command where the clips are, on one model; gives its status and what it printed."""
     monkeypatch.setenv("QWEN2AUDIO_MODEL", str(folder))
-    monkeypatch.setattr(session, "load", lambda options: pair[0])
+    load = functools.wraps(session.load)(lambda options: pair[0])
+    monkeypatch.setattr(session, "load", load)
     monkeypatch.chdir(clips)
 
     def command(*arguments, stdin=""):
@@ -96,6 +98,37 @@ def test_ask_about_several(run, expected):
     both = expected(user("a.wav", "b.wav", "What?"))
     told = {"audio": ["a.wav", "b.wav"], "text": both, "seconds": 1.0, "cut": True}
     assert json.loads(out) == told
+
+
+def test_devices_share_the_model(run, folder, monkeypatch):
+    """Flags of a mesh, as in training: every command answers as on one device."""
+    calls = (
+        (("ask", "a.wav", "b.wav", "钟声 二.wav", "Why?"), ""),
+        (("ask", "a.wav"), ""),
+        (("transcribe", "a.wav", "b.wav"), ""),
+        (("chat",), "a.wav\nWhy?\n"),
+    )
+    flags = ("--mesh.ici-data-parallelism", "4", "--mesh.ici-tensor-parallelism", "2")
+    wanted = [run(*arguments, *FEW, stdin=stdin) for arguments, stdin in calls]
+    loaded, load = [], session.load.__wrapped__
+    monkeypatch.setattr(session, "load", lambda options: loaded.append(load(options)) or loaded[-1])
+    for (arguments, stdin), alone in zip(calls, wanted, strict=True):
+        assert alone[0] == 0 and run(*arguments, *FEW, *flags, stdin=stdin) == alone
+        mesh = loaded[-1].projector.kernel.get_value().sharding.mesh
+        assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2, "context": 1}
+
+
+def test_a_mesh_that_cannot_be_made_is_a_line(run, folder, monkeypatch):
+    monkeypatch.setattr(session, "load", session.load.__wrapped__)
+    for flag, message in (
+        (("tensor", "3"), "{'data': 1, 'fsdp': 2, 'tensor': 3, 'context': 1} needs 6 devices, "),
+        (("data", "0"), "wanted ici mesh sizes from 1, or a single -1, got {'data': 0, 'fsdp': -1"),
+        (("tensor", "two"), "invalid int value: 'two'"),
+    ):
+        axis, size = flag
+        status, out, err = run("ask", "a.wav", f"--mesh.ici-{axis}-parallelism", size)
+        assert (status, out) == (2, "") and err.count("\n") == 1
+        assert err.startswith("qwen2audio: error: ") and message in err
 
 
 def test_bad_among_good(run, expected):
@@ -322,6 +355,7 @@ def test_help_teaches(run):
     for command in ("ask", "transcribe", "chat"):
         status, out, _ = run(command, "--help")
         assert status == 0 and out.count(f"qwen2audio {command}") > 2 and "--model" in out
+        assert "--mesh.ici-tensor-parallelism N" in out
     assert run("--version")[1].startswith("qwen2audio 0.")
 
 

@@ -30,6 +30,24 @@ def test_the_body_of_a_loop_counts_as_often_as_it_runs():
     assert costs(open_ended, shape(64, 64), number, unknown=5).flops == 5 * once
 
 
+def test_loops_of_a_scope_count_as_often_as_is_said_of_it():
+    """Whatever is said of others; of a scope within another, the inner one's."""
+
+    def f(x, n):
+        with jax.named_scope("outer"):
+            x = jax.lax.fori_loop(0, n, lambda _, x: x @ x, x)
+            with jax.named_scope("inner"):
+                return jax.lax.fori_loop(0, n, lambda _, x: x @ x, x)
+
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    text = jax.jit(f).lower(shape(64, 64), number).compile().as_text()
+    count = lambda **said: (
+        hlo.Program(text, devices=1, unknown=5, scopes=said).costs().flops / (2 * 64**3)
+    )
+    assert (count(), count(inner=7), count(outer=2)) == (5 + 5, 5 + 7, 2 + 2)
+    assert count(outer=2, inner=7, scope=9) == 2 + 7
+
+
 LOOP = """
 %cond (p: (u32[], f32[4,4])) -> pred[] {
   %p = (u32[], f32[4,4]) parameter(0)

@@ -3,12 +3,23 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
 from flax import nnx
 
-from qwen2audio_jax import Qwen2Audio, generate, programs, sharding
+from qwen2audio_jax import (
+    Qwen2Audio,
+    Sampling,
+    cache,
+    flash,
+    generate,
+    layers,
+    programs,
+    sharding,
+    spread,
+)
 from qwen2audio_jax.training import loss, preference
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.optimizer import OptimizerConfig
@@ -118,16 +129,23 @@ def test_a_step_on_a_mesh_is_the_step_of_one_device(after, way, name):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def model():
+    return small.shaken(Qwen2Audio(CONFIG, scan_layers=False, rngs=nnx.Rngs(0)))
+
+
+def spread_over(model, mesh):
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, jax.device_put(state, sharding.shardings(state, mesh)))
+
+
 @pytest.mark.parametrize("name", MESHES)
-def test_answers_on_a_mesh_are_those_of_one_device(monkeypatch, name):
+def test_answers_on_a_mesh_are_those_of_one_device(model, monkeypatch, name):
     """Token for token, the cache split over rows and heads, before and after."""
-    model = small.shaken(Qwen2Audio(CONFIG, scan_layers=False, rngs=nnx.Rngs(0)))
     inputs = small.inputs(FRAMES, length=16)
     wanted = generate(model, inputs, max_new_tokens=12, end_tokens=())
-    graph, state = nnx.split(model)
     mesh = sharding.mesh(**MESHES[name])
-    many = nnx.merge(graph, jax.device_put(state, sharding.shardings(state, mesh)))
-    caches, decode = [], programs.decode
+    many, caches, decode = spread_over(model, mesh), [], programs.decode
 
     def watched(model, state, *args):
         split = lambda cache: [(x.sharding, x.shape) for x in jax.tree.leaves(cache)]
@@ -142,6 +160,111 @@ def test_answers_on_a_mesh_are_those_of_one_device(monkeypatch, name):
     for places, found in caches:
         for place, (got, shape) in zip(jax.tree.leaves(places), found, strict=True):
             assert got.is_equivalent_to(place, len(shape)), (shape, place.spec, got)
+
+
+SAMPLED = Sampling(temperature=1.0, repetition_penalty=1.2)
+FIVE = {
+    "greedy": {"logprobs": True},
+    "sampled": {"sampling": SAMPLED},
+    "answers": {"sampling": SAMPLED, "n": 3},
+    "beams": {"num_beams": 4, "n": 2},
+    "beams that end": {"num_beams": 4, "early_stopping": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [
+        *(pytest.param(way, "data", marks=() if way == "greedy" else pytest.mark.slow)
+          for way in FIVE),
+        ("answers", "fsdp x tensor"),
+        ("beams", "data x tensor x context"),
+    ],
+)  # fmt: skip
+def test_rows_that_do_not_divide_are_split_all_the_same(model, monkeypatch, way, name):
+    """Five prompts: their tokens, and when all end, are those of one device; of the cache each
+    device has its share, in prefill as well, and of the clips, too."""
+    inputs = small.inputs(FRAMES[:5], length=16)
+    plain = generate(model, inputs, max_new_tokens=20, end_tokens=(), **FIVE["greedy"])[0]
+    how = {"max_new_tokens": 20, "end_tokens": [*map(int, plain[:, 5])]} | FIVE[way]
+    wanted = generate(model, inputs, **how)
+    mesh = sharding.mesh(**MESHES[name])
+    many, kept = spread_over(model, mesh), []
+
+    def watch(module, name, cache_of):
+        do = getattr(module, name)
+
+        def watched(*args, **kwargs):
+            made = do(*args, **kwargs)
+            if not isinstance(jax.tree.leaves(made)[0], jax.core.Tracer):
+                kept.append((name, cache_of(made)))
+            return made
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(programs, "listen", lambda made: made)
+    watch(programs, "prefill", lambda made: made[1])
+    watch(programs, "decode", lambda made: (made[0].cache, int(made[0].step)))
+    watch(programs, "repeat", lambda made: made[1])
+    watch(cache, "repeat", lambda made: made)
+    got = generate(many, inputs, **how)
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    assert {"listen", "prefill"} < {name for name, _ in kept}
+    for name, arrays in kept:
+        for x in jax.tree.leaves(arrays):
+            if np.ndim(x):
+                assert x.shape[0] % rows == 0, name
+                assert x.sharding.shard_shape(x.shape)[0] <= x.shape[0] // rows, (name, x.sharding)
+    a, b = (x if isinstance(x, tuple) else (x,) for x in (got, wanted))
+    steps = [made[1] for name, made in kept if name == "decode"]
+    assert max(steps, default=b[0].shape[1]) == b[0].shape[1]  # no step more
+    np.testing.assert_array_equal(a[0], b[0])
+    for scores in zip(a[1:], b[1:], strict=True):
+        np.testing.assert_allclose(*scores, atol=1e-5)
+
+
+def test_one_prompt_stays_alone(model, monkeypatch):
+    """Nobody reads empty rows beside it; its answers are split, as many as there are."""
+    many = spread_over(model, sharding.mesh(data=8))
+    inputs, seen, decode = small.inputs([21], length=16), [], programs.decode
+    monkeypatch.setattr(
+        programs, "decode", lambda m, state, *args: (seen.append(state), decode(m, state, *args))[1]
+    )
+    how = {"max_new_tokens": 4, "end_tokens": ()}
+    np.testing.assert_array_equal(generate(many, inputs, **how), generate(model, inputs, **how))
+    assert len(seen[0].last) == 1
+    del seen[:]
+    how |= {"sampling": SAMPLED, "n": 5}
+    np.testing.assert_array_equal(generate(many, inputs, **how), generate(model, inputs, **how))
+    assert len(seen[0].last) == 8
+
+
+def test_scores_are_counted_where_they_are(monkeypatch):
+    """Attention that would not fit goes block by block; who shares rows and heads is who can."""
+    monkeypatch.setattr(spread, "platform", lambda: "tpu")
+    blocks, by_queries = [], flash.by_queries
+
+    def counted(attend, *qkv, split):
+        blocks.append(split)
+        return by_queries(attend, *qkv, split=split)
+
+    monkeypatch.setattr(flash, "by_queries", counted)
+    monkeypatch.setattr(flash, "SCORES", 4 * 16 * 32)  # of a row
+
+    def splits(rows, sizes, offset=3):
+        del blocks[:]
+        q, k = jnp.zeros((rows, 16, 4, 8)), jnp.zeros((rows, 32, 2, 8))
+        seen = lambda x: jnp.ones(x.shape[:2], int)
+        with jax.set_mesh(sharding.mesh(**sizes)):
+            how = {"q_segments": seen(q), "k_segments": seen(k), "offset": offset}
+            jax.eval_shape(lambda q, k: layers.attend(q, k, k, **how), q, k)
+        return blocks
+
+    assert splits(8, {"data": 8}) == [] and splits(16, {"data": 8}) == [8]
+    assert splits(5, {"data": 8}) == [1]  # all of them on every device
+    assert splits(5, {"data": 2, "tensor": 4}) == [4] and splits(4, {"data": 2, "tensor": 4}) == []
+    assert splits(3, {"context": 8}) == []  # by their queries, of which context has its part
+    assert splits(16, {"data": 2, "context": 4}, offset=None) == [8]  # a clip's, over both
 
 
 def test_slices_are_the_outermost_devices():

@@ -14,6 +14,7 @@ AWAY = {"qkv_proj_offloaded": 3, "minimal_offloaded": 6}  # what others keep, in
 
 @dataclasses.dataclass(frozen=True)
 class Given:
+    stage: str = "sft"
     batch: int = 8
     remat_policy: str = "full"
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -82,6 +83,17 @@ def test_a_policy_that_keeps_more_is_taken_where_there_is_room():
     measure_up_to_32 = lambda given: measure(given) if given.batch <= 32 else measure(refused)
     best = best_of(search(Given(), measure_up_to_32, 4))
     assert (best.batch, best.remat_policy) == (32, "minimal")
+
+
+def test_generation_keeps_nothing_for_a_backward_pass():
+    """No policy is tried there, neither where it fits nor where nothing does."""
+    for room in (200, 0):
+        measure, seen = pod(room, devices=2)
+        capped = lambda given, measure=measure: measure(
+            given if given.batch <= 32 else Given(batch=3)
+        )
+        list(search(Given(stage="decode"), capped, 2))
+        assert {given.remat_policy for given in seen} == {"full"} and len(seen) > 3
 
 
 def test_what_there_is_no_room_for_goes_to_the_host_if_that_is_near():

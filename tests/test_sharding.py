@@ -1,6 +1,7 @@
 """A model on a mesh is the same model, with nothing large on every device."""
 
 import dataclasses
+import itertools
 import types
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec
 from qwen2audio_jax import sharding, spread, weights
 from qwen2audio_jax.config import PRESETS, Config, DecoderConfig, EncoderConfig, preset
 from qwen2audio_jax.model import Qwen2Audio
+from qwen2audio_jax.spread import AXES
 from qwen2audio_jax.training import placement
 from qwen2audio_jax.training.settings import MeshConfig
 from qwen2audio_jax.weights import conversion, table
@@ -211,6 +213,69 @@ def test_an_axis_of_several_slices_may_be_a_part_of_a_side():
     assert found.shape == (4, 128, 1, 1)
     assert [{d.slice_index for d in copy.flat} for copy in found] == [{0}, {0}, {1}, {1}]
     assert len({device.id for device in found.flat}) == len(devices)
+
+
+class Device(Chip):
+    """What passes for a device of jax's."""
+
+    __class__ = jax.Device
+
+
+def on_hosts(chips: list[Chip], each: int | None = None) -> list[Chip]:
+    """The same chips as devices; so many of them on each host, if given."""
+    host = lambda chip: chip.process_index if each is None else chip.id // each
+    return [Device(**(vars(chip) | {"process_index": host(chip)})) for chip in chips]
+
+
+def slices_along(mesh, axis: str) -> set[tuple[int, ...]]:
+    """The slices that are met on the way along an axis."""
+    marks = np.vectorize(lambda device: device.slice_index, otypes=[int])(mesh.devices)
+    lines = np.moveaxis(marks, AXES.index(axis), -1).reshape(-1, mesh.shape[axis])
+    return {tuple(line.tolist()) for line in lines}
+
+
+def test_the_axis_that_is_to_cross_slices_does_and_no_other():
+    """Two slices of four hosts, four chips each: each host's rows are next to each other too."""
+    devices = on_hosts(pod(slices=2, side=4))
+    mesh = sharding.mesh(devices=devices, dcn={"fsdp": 2}, data=2, fsdp=8)
+    assert slices_along(mesh, "fsdp") == {(0,) * 8 + (1,) * 8}
+    assert slices_along(mesh, "data") == {(0, 0), (1, 1)}
+    hosts = [device.process_index for device in mesh.devices.flat]
+    assert len(list(itertools.groupby(hosts))) == 8 and len(set(hosts)) == 8
+
+
+@pytest.mark.parametrize(
+    ("dcn", "sizes", "crosses"),
+    [
+        ({"data": 2}, {"data": 2, "fsdp": 2}, "data"),
+        ({"fsdp": 2}, {"fsdp": 4}, "fsdp"),
+        ({"fsdp": 2}, {"fsdp": 2, "tensor": 2}, "fsdp"),
+        ({"tensor": 2}, {"data": 2, "fsdp": 2}, "tensor"),
+    ],
+)
+def test_slices_of_one_host_are_crossed_as_asked(dcn, sizes, crosses):
+    """Wherever a host's rows can be next to each other."""
+    devices = on_hosts(pod(slices=2, side=2), 4)
+    mesh = sharding.mesh(devices=devices, dcn=dcn, **sizes)
+    met = {axis for axis in AXES if any(len({*line}) > 1 for line in slices_along(mesh, axis))}
+    assert met == {crosses}
+
+
+def test_rows_are_brought_together_within_their_slice():
+    """Of two slices that fsdp crosses, with two hosts each, whose chips are wired in turns."""
+    hosts = np.array([[0, 1, 0, 1, 2, 3, 2, 3], [1, 0, 1, 0, 3, 2, 3, 2]])
+    chips = [Chip(int(host), slice_index=int(host) // 2) for host in hosts.flat]
+    found = sharding._by_host(np.array(chips).reshape(2, 8, 1, 1), over=(1, 2, 1, 1))
+    ordered = [chip.process_index for chip in found.flat]
+    assert ordered == [host for host in (0, 2, 1, 3) for _ in range(4)]
+
+
+def test_rows_of_a_host_that_a_mesh_parts_are_refused():
+    """Each of two hosts, which are slices, would have a half of both copies: nothing is undone."""
+    devices = on_hosts(pod(slices=2, side=2), 4)
+    message = r"^dcn fsdp of 2 parts the rows of hosts: wanted ici data of 1, .* ici data of 2$"
+    with pytest.raises(ValueError, match=message):
+        sharding.mesh(devices=devices, dcn={"fsdp": 2}, data=2, fsdp=2)
 
 
 def test_gpus_of_each_host_are_a_slice():

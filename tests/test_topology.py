@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,18 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen2audio_jax import Qwen2Audio, sharding
-from qwen2audio_jax.training import arrays, compiled, hlo, placement, topology
+from qwen2audio_jax.training import arrays, collectives, compiled, hlo, loss, placement, topology
+from qwen2audio_jax.training.chips import CHIPS
 from qwen2audio_jax.training.topology import Work
 from qwen2audio_jax.training.trainee import trainee_of
 
 WORK = Work(batch=8, tokens=32, frames=40)
 LONG = Work(batch=8, tokens=160, frames=40)  # whose scores would be the largest array
+WORDS = dataclasses.replace(  # many of them, and as many layers as no other size
+    small.EVEN,
+    encoder=dataclasses.replace(small.EVEN.encoder, layers=7),
+    decoder=dataclasses.replace(small.EVEN.decoder, vocabulary=4096, layers=7),
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +55,76 @@ def test_every_stage_has_a_program(mesh, stage):
     assert "bytes a device" in placement.table(lowered.held)
 
 
-def stacks_gathered(trained, text):
+def test_each_loop_of_the_loss_has_its_own_rounds(mesh):
+    """60 learned tokens by 20; all 100 states of a clip, which CTC reads, by 13: both ways."""
+    lowered = topology.lower(
+        "sft", small.EVEN, Work(batch=8, tokens=160, frames=400), settings(ctc=0.3), mesh
+    )
+    assert (lowered.loops, lowered.scopes) == (3, {loss.SPELT: 8})
+    text = lowered.program.compile().as_text()
+    program = hlo.Program(text, devices=8, unknown=1003, scopes={loss.SPELT: 1008})
+    rounds = [
+        program._trips(each, body)
+        for body in program.computations.values()
+        for each in body.values()
+        if each.op == "while"
+    ]
+    assert sorted(n for n in rounds if n > 1000) == [1003, 1003, 1008, 1008]
+
+
+def chips(slices, each):
+    """A line of chips on each slice."""
+    return [
+        types.SimpleNamespace(coords=(i, 0, 0), slice_index=number)
+        for number in range(slices)
+        for i in range(each)
+    ]
+
+
+def exchange(found, devices, shape):
+    """Seconds of it on slices of this shape, which nobody has."""
+    there = mock.Mock(spec=topology.Topology, chip=CHIPS["v5e"], shape=shape)
+    mesh = types.SimpleNamespace(devices=np.array(devices))
+    return compiled._exchange([found], mock.Mock(spec=topology.Lowered, mesh=mesh), there)
+
+
+@pytest.mark.parametrize(
+    ("kind", "crossing", "near"),
+    [
+        ("all-gather", 1e9, 7e9),  # of the other slice's four parts each chip fetches one
+        ("all-reduce", 1e9, 7e9),
+        ("all-to-all", 4e9, 3e9),  # of the seven others' parts, four are of the other slice
+    ],
+)
+def test_what_crosses_the_network_depends_on_the_kind(kind, crossing, near):
+    """Two slices of a line of four; each chip takes in 7 GB."""
+    devices = chips(2, 4)
+    found = collectives.Collective(
+        kind, 7e9, "", tuple(range(8)), (), times=1.0, where="", channel=None, exposed=True
+    )
+    seconds = crossing / 3.125e9 + near / 45e9
+    assert exchange(found, devices, (4, 1)) == pytest.approx(seconds)
+
+
+def test_of_three_slices_more_crosses():
+    """Twelve chips, four on each slice: of the eleven others' parts, eight are of other slices."""
+    devices = chips(3, 4)
+    found = collectives.Collective(
+        "all-to-all",
+        11e9,
+        "",
+        tuple(range(12)),
+        (),
+        times=2.0,
+        where="",
+        channel=None,
+        exposed=True,
+    )
+    seconds = 2 * (8e9 / 3.125e9 + 3e9 / 45e9)
+    assert exchange(found, devices, (4, 1)) == pytest.approx(seconds)
+
+
+def stacks_gathered(trained, text, devices=8):
     """All-gathers of which a result has as many values as a stack, `tensor` being split or not."""
     stacks = {
         (x.shape[0], x.size // parts): name
@@ -57,7 +134,7 @@ def stacks_gathered(trained, text):
     }
     gathers = [
         each
-        for each in hlo.Program(text, devices=8).costs().collectives
+        for each in hlo.Program(text, devices=devices).costs().collectives
         if each.kind == "all-gather"
     ]
     assert gathers and stacks
@@ -65,15 +142,16 @@ def stacks_gathered(trained, text):
     return [stacks[key] for x in results for n in x if (key := (n, np.prod(x))) in stacks]
 
 
+def largest(text, devices=8):
+    """Values of the largest array that a device has."""
+    return max(np.prod(shape) for shape in hlo.Program(text, devices=devices).shapes())
+
+
 def test_a_step_gathers_no_stack_and_holds_no_scores(mesh):
     """Parameters come a layer at a time; nowhere is there an array of [B L V]."""
-    many = dataclasses.replace(small.EVEN.decoder, vocabulary=4096, layers=7)
-    hears = dataclasses.replace(small.EVEN.encoder, layers=7)  # like no other size
-    words = dataclasses.replace(small.EVEN, encoder=hears, decoder=many)
-    lowered = topology.lower("sft", words, LONG, settings(), mesh)
+    lowered = topology.lower("sft", WORDS, LONG, settings(), mesh)
     text = lowered.program.compile().as_text()
-    scores = LONG.batch * LONG.tokens * many.vocabulary // 8
-    assert max(np.prod(shape) for shape in hlo.Program(text, devices=8).shapes()) < scores
+    assert largest(text) < LONG.batch * LONG.tokens * WORDS.decoder.vocabulary // 8
     assert not stacks_gathered(lowered.held["trained"], text)
 
 
@@ -135,18 +213,23 @@ def test_a_refusal_says_what_is_needed_and_by_what():
 @pytest.mark.parametrize("work", [WORK, Work(batch=4, tokens=256, frames=40)])
 def test_the_real_compiler_takes_a_step(work):
     """For chips that are not here, of several rows a chip, and of one long enough for flash
-    attention; skipped where the extra is not installed."""
+    attention: a layer's parameters are fetched at a time, and no scores of a row's tokens are held;
+    skipped where the extra is not installed."""
     pytest.importorskip("libtpu")
     there = topology.describe("v5e:2x2")
     lowered = topology.lower(
-        "sft", small.EVEN, work, settings(), sharding.mesh(devices=there.devices, fsdp=4)
+        "sft", WORDS, work, settings(), sharding.mesh(devices=there.devices, fsdp=4)
     )
     report, program = compiled.compile(lowered, there)
     assert report.fits and report.argument_bytes < report.hbm_peak_bytes < report.hbm_chip_bytes
     assert report.flops > report.model_flops and 0 < report.mfu_bound <= 1
-    # Every parameter is fetched for both directions, and each gradient is summed.
-    held = sum(x.size for x in placement.by_name(lowered.held["trained"]).values())
-    assert report.collectives["all-gather"]["bytes"] > held
+    # Every parameter of the blocks is fetched for both directions, and each gradient is summed.
+    trained = placement.by_name(lowered.held["trained"])
+    held = sum(x.size for name, x in trained.items() if ".blocks." in name)
+    assert report.collectives["all-gather"]["bytes"] > 2 * held
     assert {"reduce-scatter", "all-reduce"} & report.collectives.keys()
+    text = program.as_text()
+    assert not stacks_gathered(lowered.held["trained"], text, devices=4)
+    assert largest(text, devices=4) < work.batch * work.tokens * WORDS.decoder.vocabulary // 4
     flash = work.tokens >= 256
-    assert ("tpu_custom_call" in program.as_text()) == flash
+    assert ("tpu_custom_call" in text) == flash

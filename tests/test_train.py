@@ -537,7 +537,8 @@ def test_a_folder_that_cannot_be_is_one_line(ends, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_ends_with_the_same_bits(base, tmp_path):
-    """kill -9 at a random step and during a save, SIGTERM, a full disk: real processes."""
+    """kill -9 at a random step and during a save, SIGTERM, a disk that takes no checkpoint: real
+    processes."""
     from benchmarks import interruption
 
     settings = interruption.Settings(
@@ -548,3 +549,35 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(base, tmp_path):
     status = {event["way"]: event["statuses"][0] for event in result["events"]}
     assert {event["way"] for event in result["events"] if event["torn"]} >= {"save"}
     assert status == {"kill": -9, "save": -9, "term": 143, "full": 1}
+
+
+@pytest.mark.slow
+def test_so_does_one_of_two_processes_of_which_one_is_killed(base, tmp_path):
+    """At a random step and during a save; the other one ends, and says which is lost."""
+    from benchmarks import interruption
+
+    settings = interruption.Settings(
+        **{"kills": 1, "saves": 1, "terms": 0, "full_disks": 0, "steps": 12, "save_every": 2},
+        **{"model": str(base), "workers": 0, "processes": 2},
+    )
+    result = interruption.measure(settings)
+    assert result["same"] == {"parameters": True, "steps": True}
+    assert sorted(event["way"] for event in result["events"]) == ["kill", "save"]
+    for event in result["events"]:
+        assert event["statuses"][event["lost"]] == -9
+        assert event["statuses"][1 - event["lost"]] > 0  # ended by itself
+
+
+def test_survivors_that_go_on_or_name_nobody_are_refused(tmp_path):
+    """Of processes that were to lose the second one."""
+    from benchmarks import interruption
+
+    out, settings = tmp_path / "run", interruption.Settings(processes=2)
+    event = {"lost": 1, "statuses": [1, -9], "took_s": 12.0}
+    said = interruption.told(out, 0)
+    said.write_text("train.sft: error: lost process 1\n", "utf-8")
+    interruption.check(settings, out, event)
+    for wrong in ({"statuses": [0, -9]}, {"took_s": 61.0}, {"lost": 0, "statuses": [-9, 1]}):
+        interruption.told(out, 1).write_text("train.sft: error: lost process 1\n", "utf-8")
+        with pytest.raises(SystemExit, match=r"wanted process \d to end within 60 s and to name"):
+            interruption.check(settings, out, event | wrong)

@@ -30,6 +30,9 @@ from qwen2audio_jax.training.search import Trial, search
 from qwen2audio_jax.training.settings import Lora, MeshConfig
 from train import command
 
+# What a stage of generation would ignore.
+OF_TRAINING = ("gradient_accumulation_steps", "remat_policy", "optimizer", "ctc", "weight_dtype")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compile(topology.Work):
@@ -59,7 +62,8 @@ class Compile(topology.Work):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     compiler_options: tuple[str, ...] = ()
     """For XLA, each NAME=VALUE; a run has them by LIBTPU_INIT_ARGS=--NAME=VALUE."""
-    lora: Lora | None = None
+    lora: Lora = field(default_factory=Lora)
+    """As in training, of a stage that has adapters; lora-sft has some of r 8 without."""
     search: bool = False
     """Look for the batch, the remat policy and the mesh that are fastest, from those given on; each
     program that is tried is compiled, and told."""
@@ -74,6 +78,12 @@ class Compile(topology.Work):
         super().__post_init__()
         if self.search and (self.save or self.hlo):
             raise ValueError("--save and --hlo are of one program: wanted them without --search")
+        if self.stage in topology.GENERATION:
+            usual = Compile()
+            said = [name for name in OF_TRAINING if getattr(self, name) != getattr(usual, name)]
+            if said:
+                flags = ", ".join(f"--{name.replace('_', '-')}" for name in said)
+                raise ValueError(f"wanted a stage of training with {flags}, got {self.stage}")
 
 
 def main(given: Compile) -> None:
@@ -115,7 +125,7 @@ def write(given: Compile, program: jax.stages.Compiled) -> None:
 def lower(given: Compile, where: topology.Topology) -> topology.Lowered:
     """The program that is asked for."""
     mesh = given.mesh.make(where.devices)
-    how = {"weight_dtype": given.weight_dtype, "lora": given.lora}
+    how = {} if given.weight_dtype is None else {"weight_dtype": given.weight_dtype}
     settings = topology.settings_of(
         given.stage,
         dtype="bfloat16",
@@ -125,7 +135,8 @@ def lower(given: Compile, where: topology.Topology) -> topology.Lowered:
         gradient_accumulation_steps=given.gradient_accumulation_steps,
         scan_layers=given.scan_layers,
         ctc=given.ctc,
-        **{name: value for name, value in how.items() if value is not None},
+        lora=given.lora,
+        **how,
     )
     return topology.lower(given.stage, config.preset(given.model), given, settings, mesh)
 

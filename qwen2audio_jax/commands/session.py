@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 
 import tqdm
+from jax.sharding import Mesh
 
 from qwen2audio_jax import compilation_cache
 from qwen2audio_jax.commands import PROGRAM
@@ -27,10 +28,27 @@ PATH = re.compile(r"(\.\.?|~[^\s/]*)?/")
 
 
 def load(options: argparse.Namespace) -> Qwen2Audio:
-    """The model that the options name; compiled programs are kept for the next run."""
+    """The model that the options name, where they want it; compiled programs are kept for the next
+    run.
+
+    Raises:
+      ValueError: as `Qwen2Audio.from_pretrained`; or there is no such mesh of the devices here.
+    """
     compilation_cache.keep()
     shown = options.model != "tiny" and sys.stderr.isatty()
-    return Qwen2Audio.from_pretrained(options.model, dtype=options.dtype, progress=shown)
+    return Qwen2Audio.from_pretrained(
+        options.model, dtype=options.dtype, mesh=_mesh(options), progress=shown
+    )
+
+
+def _mesh(options: argparse.Namespace) -> Mesh | None:
+    """The devices that share the model; None where nothing is said of them."""
+    sizes = {k: v for k, v in vars(options).items() if k.startswith("ici_") and v is not None}
+    if not sizes:
+        return None
+    from qwen2audio_jax.training.settings import MeshConfig  # and with it all that trains
+
+    return MeshConfig(**sizes).make()
 
 
 def sampling(options: argparse.Namespace) -> Sampling:

@@ -122,7 +122,10 @@ def _bytes(tree: Any) -> int:
 
 def _report(program: jax.stages.Compiled, lowered: Lowered, topology: Topology, known) -> Report:
     costs = hlo.Program(
-        program.as_text(), devices=len(topology.devices), unknown=lowered.loops
+        program.as_text(),
+        devices=len(topology.devices),
+        unknown=lowered.loops,
+        scopes=lowered.scopes,
     ).costs()
     memory, chip = program.memory_analysis(), topology.chip
     exchange = lambda those: _exchange(those, lowered, topology)
@@ -186,13 +189,16 @@ def _exchange(found: Iterable[Collective], lowered: Lowered, topology: Topology)
         if each.pairs or len(each.group) == 1:
             continue
         slices, number = len({parts[i] for i in each.group}), len(each.group)
+        to_all = each.kind in collectives.TO_ALL
         if slices > 1:
             # First within a slice, then between those who have the same part of it, which is all
-            # that crosses the network.
-            groups += moved * (slices - 1) / (number - 1) / chip.dcn
+            # that crosses the network. What all send to all is another thing for each.
+            crosses = number - number / slices if to_all else slices - 1
+            groups += moved * crosses / (number - 1) / chip.dcn
         near = [places[i] for i in each.group if parts[i] == parts[each.group[0]]]
         if len(near) > 1:
-            groups += moved / links(chip, near, shape, to_all=each.kind in collectives.TO_ALL)
+            stays = (len(near) - 1) / (number - 1) if to_all else 1
+            groups += moved * stays / links(chip, near, shape, to_all=to_all)
     return groups + max(loads.values(), default=0.0)
 
 

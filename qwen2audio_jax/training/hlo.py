@@ -7,8 +7,9 @@ import dataclasses
 import functools
 import math
 import re
+import types
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from qwen2audio_jax.training import arrays, collectives, operations
 from qwen2audio_jax.training.collectives import Collective
@@ -18,6 +19,7 @@ _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _FLOATING = re.compile(r"b?f\d+\[")
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
 _ALIASED = re.compile(r"output_to_operand_aliasing=\{(.*?\))\}(?:,|$)")
+_SCOPES = re.compile(r'op_name="([^"]*)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 # what moves nothing by itself
@@ -77,10 +79,18 @@ class Program:
 
     Args:
       unknown: how often a loop goes round whose number of rounds depends on data.
+      scopes: the same of those within a `jax.named_scope`, by its name.
     """
 
-    def __init__(self, text: str, *, devices: int, unknown: int = 1):
-        self.devices, self.unknown = devices, unknown
+    def __init__(
+        self,
+        text: str,
+        *,
+        devices: int,
+        unknown: int = 1,
+        scopes: Mapping[str, int] = types.MappingProxyType({}),
+    ):
+        self.devices, self.unknown, self.scopes = devices, unknown, scopes
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry, body = "", {}
         for line in _whole_lines(text):
@@ -156,7 +166,7 @@ class Program:
         )
         test = _root(condition)
         if test.op != "compare" or "direction=LT" not in test.rest:
-            return float(self.unknown)
+            return self._said(loop)
         counter, bound = (condition[name] for name in test.operands)
         given, made = body.get(loop.operands[0]), _root(inside)
         if (
@@ -164,17 +174,25 @@ class Program:
             or given is None
             or (given.op, made.op) != ("tuple", "tuple")
         ):
-            return float(self.unknown)
+            return self._said(loop)
         if bound.op == "get-tuple-element":
             bound = _origin(given.operands[_index(bound)], body)
         start = _origin(given.operands[_index(counter)], body)
         added = _origin(made.operands[_index(counter)], inside)
         if added.op != "add" or bound.op != "constant":
-            return float(self.unknown)
+            return self._said(loop)
         steps = [_origin(name, inside) for name in added.operands]
         step = next((_number(each) for each in steps if each.op == "constant"), 1)
         first = _number(start) if start.op == "constant" else 0
         return float(max(0, -(-(_number(bound) - first) // step)))
+
+    def _said(self, loop: Instruction) -> float:
+        """How often a loop goes round of which the text does not tell."""
+        found = _SCOPES.search(loop.rest)
+        # `jit(update)/transpose(jvp(scope))/while`, forward without the transpose
+        within = re.split(r"[/()]", found[1]) if found else ()
+        named = (self.scopes[name] for name in reversed(within) if name in self.scopes)
+        return float(next(named, self.unknown))
 
     def _flops(self, each: Instruction, body: dict[str, Instruction]) -> float:
         if each.op not in ("dot", "convolution", "custom-call"):

@@ -31,6 +31,9 @@ _LEAST, _NEVER = (
     -1e5,
 )  # a chance, and what stands for the logarithm of none
 CHUNK = 1024  # tokens of a batch, per device of the mesh, whose logits exist at the same time
+# In a compiled program, the scope of the loop over the clips' states: it goes round otherwise than
+# the one over learned tokens.
+SPELT = "spelt"
 
 
 @flax.struct.dataclass
@@ -142,7 +145,8 @@ def words_loss(
     others together, so that [C A V] is never held.
     """
     valid = jnp.arange(states.shape[1]) < counts[:, None]
-    blanks, _ = token_logps(decoder, states, jnp.where(valid, blank, IGNORED))
+    with jax.named_scope(SPELT):
+        blanks, _ = token_logps(decoder, states, jnp.where(valid, blank, IGNORED))
     spelt = words != IGNORED
     beside = decoder.table[jnp.where(spelt, words, blank)] - decoder.table[blank]
     logps = jnp.einsum("CAD,CND->CAN", states, beside, preferred_element_type=jnp.float32)

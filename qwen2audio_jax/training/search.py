@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from qwen2audio_jax.training.settings import MeshConfig
+from qwen2audio_jax.training.topology import GENERATION
 
 REMAT = (
     *("full", "save_out_proj", "save_qkv_proj", "save_dot_except_mlp", "minimal", "none"),
@@ -18,6 +19,7 @@ AXES = ("data", "tensor", "context")  # fsdp is what they leave
 class Tried(Protocol):
     """What is varied, and what a batch is made of."""
 
+    stage: str
     batch: int
     remat_policy: str
     mesh: MeshConfig
@@ -52,8 +54,8 @@ class Trial:
 
 def search(given: Tried, measure: Callable[[Any], Any], devices: int) -> Iterator[Trial]:
     """Looks for the most rows a second: a larger batch while that helps, or a smaller one until it
-    fits; then blocks that keep more, or elsewhere; then meshes with twice or half as many devices
-    on an axis; and round again from what was best.
+    fits; then, in training, blocks that keep more, or elsewhere; then meshes with twice or half as
+    many devices on an axis; and round again from what was best.
 
     Where what is given does not divide, its rows are filled up to the devices, and copies of the
     model are tried, ever more of them, until one is spread over so few that it divides.
@@ -78,6 +80,7 @@ def search(given: Tried, measure: Callable[[Any], Any], devices: int) -> Iterato
                 known[key] = Trial(one, None, str(error))
             yield known[key]
 
+    policies = () if given.stage in GENERATION else REMAT
     best = lambda: max(known.values(), key=lambda trial: trial.rank)
     yield from attempt(given)
     rows = devices * given.gradient_accumulation_steps
@@ -94,7 +97,7 @@ def search(given: Tried, measure: Callable[[Any], Any], devices: int) -> Iterato
             yield from attempt(top.given, batch=2 * top.given.batch)
             if best() is top:
                 break
-        for policy in REMAT if best().rate else ("full",):
+        for policy in policies if best().rate else policies[:1]:
             yield from attempt(best().given, remat_policy=policy)
         for axis in AXES:
             size = getattr(best().given.mesh, f"ici_{axis}_parallelism")

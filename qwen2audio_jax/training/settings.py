@@ -244,8 +244,8 @@ class Settings:
     """What blocks keep for the backward pass: all (none), nothing but their input (full), what
     matrices make (minimal) or some of it; offloaded ones keep it in the host's memory."""
     attention: Attention = field(default="autoselected", metadata=MAY_CHANGE)
-    """flash never holds its scores, and is what autoselected takes on TPUs from 256 tokens on; on
-    GPUs it is cuDNN's, in bfloat16, where it is asked for."""
+    """flash never holds its scores, and is what autoselected takes from 256 tokens on: on TPUs, and
+    in bfloat16 on GPUs, where it is cuDNN's, which holds a mask of a decoder's rows, [B L L]."""
     scan_layers: bool = True
     """Blocks as one stack, which compiles soon; as a list they run faster on a CPU."""
     distributed: bool = field(default=False, metadata=MAY_CHANGE)

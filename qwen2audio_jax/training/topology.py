@@ -25,11 +25,14 @@ from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.sampling import rules_for
 from qwen2audio_jax.training import flops, placement
 from qwen2audio_jax.training.chips import CHIPS, Chip
-from qwen2audio_jax.training.loss import chunk_size
+from qwen2audio_jax.training.lora import LoraConfig
+from qwen2audio_jax.training.loss import SPELT, chunk_size
 from qwen2audio_jax.training.settings import Lora, PreferenceSettings, Settings
 from qwen2audio_jax.training.trainee import trainee_of
 
-STAGES = ("pretrain", "sft", "dpo", "lora-sft", "dpo-precomputed", "prefill", "decode")
+GENERATION = ("prefill", "decode")
+ADAPTED = ("lora-sft", "dpo", "dpo-precomputed")  # stages that may have adapters
+STAGES = ("pretrain", "sft", "dpo", "lora-sft", "dpo-precomputed", *GENERATION)
 Stage = Literal[STAGES]
 
 # What the library asks of a machine with TPUs and of the cloud that it is in; here is neither.
@@ -161,9 +164,18 @@ def describe(name: str, *, slices: int = 1) -> Topology:
 
 
 def settings_of(stage: Stage, **given: Any) -> Settings:
-    """A run's settings with what a stage is about."""
-    if stage == "lora-sft":
-        given.setdefault("lora", Lora(r=8))
+    """A run's settings with what a stage is about: lora-sft has adapters, of PEFT's usual width if
+    nothing is said; a preference may have some.
+
+    Raises:
+      ValueError: there are to be adapters in a stage that has none.
+    """
+    lora = given.get("lora", Lora())
+    if stage == "lora-sft" and not lora.r and lora.start is None:
+        lora = given["lora"] = dataclasses.replace(lora, r=LoraConfig.r)
+    if lora != Lora() and stage not in ADAPTED:
+        raise ValueError(f"{stage} has no adapters: wanted lora with {', '.join(ADAPTED)}")
+    if lora.r:
         given.setdefault("weight_dtype", "bfloat16")
     if stage.startswith("dpo"):
         return PreferenceSettings(precompute_ref_log_probs=stage == "dpo-precomputed", **given)
@@ -179,6 +191,7 @@ class Lowered:
       held: what devices hold, by what it is.
       loops: how often a loop goes round whose rounds depend on data.
       mesh: what it is for; its devices are the program's, in its order.
+      scopes: how often it does within a `jax.named_scope`, by its name.
     """
 
     program: jax.stages.Lowered
@@ -186,6 +199,7 @@ class Lowered:
     held: dict[str, Any]
     loops: int
     mesh: Mesh
+    scopes: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def lower(
@@ -204,7 +218,7 @@ def lower(
         raise ValueError(
             f"{rows} rows do not split over the {devices} devices of the mesh axes data and fsdp"
         )
-    if stage in ("prefill", "decode"):
+    if stage in GENERATION:
         with flash.using(settings.attention):
             return (_reading if stage == "prefill" else _saying)(sizes, work, settings, mesh)
     parts = settings.gradient_accumulation_steps
@@ -214,12 +228,14 @@ def lower(
     shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batch.items()}
     learned = work.tokens - work.clips * audio_tokens(work.frames)
     sides = 2 if stage.startswith("dpo") else 1
+    states, clips = audio_tokens(work.frames), rows * work.clips
     return Lowered(
         program=trainee.lower(shapes),
         flops=trainee.flops(batch),
         held=trainee.held() | {"batch": dict(placement.place(shapes, mesh, parts=parts))},
         loops=-(-learned // chunk_size(sides * rows, work.tokens, mesh.size)),
         mesh=mesh,
+        scopes={SPELT: -(-states // chunk_size(clips, states, mesh.size))},
     )
 
 
@@ -261,11 +277,11 @@ def _saying(sizes, work, settings, mesh) -> Lowered:
     d, rows = sizes.decoder, work.batch
     rules = rules_for(sizes, GREEDY, min_new_tokens=0, end_tokens=None)
     logits = jax.ShapeDtypeStruct((rows, d.vocabulary), jnp.float32)
-    draws = np.zeros(rows, np.uint32)
+    draws, ended = np.zeros(rows, np.uint32), np.zeros(rows, bool)
     make = lambda: caches.empty(d, rows, work.tokens, scan=False, dtype=settings.dtype)
     cache = jax.eval_shape(make)
     cache = placement.put(cache, sharding.of_cache(cache, mesh))
-    begin = lambda logits, cache: programs.begin(logits, cache, None, draws, None, rules)[0]
+    begin = lambda logits, cache: programs.begin(logits, cache, None, draws, None, ended, rules)[0]
     state = jax.eval_shape(begin, logits, cache).replace(cache=cache)
     with jax.set_mesh(mesh):
         program = programs.decode.lower(model, state, draws, rules, 1)
