@@ -90,6 +90,8 @@ SETS = {
     "rhythm": tuple(sounds.BEATS),
     "instrument": tuple(sounds.INSTRUMENTS),
 }
+# Weights of who speaks and how: what is heard in the pitch of a voice is learned late.
+SPEAKING = {"voice": 2.0, "gender": 4.0, "pitch": 6.0, "rate": 1.0, "emotion": 6.0}
 OWN = "{question}"  # where a sample brings its question
 
 
@@ -197,11 +199,7 @@ def full(words: tuple[str, ...], chats: tuple[dialogue.Chat, ...]) -> tuple[Skil
         ),
         *(_translate(language, "en") for language in languages),
         *(_translate("en", language) for language in languages),
-        *(
-            # what is heard in the pitch of a voice is learned late
-            _classify(kind, manner(kind), weight={"voice": 2.0, "rate": 1.0}.get(kind, 4.0))
-            for kind in ("voice", "gender", "pitch", "rate", "emotion")
-        ),
+        *(_classify(kind, manner(kind), weight=weight) for kind, weight in SPEAKING.items()),
         _classify("presence", partial(scenes.presence, vocabulary=words)),
         _classify("sound", scenes.sound),
         _classify("count", partial(scenes.count, most=5), scenes.NUMBERS[1:6], weight=2.0),
