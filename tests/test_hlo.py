@@ -258,10 +258,12 @@ def test_cubes_are_rings_on_all_axes_or_none():
 
 
 def test_what_all_send_to_all_crosses_the_middle():
-    """Half of what half of the chips have: over a line's middle, or over a ring's two."""
+    """Half of what half of the chips have: over a line's middle, or over a ring's two. Of that each
+    keeps a part for itself: two neighbours exchange half of theirs, over one link."""
     chip, row = CHIPS["v5e"], lambda n: [(i, 0, 0) for i in range(n)]
-    assert links(chip, row(4), (4, 4, 1), to_all=True) == chip.link
-    assert links(chip, row(16), (16, 16, 1), to_all=True) == chip.link / 2
+    assert links(chip, row(2), (4, 4, 1), to_all=True) == chip.link
+    assert links(chip, row(4), (4, 4, 1), to_all=True) == chip.link * 3 / 4
+    assert links(chip, row(16), (16, 16, 1), to_all=True) == chip.link / 2 * 15 / 16
 
 
 def test_what_is_sent_takes_the_shorter_way():

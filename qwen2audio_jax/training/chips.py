@@ -66,9 +66,11 @@ def links(
     counts = [len({place[i] for place in group}) for i, _ in enumerate(shape)]
     whole = lambda i: counts[i] == shape[i] and wraps(chip, shape, i)
     axes = [i for i, count in enumerate(counts) if count > 1]
-    if to_all:
-        # Half of what half of a line's chips have goes over its middle; a ring has two.
-        return chip.link * min(((8 if whole(i) else 4) / counts[i] for i in axes), default=1)
+    if to_all and axes:
+        # Half of what half of a line's chips have goes over its middle; a ring has two. Of what a
+        # chip has, its own part stays.
+        others = 1 - 1 / len(set(map(tuple, group)))
+        return chip.link * others * min((8 if whole(i) else 4) / counts[i] for i in axes)
     return chip.link * max(1, sum(2 if whole(i) else 1 for i in axes))
 
 
