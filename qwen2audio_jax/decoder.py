@@ -93,8 +93,10 @@ class Decoder(nnx.Module):
             self.head = table()
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        # not called: it would widen a table that was cast to what it was made in
+        x = jnp.take(self.embedding.embedding[...], tokens, axis=0)
         # looked up where the table's columns are, then brought to the rows: else all of it moves
-        x = spread.constrain(self.embedding(tokens), "B L D", D=("fsdp", "context"))
+        x = spread.constrain(x, "B L D", D=("fsdp", "context"))
         return spread.constrain(x, "B L D")
 
     def __call__(

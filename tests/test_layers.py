@@ -1,6 +1,7 @@
 """Norms, rotary positions, attention and stacks do what their formulas say."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,36 @@ def test_linear_rounds_once():
     a, kernel, bias = (y.astype(jnp.float32) for y in (x, linear.kernel[...], linear.bias[...]))
     wanted = (jnp.einsum("ai,ijk->ajk", a, kernel) + bias).astype(jnp.bfloat16)
     np.testing.assert_array_equal(linear(x), wanted)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_linear_multiplies_what_is_short_on_the_way_back_too(platform, monkeypatch):
+    """No product is of two float32 factors, which GPUs take twice as long for."""
+    monkeypatch.setattr(layers, "one_cpu", lambda: False)
+    linear = layers.Linear(16, (4, 8), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(linear)
+    slopes = jax.grad(lambda params, x: nnx.merge(graph, params)(x).sum(), argnums=(0, 1))
+    x = normal(0, 3, 16).astype(jnp.bfloat16)
+    program = jax.jit(slopes).trace(params, x).lower(lowering_platforms=(platform,)).as_text()
+    factors = re.findall(r"dot_general.*?: \(tensor<([^>]*)>, tensor<([^>]*)>\)", program)
+    assert len(factors) == 2
+    assert all(each.endswith("bf16") for pair in factors for each in pair)
+
+
+def test_gradients_of_linear_are_rounded_once():
+    """Those of bfloat16 factors, added up in float32."""
+    linear = layers.Linear(48, 24, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(linear)
+    x, slope = normal(1, 30, 48).astype(jnp.bfloat16), normal(2, 30, 24).astype(jnp.bfloat16)
+    _, back = jax.vjp(lambda params, x: nnx.merge(graph, params)(x), params, x)
+    got, dx = back(slope)
+    a, b, kernel = (y.astype(jnp.float32) for y in (x, slope, linear.kernel[...]))
+    for mine, wanted in (
+        (got["kernel"][...], a.T @ b),
+        (got["bias"][...], b.sum(0)),
+        (dx, b @ kernel.T),
+    ):
+        np.testing.assert_allclose(wide(mine)[0], wanted, rtol=2**-8, atol=1e-5)
 
 
 def test_the_gated_mlp_is_swiglu():

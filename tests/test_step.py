@@ -9,7 +9,7 @@ import small
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qwen2audio_jax import Qwen2Audio, sharding
+from qwen2audio_jax import Qwen2Audio, layers, sharding
 from qwen2audio_jax.training import loss, optimizer, step
 from qwen2audio_jax.training.loss import Sums
 from qwen2audio_jax.training.optimizer import OptimizerConfig
@@ -199,18 +199,21 @@ def test_weights_of_parts_cost_no_second_model(model, plain):
     assert cost["flops"] < 10_000  # one product with one matrix of the smallest would be more
 
 
-def test_arithmetic_may_be_shorter_than_parameters(model, plain):
-    """`dtype` is that of the computation; parameters and what they become stay float32."""
+def test_arithmetic_may_be_shorter_than_parameters(model, plain, monkeypatch):
+    """`dtype` is that of the computation, in both towers; parameters and what they become stay
+    float32."""
     adam, state, graph, frozen = begin(model, OptimizerConfig(warmup_steps=0))
-    seen = []
+    seen, attend = [], layers.attend
 
-    def looks(model, batch):
-        seen.append(model.dtype)
-        return loss.next_token(model, batch)
+    def looks(q, k, v, **how):
+        seen.append((q.dtype, k.dtype, v.dtype, how.get("offset")))
+        return attend(q, k, v, **how)
 
-    short = step.bind(looks, graph, dtype=jnp.bfloat16)
+    monkeypatch.setattr(layers, "attend", looks)
+    short = step.bind(loss.next_token, graph, dtype=jnp.bfloat16)
     state, logs = step.update(state, plain, (frozen,), loss=short, optimizer=adam)
-    assert seen == [jnp.bfloat16] and np.isfinite(logs["loss"])
+    assert {offset for *_, offset in seen} == {None, 0} and np.isfinite(logs["loss"])
+    assert {dtype for *dtypes, _ in seen for dtype in dtypes} == {np.dtype(jnp.bfloat16)}
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
 
 
