@@ -79,7 +79,7 @@ def load(source: Source) -> Float[np.ndarray, " S"]:
         if isinstance(source, tuple | list):
             samples, rate = _from_array(source)
         else:
-            samples, rate = _decode(_read(source))
+            samples, rate = _decode(content(source))
         return _listen(samples, rate)
     except AudioError as error:
         raise AudioError(f"{name(source)}: {error}") from None
@@ -186,7 +186,12 @@ def _from_array(source: tuple | list) -> tuple[Float[np.ndarray, "S channels"], 
     return samples if samples.ndim == 2 else samples[:, None], rate
 
 
-def _read(source: Source) -> bytes:
+def content(source: Source) -> bytes:
+    """A file's bytes, wherever it is, not yet decoded.
+
+    Raises:
+      AudioError: it cannot be read, or is not of the kinds that `load` takes.
+    """
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source)
     if not isinstance(source, str | os.PathLike):

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 
 import jax
 
@@ -11,13 +12,13 @@ def keep() -> None:
 
     Programs lie in QWEN2AUDIO_CACHE, a folder or a URL as gs://bucket/compiled (none are kept if
     that is empty), else where jax is told to keep them, else under the user's cache folder. A
-    folder that cannot be written is done without.
+    folder that cannot be written is done without; of several hosts the first alone writes.
     """
     folder = os.environ.get("QWEN2AUDIO_CACHE")
     if folder is None:
         folder = jax.config.jax_compilation_cache_dir or _usual()
     folder = os.fspath(folder or "")
-    if not folder or ("://" not in folder and not _writable(folder)):
+    if not folder or not (_reachable if "://" in folder else _writable)(folder):
         return
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -39,3 +40,14 @@ def _writable(folder: str) -> bool:
     except OSError:
         return False
     return os.access(folder, os.W_OK)
+
+
+def _reachable(url: str) -> bool:
+    from qwen2audio_jax.data import storage
+
+    try:
+        storage.reachable(url)
+    except (ImportError, ValueError) as error:
+        print(f"compiled programs are not kept: {error}", file=sys.stderr)
+        return False
+    return True

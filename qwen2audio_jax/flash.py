@@ -24,6 +24,7 @@ SCORES = 2**27  # of plain attention, that may exist on a device at the same tim
 GPUS = ("gpu", "cuda")  # as jax calls them
 CUDNN = "cudnn"
 HALVES = (jnp.bfloat16, jnp.float16)
+WIDEST = 128  # of its heads
 
 Attention = Literal["autoselected", "dot_product", "flash"]
 
@@ -51,8 +52,14 @@ def serves(q: Float[Array, "B L N H"], k: Float[Array, "B slots K H"], offset: A
         raise ValueError(
             f"attention=flash is for TPUs and GPUs, got {on}; wanted dot_product there"
         )
-    if choice == "flash" and on in GPUS and q.dtype not in HALVES:
-        raise ValueError(f"attention=flash on GPUs wants bfloat16, got {q.dtype}")
+    if choice == "flash" and on in GPUS:
+        if q.dtype not in HALVES:
+            raise ValueError(f"attention=flash on GPUs wants bfloat16, got {q.dtype}")
+        if q.shape[-1] % 8 or q.shape[-1] > WIDEST:
+            raise ValueError(
+                f"attention=flash on GPUs wants heads of eights, up to {WIDEST} wide, "
+                f"got {q.shape[-1]}"
+            )
     ordered = offset is None or (isinstance(offset, int) and offset == 0)
     fits = ordered and q.shape[1] == k.shape[1]
     if choice == "autoselected":
@@ -70,7 +77,8 @@ def _cudnn_has(q: Float[Array, "B L N H"]) -> bool:
     # AMD's are told by a name in the number's place
     capability = re.match(r"\d+", getattr(jax.local_devices()[0], "compute_capability", ""))
     ampere = capability is not None and int(capability[0]) >= 8
-    return ampere and whole and q.dtype in HALVES and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= WIDEST
+    return ampere and whole and q.dtype in HALVES and fits
 
 
 def attend(
@@ -89,19 +97,20 @@ def attend(
     """
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {} if mesh.empty else mesh.shape
+    rows, queries = ("B", "L") if causal else ("C", "positions")  # as the towers split them
+    if k.shape[2] % sizes.get("tensor", 1):  # too few to split: one for each query head
+        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+        k, v = (spread.constrain(x, f"{rows} keys K H") for x in (k, v))
     if spread.platform() in GPUS:
         if sizes.get("context", 1) > 1:
             raise ValueError("attention=flash on GPUs wants a mesh without context parallelism")
         return _cudnn(q, k, v, q_segments, k_segments, causal)
-    if k.shape[2] % sizes.get("tensor", 1):  # too few to split: one for each query head
-        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     length = q.shape[1]
     more = -length % (LANES * (sizes.get("context", 1) if causal else 1))
     pad = lambda x: jnp.pad(x, [(0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)])
     # scaled in float32 and rounded once; heads in front
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
     qs, ks, vs = (jnp.swapaxes(pad(x), 1, 2) for x in (q, k, v))
-    rows, queries = ("B", "L") if causal else ("C", "positions")  # as the towers split them
     q_spec = spread.spec(f"{rows} N {queries} H", qs.shape, sizes)
     k_spec = spread.spec(f"{rows} K keys H", ks.shape, sizes)
     kernel = _kernel(qs, causal, *(_parts(axes, sizes) for axes in q_spec[1:3]))
@@ -135,7 +144,10 @@ def _cudnn(q, k, v, q_segments, k_segments, causal):
         how = {"mask": pad(q_segments)[:, None, :, None] == pad(k_segments)[:, None, None]}
     else:
         count = (k_segments == q_segments[:, :1]).sum(axis=1, dtype=jnp.int32)
-        how = {"key_value_seq_lengths": jnp.maximum(count, 1)}  # of no key nothing finite is made
+        # of no key nothing finite is made; jax's own number of queries would be split over nothing
+        counts = jnp.maximum(count, 1), jnp.full_like(count, q.shape[1] + length % 2)
+        keys, queries = (spread.constrain(x, "C") for x in counts)
+        how = {"key_value_seq_lengths": keys, "query_seq_lengths": queries}
     out = jax.nn.dot_product_attention(
         pad(q), pad(k), pad(v), is_causal=causal, implementation=CUDNN, **how
     )

@@ -1,8 +1,10 @@
 """What a step that does not fit is told depends on what it was given and on what is largest."""
 
+import dataclasses
+
 import pytest
 
-from qwen2audio_jax import sharding
+from qwen2audio_jax import preset, sharding
 from qwen2audio_jax.training.advice import advice
 from qwen2audio_jax.training.chips import GIB
 from qwen2audio_jax.training.compiled import Report
@@ -40,6 +42,7 @@ def test_what_takes_most_comes_first():
         "--optimizer.mu-dtype bfloat16",
         "--topology of 16 devices",
     ]
+    given = Compile(batch=32, mesh=MeshConfig(ici_data_parallelism=2))
     (first, second, *_) = flags(given, report(held=14.0), data=2, fsdp=4)
     assert first == "--optimizer.mu-dtype bfloat16"
     assert second == "--mesh.ici-data-parallelism 1"
@@ -51,7 +54,12 @@ def test_what_takes_most_comes_first():
         (Compile(batch=8), {"fsdp": 8}, "--mesh.ici-context-parallelism 2 --batch 4", "--batch 8"),
         (Compile(batch=8, remat_policy="minimal"), {"fsdp": 8}, "--remat-policy full", "--stage"),
         (Compile(batch=8, attention="dot_product"), {"fsdp": 8}, "--attention flash", "--batch 8"),
-        (Compile(batch=8, attention="flash"), {"fsdp": 8}, "--tokens 512", "--attention flash"),
+        (
+            Compile(batch=8, attention="flash"),
+            {"fsdp": 8},
+            "--tokens 512 --frames 1500",
+            "--attention flash",
+        ),
         (Compile(batch=8, stage="dpo"), {"fsdp": 8}, "--stage dpo-precomputed", "--stage lora-sft"),
         (
             Compile(batch=8, optimizer=OptimizerConfig(mu_dtype="bfloat16")),
@@ -65,11 +73,47 @@ def test_what_takes_most_comes_first():
             "--mesh.ici-tensor-parallelism 2",
             "--gradient-accumulation-steps 2",
         ),
+        (
+            Compile(
+                batch=4,
+                stage="decode",
+                tokens=2048,
+                mesh=MeshConfig(ici_tensor_parallelism=4),  # heads: 32 and 20
+            ),
+            {"fsdp": 2, "tensor": 4},
+            "--tokens 1024",
+            "--mesh.ici-tensor-parallelism 8",
+        ),
+        (
+            Compile(batch=16, slices=2, mesh=MeshConfig(dcn_data_parallelism=2)),
+            {"data": 2, "fsdp": 4},
+            "--topology of 16 devices",
+            "--mesh.ici-data-parallelism 1",
+        ),
     ],
 )
 def test_nothing_is_advised_that_is_so_already(given, sizes, wanted, not_wanted):
     said = flags(given, report(), **sizes)
     assert wanted in said and not_wanted not in said
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (Compile(batch=8), "--tokens 512 --frames 1500"),
+        (Compile(batch=8, tokens=2048), "--tokens 1024"),
+        (Compile(batch=8, tokens=4096, clips=5), "--tokens 2048 --clips 2"),
+        (Compile(batch=8, stage="prefill"), "--tokens 512 --frames 1500"),
+        (Compile(batch=8, stage="decode"), "--tokens 512"),
+    ],
+)
+def test_shorter_rows_still_hold_what_they_hear(given, wanted):
+    """What is advised is taken by the same program."""
+    assert wanted in flags(given, report(), fsdp=8)
+    words = wanted.replace("--", "").split()
+    less = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+    if given.stage != "decode":  # which hears nothing
+        dataclasses.replace(given, **less).arrays(preset(given.model), given.stage)
 
 
 def test_an_object_says_what_it_is_of():

@@ -1,6 +1,7 @@
 """Compiled programs are kept where the user says, or where it is usual."""
 
 import pathlib
+import sys
 
 import jax
 import pytest
@@ -49,7 +50,16 @@ def test_a_user_without_a_home(monkeypatch, set_to):
 def test_a_bucket_is_no_folder_of_this_machine(monkeypatch, tmp_path, set_to):
     """A URL is jax's to open; nothing of its name is made here."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QWEN2AUDIO_CACHE", "memory://bucket/compiled")
+    compilation_cache.keep()
+    assert set_to["jax_compilation_cache_dir"] == "memory://bucket/compiled"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bucket_that_nothing_here_can_open(monkeypatch, set_to, capsys):
+    """It is told, and done without."""
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
     monkeypatch.setenv("QWEN2AUDIO_CACHE", "gs://bucket/compiled")
     compilation_cache.keep()
-    assert set_to["jax_compilation_cache_dir"] == "gs://bucket/compiled"
-    assert not list(tmp_path.iterdir())
+    said = capsys.readouterr().err
+    assert not set_to and "not kept: gs://bucket/compiled" in said and "[gcs]" in said

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.interpreters import mlir  # in the place of a kernel that no CPU has
 
-from qwen2audio_jax import flash, layers, sharding
+from qwen2audio_jax import flash, layers, sharding, spread
 
 LENGTH = 200  # no multiple of a block
 
@@ -53,6 +54,16 @@ def test_flash_on_a_mesh_is_flash(offset, sizes):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)
 
 
+def cudnn_of(gpu):
+    """jax's own module, which would ask a GPU."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    gpu.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    gpu.setattr(cudnn, "check_compute_capability", lambda wanted: True)
+    gpu.setattr(cudnn, "is_cuda_compute_capability_equal", lambda wanted: False)
+    return cudnn
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """What a GPU would run, up to cuDNN's own kernel."""
@@ -83,11 +94,7 @@ def test_gpus_are_told_the_same_attention(gpu, offset, length):
 def test_gpus_run_cudnns_kernel(gpu, offset, kernel):
     """Forward and backward, for a GPU that is not here: what is compiled calls it; an encoder's
     clips are told by their lengths, without any array of queries by keys."""
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    gpu.setattr(cudnn, "check_cudnn_version", lambda: 91000)
-    gpu.setattr(cudnn, "check_compute_capability", lambda wanted: True)
-    gpu.setattr(cudnn, "is_cuda_compute_capability_equal", lambda wanted: False)
+    cudnn_of(gpu)
     *qkv, segments = example()
     half = [x.astype(jnp.bfloat16) for x in qkv]
     how = {"q_segments": jnp.ones_like(segments), "k_segments": segments, "offset": offset}
@@ -97,6 +104,51 @@ def test_gpus_run_cudnns_kernel(gpu, offset, kernel):
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert f"${kernel}(" in text and f"${kernel}Backward(" in text
     assert (f"{LENGTH}x{LENGTH}x" in text) == (offset == 0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "heads", "offset", "local"),
+    [
+        ({"fsdp": 8}, (4, 4), 0, (1, 4, 4)),
+        ({"fsdp": 8}, (4, 4), None, (1, 4, 4)),
+        ({"fsdp": 4, "tensor": 2}, (4, 2), 0, (2, 2, 1)),
+        ({"fsdp": 2, "tensor": 4}, (12, 2), 0, (4, 3, 3)),
+        ({"fsdp": 2, "tensor": 4}, (12, 2), None, (4, 3, 3)),
+    ],
+    ids=["rows", "clips", "heads", "more devices than keys have heads", "clips, likewise"],
+)
+def test_gpus_of_a_mesh_run_it_on_their_own_rows_and_heads(gpu, sizes, heads, offset, local):
+    """jax's rule of how cuDNN's kernel is split takes ours; in its place here are plain sums."""
+    cudnn, seen = cudnn_of(gpu), []
+    for kernel in (cudnn._dot_product_attention_fwd_p, cudnn._dot_product_attention_bwd_p):
+
+        def sums(*arrays, kernel=kernel, **how):
+            seen.append([x.shape for x in arrays])
+            shapes = [jax.core.ShapedArray(x.shape, x.dtype) for x in arrays]
+            out, _ = kernel.abstract_eval(*shapes, **how)
+            all_in = sum(x.astype(jnp.float32).sum() for x in arrays)
+            return [jnp.full(x.shape, all_in, x.dtype) for x in out]
+
+        mlir.register_lowering(kernel, mlir.lower_fun(sums, multiple_results=True), platform="cpu")
+    rows, length, mesh = 8, 256, sharding.mesh(**sizes)
+    shapes = [(rows, length, n, 64) for n in (heads[0], heads[1], heads[1])]
+    qkv = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    places = sharding.of_batch((rows, length), mesh, tokens=False)
+    segments = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=places)
+    letters = ("B L N H", "B slots K H") if offset == 0 else ("C positions N H",) * 2
+
+    def total(q, k, v, segments):
+        q, k, v = (spread.constrain(x, letters[i > 0]) for i, x in enumerate((q, k, v)))
+        own = segments if offset == 0 else jnp.ones_like(segments)
+        how = {"q_segments": own, "k_segments": segments, "offset": offset}
+        return layers.attend(q, k, v, **how).astype(jnp.float32).sum()
+
+    with flash.using("flash"), jax.set_mesh(mesh):
+        jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*qkv, segments).compile()
+    assert len(seen) >= 2
+    for q, k, v, _, q_lengths, k_lengths, *_ in seen:
+        assert (q[0], q[2], k[2]) == local and k == v
+        assert offset == 0 or q_lengths == k_lengths == (local[0],)
 
 
 def test_gpus_have_it_where_it_pays(gpu):
@@ -128,6 +180,10 @@ def test_gpus_refuse_what_cudnn_has_not(gpu):
     with flash.using("flash"), pytest.raises(ValueError, match="wants bfloat16, got float32"):
         layers.attend(*qkv, **how)
     half = [x.astype(jnp.bfloat16) for x in qkv]
+    for width in (36, 136):
+        wide = [jnp.zeros((*x.shape[:-1], width), x.dtype) for x in half]
+        with flash.using("flash"), pytest.raises(ValueError, match=f"to 128 wide, got {width}"):
+            layers.attend(*wide, **how)
     with (
         flash.using("flash"),
         jax.set_mesh(sharding.mesh(data=4, context=2)),

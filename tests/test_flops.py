@@ -61,6 +61,7 @@ def test_an_unknown_device_has_no_peak():
         ("TPU v6 lite", 918e12),
         ("TPU v6e", 918e12),
         ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
     ],
 )
 def test_devices_have_the_peak_of_their_kind(monkeypatch, kind, rate):

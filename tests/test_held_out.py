@@ -126,6 +126,17 @@ def test_what_cannot_be_answered_is_told_by_reason(model, processor, asked, capl
     assert any("row 4: TypeError: " in line for line in told)
 
 
+def test_what_may_be_long_has_room_behind_its_prompt(model, processor, asked):
+    """The longest choice of a part is asked for beside all of its prompts that have choices."""
+    # with its end 161 tokens, of 256
+    long = " ".join(["no"] * 80)
+    rows = [conversation("no " * 60), conversation("no"), conversation("no " * 60) | {"open": True}]
+    choices = lambda sample: None if "open" in sample else ["yes", long]
+    parts = [dataclasses.replace(kept(rows), choices=choices)]
+    answers, bad = held_out.answers(model, processor, parts, rows=2, max_new_tokens=4)
+    assert len(answers) == 2 and bad == {"too long": 1}
+
+
 def test_what_is_told_names_its_line(model, processor, asked, tmp_path, caplog):
     """Of what no list of types would foresee, too."""
 

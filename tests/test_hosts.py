@@ -155,3 +155,17 @@ def test_who_shares_rows_counts_once(monkeypatch):
     told = r"all \(left out: 0 by process 1, 2 by process 3\); what was saved before is whole"
     with pytest.raises(ValueError, match=told):
         hosts.counted({}, [[0, 2], [1, 3]])
+
+
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_one_of_several_does_not_train_as_if_alone(monkeypatch, variable):
+    """All would write into one folder."""
+    monkeypatch.setenv(variable, "1")
+    hosts.alone()
+    monkeypatch.setenv(variable, "4")
+    with pytest.raises(ValueError, match=rf"one of 4 processes \({variable}\): wanted --distribut"):
+        hosts.alone()
+    monkeypatch.delenv(variable)
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)  # as on TPUs of two hosts
+    with pytest.raises(ValueError, match="devices are of 2 hosts: wanted --distributed"):
+        hosts.alone()

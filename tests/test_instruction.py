@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import pickle
+import re
 import sys
 
 import numpy as np
@@ -154,8 +155,10 @@ def test_closed_sets(processor):
     own.compile(sample, processor)
     with pytest.raises(BadSample, match="missing field: no 'among' among a"):
         own.choices({"a": "no"})
-    with pytest.raises(BadSample, match="missing field: 'among': wanted a list, got 'yes'"):
-        own.choices({"among": "yes"})
+    for among in ("yes", None, float("nan"), [], {"yes": 1}):  # as a table's empty cells are
+        told = f"missing field: 'among': wanted a list, got {among!r}"
+        with pytest.raises(BadSample, match=f"^{re.escape(told)}$"):
+            own.choices({"among": among})
     assert Task.parse("Is it? -> [TEXT:a,closed_set=b] [TEXT:c]").choices({"b": ["a"]}) is None
 
 

@@ -16,10 +16,12 @@ class Refused(Exception):
 
 
 class Board:
-    """What `wandb` is to a log: it takes figures, until it does not."""
+    """What `wandb` is to a log: it takes figures, until it does not; of a step that is behind the
+    last it takes none."""
 
     def __init__(self, *, lets_in=True, takes=9):
         self.lets_in, self.takes, self.told, self.rows, self.ended = lets_in, takes, [], [], 0
+        self.last = 0
 
     def init(self, **told):
         if not self.lets_in:
@@ -27,10 +29,15 @@ class Board:
         self.told.append(told)
         return self
 
-    def log(self, values, *, step):
+    def define_metric(self, name, *, step_metric):
+        assert (name, step_metric) == ("*", "step")
+
+    def log(self, values, *, step=None):
         if len(self.rows) == self.takes:
             raise Refused("the service\n is gone")
-        self.rows.append((step, values))
+        if step is None or step > self.last:
+            self.last = self.last + 1 if step is None else step
+            self.rows.append(dict(values))
 
     def finish(self):
         self.ended += 1
@@ -63,7 +70,8 @@ def test_weights_and_biases_have_the_run_under_one_name(tmp_path, board):
     first, second = one.told
     assert first == second and first["id"] and first["resume"] == "allow"
     assert (first["project"], first["name"], first["config"]) == ("speech", "run", {"seed": 3})
-    assert one.rows[:2] == [(1, {"loss": 1.0}), (2, {"loss": 0.5})] and one.ended == 2
+    wanted = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+    assert one.rows == wanted * 2 and one.ended == 2  # also what the second start did anew
     assert written(tmp_path / "other" / "run", [1], one) and one.told[-1]["id"] != first["id"]
 
 
@@ -78,7 +86,7 @@ def test_a_night_s_run_outlives_weights_and_biases(tmp_path, board, caplog):
     """Once it takes no more, that is told once; the file has all."""
     one = board(takes=1)
     assert written(tmp_path, [1, 2, 3], one) == [1, 2, 3]
-    assert [step for step, _ in one.rows] == [1] and not one.ended
+    assert [row["step"] for row in one.rows] == [1] and not one.ended
     assert [each.getMessage() for each in caplog.records] == [
         "Weights & Biases gets no more figures, which log.jsonl has: the service is gone"
     ]

@@ -200,6 +200,31 @@ def test_a_projector_learns_whole_beside_adapters():
     np.testing.assert_array_equal(one.base().projector.kernel[...], before["projector"]["kernel"])
 
 
+def test_a_run_that_is_farther_than_its_last_step_is_refused(tmp_path):
+    """Rather than called done, with a model of more steps than were asked for."""
+    one = learner()
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        loop.save(one, Counted(), checkpoints, 9, Meter(one, LoopConfig(), Log(None), None, done=0))
+        checkpoints.wait()
+        told = f"is of 9 steps: wanted optimizer.steps of at least as many, got {STEPS}$"
+        with pytest.raises(ValueError, match=told):
+            loop.train(learner(), Counted(), LoopConfig(**SPARSE), checkpoints=checkpoints)
+
+
+def test_what_comes_out_is_the_average_of_the_steps_there_were():
+    """However slow it is: where it began is not in it; adapters' likewise."""
+    for how in ({}, {"adapters": Lora(r=2)}):
+        config = OptimizerConfig(learning_rate=0.01, steps=STEPS, warmup_steps=1, ema_decay=0.999)
+        model = Qwen2Audio(small.CONFIG, rngs=nnx.Rngs(0))
+        one, seen = Learner(model, config, losses.next_token, **how), []
+        for number, batch in zip(range(3), Counted(), strict=False):
+            one.step(batch, number)
+            seen.append(jax.tree.map(np.asarray, one.state.params))
+        mean = jax.tree.map(lambda *each: np.mean(each, axis=0), *seen)
+        for a, b in zip(*map(jax.tree.leaves, (one.averaged(), mean)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
 def test_a_base_that_has_changed_is_refused(tmp_path):
     """Adapters of one model do not go on beside another."""
     adapted = {"adapters": Lora(r=2)}
@@ -229,6 +254,15 @@ def test_another_model_is_refused_though_all_of_it_trains(tmp_path):
     assert learner(adapters=Lora(r=2)).began is None
     some = learner(adapters=Lora(r=2)).state.params
     assert learner(adapters=Lora(r=2), start=some).began is not None
+
+
+def test_what_is_drawn_is_no_part_of_a_reference():
+    """New adapters, however wide, answer as their base; another base does not."""
+    pytest.importorskip("grain")
+    from qwen2audio_jax.training import reference
+
+    narrow, wide = (reference._identity(learner(adapters=Lora(r=r))) for r in (2, 4))
+    assert narrow == wide != reference._identity(learner(adapters=Lora(r=2), model=1))
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,9 @@ def test_a_clip_s_name_may_hold_the_time(manifest):
     source = Manifest(path)
     assert [row["audio"] for row in source] == [str(folder / name), *urls]
     assert all(len(hear(source[i]["audio"])) == 3200 for i in range(3))
+    shutil.copy(folder / "a.wav", folder / "a b.wav")
+    for url in (*urls[:2], (folder / "a b.wav").as_uri()):
+        assert embed({"audio": url})["audio"] == (folder / "a.wav").read_bytes()
 
 
 def test_clips_beside_a_conversation_are_found(manifest, monkeypatch):

@@ -217,6 +217,19 @@ def test_arithmetic_may_be_shorter_than_parameters(model, plain, monkeypatch):
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
 
 
+def test_the_norm_of_many_short_gradients_is_added_up_in_float32():
+    """Of 600 ones in bfloat16 a sum stops at 256."""
+    params = {f"decoder.{i}": jnp.ones((), jnp.bfloat16) for i in range(600)}
+    adam = OptimizerConfig(warmup_steps=0).make()
+
+    def loss(params, batch):
+        total = sum(x.astype(jnp.float32) for x in params.values())
+        return Sums(total, jnp.ones(()), {})
+
+    _, logs = step.update(step.start(params, adam), {}, loss=loss, optimizer=adam)
+    np.testing.assert_allclose(logs["grad_norm"], 600**0.5, rtol=1e-3)
+
+
 @pytest.mark.slow
 def test_one_batch_is_learned_by_heart(model, plain):
     """Twenty steps on the same rows: the loss falls to less than half; so does the average's."""

@@ -108,6 +108,21 @@ def test_choices_follow_what_is_given(processor, line, sample, prompt, answers):
         assert wanted in [text.strip() for text in answers]
 
 
+def test_of_answers_of_several_turns_the_first_is_wanted(processor):
+    """No more can be said behind the prompt; of one to be rejected likewise."""
+    turns = lambda *texts: [
+        {"role": ("assistant", "user")[i % 2], "content": text} for i, text in enumerate(texts)
+    ]
+    record = {
+        "messages": [{"role": "user", "content": "no?"}],
+        "chosen": turns("yes", "no?", "a"),
+        "rejected": turns("no", "no?", "a"),
+    }
+    example = from_preference(record, processor)
+    assert inputs.prompt_and_answer(example, processor)[1] == "yes"
+    assert inputs.text_of(example.rejected, processor) == "no"
+
+
 def test_a_reference_answers_pairs_in_a_file_however_many(tmp_path, monkeypatch):
     """Only what is made has no end; its first samples have one."""
     known = lambda path, model, rows: (
@@ -244,7 +259,7 @@ def test_what_a_reference_has_answered_is_a_manifest_for_other_runs(
     monkeypatch.setattr(reference, "_identity", lambda learner: "the same")
     once = lambda part, mixture, bad: iter([{"rows": np.array([0, 2])}])
     monkeypatch.setattr(inputs, "once", once)
-    rows(pair("a"), pair(""), pair("c"))
+    rows(pair("a"), pair(""), pair("c") | {"note": "cut \ud83d"})  # within a smile
     monkeypatch.chdir(tmp_path)
     parts = inputs.training(DataConfig(train=("rows.jsonl",)), pairs=True)
     first, nobody = Answers(1), Answers(0)
@@ -449,6 +464,7 @@ def test_each_source_is_augmented_as_much_as_is_said_of_it(rows):
     for given, wanted in (("0.3", [0.3, 0.3]), ("0.3 0", [0.3, 0.0])):
         data = tyro.cli(DataConfig, args=flags + given.split())
         assert [part.augmented for part in inputs.training(data)] == wanted
+    assert tyro.cli(DataConfig, args=["--augmented"]).augmented_each == (0.0,)
     whole = tyro.cli(DataConfig, args=[], default=DataConfig(augmented=0.4))
     assert whole.augmented == 0.4 == as_json(whole)["augmented"]
 

@@ -5,8 +5,8 @@
     python -m train.dpo 7b --data.train pairs.jsonl --precompute-ref-log-probs
 
 A line of pairs.jsonl: {"messages": [...], "chosen": "...", "rejected": "..."}, or TRL's form.
-The reference is the model as it began: kept in memory; with LoRA, the model without its adapter;
-or its answers' log-probabilities, precomputed.
+The reference is the model as it began: kept in memory; with LoRA, the model without its adapter, or
+with the one that it begins with (--lora.start); or its answers' log-probabilities, precomputed.
 
 Every setting is a flag. The folder --out holds all of a run: the same command goes on where it
 was killed, to the bit.

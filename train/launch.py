@@ -45,6 +45,8 @@ def launch(stage: str, train: Callable[[Any], int | None], about: str) -> None:
         settings = _without_others(_parse(stage, about), stage)
         if settings.distributed or settings.hosts.coordinator:
             hosts.join(settings.hosts)
+        else:
+            hosts.alone()
         signal = _train(train, settings, name)
     if signal is not None:
         print(f"{name}: signal {signal}: run it again to go on from what {settings.out} holds")

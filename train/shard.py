@@ -146,7 +146,7 @@ def write(settings: Settings, source: sources.Manifest, shards: int, shard: int)
 
 def _tell(settings: Settings, written: list[Written]) -> None:
     left_out = [row for each in written for row in each.left_out]
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in left_out]
+    lines = [json.dumps(row) + "\n" for row in left_out]
     (settings.out / "left_out.jsonl").write_text("".join(lines), "utf-8")
     print(f"{sum(each.rows for each in written)} rows in {len(written)} shards in {settings.out}")
     for reason, count in collections.Counter(row["reason"] for row in left_out).most_common():

@@ -24,8 +24,10 @@ import itertools
 import math
 import numbers
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from qwen2audio_jax.data.example import BadSample, Example, hear, plain
 from qwen2audio_jax.data.slots import Filled, Part, Slot, heard, parts_of, slot_type
@@ -59,7 +61,8 @@ def closed_set(slot: Slot, sample: Mapping) -> list[str]:
     if not isinstance(slot.closed_set, str):
         return list(slot.closed_set or ())
     texts = _field(slot.closed_set, sample)
-    if isinstance(texts, str | bytes) or not len(texts):
+    listed = isinstance(texts, Sequence | np.ndarray) and not isinstance(texts, str | bytes)
+    if not listed or not len(texts):
         raise BadSample("missing field", f"{slot.closed_set!r}: wanted a list, got {texts!r}")
     return [_text(text, slot.closed_set) for text in texts]
 

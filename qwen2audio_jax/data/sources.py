@@ -11,9 +11,7 @@ import functools
 import json
 import mmap
 import os
-import pathlib
 import re
-import urllib.parse
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -22,6 +20,7 @@ import msgpack
 import numpy as np
 from etils import epath
 
+from qwen2audio_jax.audio import content
 from qwen2audio_jax.data import prepared, storage
 from qwen2audio_jax.data.chats import AUDIOS
 from qwen2audio_jax.data.example import BadSample, hear, on_disk
@@ -273,10 +272,9 @@ def embed(row: dict[str, Any], audio: Sequence[str] = ("audio",)) -> dict[str, A
             return clip
         if isinstance(named, bytes) or named.startswith(("http:", "https:", "data:")):
             return named
-        if storage.elsewhere(named):
+        if storage.elsewhere(named) not in (None, "file"):
             return storage.read(named)
-        path = named if not named.startswith("file:") else urllib.parse.urlsplit(named).path
-        return pathlib.Path(path).expanduser().read_bytes()
+        return content(named)
 
     return each_clip(row, audio, file)
 

@@ -1,7 +1,7 @@
 """Prompts of any number and length -> answers, in batches of what is alike."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -46,7 +46,7 @@ def answer(
             tokens = generate(
                 model,
                 batch,
-                max_new_tokens=max(max_new_tokens, _longest(closed, processor)),
+                max_new_tokens=max(max_new_tokens, longest(closed or (), processor)),
                 choices=closed,
                 processor=processor,
             )
@@ -54,7 +54,7 @@ def answer(
     return [answers[i] for i in range(len(examples))]
 
 
-def _longest(closed: Sequence[Sequence[str]] | None, processor: Processor) -> int:
-    """Tokens of the longest choice, and its end."""
-    texts = {text for texts in closed or () for text in texts}
+def longest(closed: Iterable[Sequence[str]], processor: Processor) -> int:
+    """Tokens of the longest of all choices, and its end; 0 of none."""
+    texts = {text for texts in closed for text in texts}
     return max((len(processor.tokenizer.encode(text)) + 1 for text in texts), default=0)

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from qwen2audio_jax.data.example import BadSample, Example, Pair, why
+from qwen2audio_jax.data.example import Example, Pair, why
 from qwen2audio_jax.data.mixture import Mixture
 from qwen2audio_jax.data.sources import where
 from qwen2audio_jax.evaluation import answering, metrics
@@ -61,10 +61,12 @@ def answers(
       The answers, and how many samples could not be used, by reason.
     """
     found, bad = [], collections.Counter()
-    room = model.config.decoder.positions - max_new_tokens
+    positions = model.config.decoder.positions
     ends = {*model.config.end_tokens, model.config.pad_token, processor.tokenizer.pad_id}
     for each in parts:
-        samples, left_out = hosts.by_first(functools.partial(_samples, each, processor, room))
+        samples, left_out = hosts.by_first(
+            functools.partial(_samples, each, processor, positions, max_new_tokens)
+        )
         bad += left_out
         given, answers, choices = zip(*samples, strict=True) if samples else ((), (), ())
         tokens = answering.answer(
@@ -94,10 +96,10 @@ def _usable(each: HeldOut, mixture: Mixture) -> Iterator[dict[str, Any]]:
 
 
 def _samples(
-    each: HeldOut, processor: Processor, room: int
+    each: HeldOut, processor: Processor, positions: int, max_new_tokens: int
 ) -> tuple[list[tuple[Example, Answer, list[str] | None]], collections.Counter]:
-    """What can be answered, of prompts of at most `room` tokens; the rest is told, and counted by
-    reason."""
+    """What can be answered, of prompts that leave room for an answer, or for the longest choice of
+    the part; the rest is told, and counted by reason."""
     found, told = [], collections.defaultdict(list)
     for row in range(len(each.part.source)):
         try:
@@ -105,9 +107,6 @@ def _samples(
             example = each.part.compile(sample, processor)
             choices = each.choices(sample)
             given, wanted = inputs.prompt_and_answer(example, processor)
-            tokens = sum(len(segment.ids) for segment in given.prompt)
-            if tokens > room:
-                raise BadSample("too long", f"wanted a prompt of {room} tokens, got {tokens}")
         except Exception as error:  # as when it is trained on
             reason, message = why(error)
             told[reason].append(f"{where(each.part.source, row)}: {message}")
@@ -116,10 +115,22 @@ def _samples(
         if isinstance(example, Pair):
             rejected = inputs.text_of(example.rejected, processor)
         answer = Answer(part=each.part.name, wanted=wanted, got="", rejected=rejected)
-        found.append((given, answer, choices))
+        found.append((row, given, answer, choices))
+    closed = answering.longest((choices for *_, choices in found if choices), processor)
+    fitting = []
+    for row, given, answer, choices in found:
+        tokens = sum(len(segment.ids) for segment in given.prompt)
+        room = positions - max(max_new_tokens, closed if choices else 0)
+        if tokens > room:
+            message = f"wanted a prompt of {room} tokens, got {tokens}"
+            told["too long"].append(f"{where(each.part.source, row)}: {message}")
+        else:
+            fitting.append((given, answer, choices))
     for reason, messages in told.items():
         _log.warning(f"{each.part.name}: {len(messages)} {reason}, the last: {messages[-1]}")
-    return found, collections.Counter({reason: len(messages) for reason, messages in told.items()})
+    return fitting, collections.Counter(
+        {reason: len(messages) for reason, messages in told.items()}
+    )
 
 
 def scores(answers: Sequence[Answer]) -> dict[str, float]:

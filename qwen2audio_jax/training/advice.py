@@ -1,14 +1,18 @@
 """A step that does not fit -> what to change of it, what helps most first."""
 
+import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from jax.sharding import Mesh
 
+from qwen2audio_jax import config, sharding
+from qwen2audio_jax.mel import audio_tokens
 from qwen2audio_jax.training.chips import GIB
 from qwen2audio_jax.training.compiled import Report
 from qwen2audio_jax.training.optimizer import OptimizerConfig
+from qwen2audio_jax.training.settings import MeshConfig
 
 
 @runtime_checkable
@@ -16,8 +20,12 @@ class Asked(Protocol):
     """What a program was compiled for, as `train.compile` is told."""
 
     stage: str
+    model: str
+    mesh: MeshConfig
     batch: int
     tokens: int
+    clips: int
+    frames: int
     attention: str
     remat_policy: str
     gradient_accumulation_steps: int
@@ -35,12 +43,13 @@ def advice(given: Asked, report: Report, mesh: Mesh) -> list[str]:
         return []
     room, held = report.hbm_chip_bytes, report.argument_bytes
     of_rows = _of_generation if given.stage in ("prefill", "decode") else _of_rows
-    rows, state = list(of_rows(given, report, mesh.shape)), list(_of_state(given, report, mesh))
+    rows, state = list(of_rows(given, report, mesh)), list(_of_state(given, report, mesh))
     return [*state, *rows] if held > room / 2 else [*rows, *state]
 
 
-def _of_rows(given: Asked, report: Report, sizes: Mapping[str, int]) -> Iterator[str]:
+def _of_rows(given: Asked, report: Report, mesh: Mesh) -> Iterator[str]:
     """What makes less of what is there within a step."""
+    sizes = mesh.shape
     places, parts = sizes["data"] * sizes["fsdp"], given.gradient_accumulation_steps
     each = given.batch // (parts * places)
     if given.remat_policy != "full":
@@ -57,9 +66,24 @@ def _of_rows(given: Asked, report: Report, sizes: Mapping[str, int]) -> Iterator
                 f"--mesh.ici-context-parallelism {wider} --batch {max(given.batch // 2, 1)}: "
                 f"{given.tokens // wider} of a row's {given.tokens} tokens on a device"
             )
-        yield f"--tokens {given.tokens // 2}: each device has one row already"
+        if (shorter := _shorter(given)) and given.tokens // 2 % sizes["context"] == 0:
+            yield f"{shorter}: each device has one row already"
     if given.attention == "dot_product":
         yield "--attention flash: dot_product holds the scores of all tokens with all"
+
+
+def _shorter(given: Asked) -> str | None:
+    """Flags of rows half as long, which have to hold what they hear; None: there are none."""
+    tokens = given.tokens // 2
+    ways = (
+        ("", given.clips, given.frames),
+        (f" --clips {given.clips // 2}", given.clips // 2, given.frames),
+        (f" --frames {given.frames // 2}", given.clips, given.frames // 2),
+    )
+    for more, clips, frames in ways:
+        if clips and frames and clips * audio_tokens(frames) < tokens:
+            return f"--tokens {tokens}{more}"
+    return None
 
 
 def _rows_that_fit(each: int, report: Report) -> int:
@@ -80,8 +104,8 @@ def _of_state(given: Asked, report: Report, mesh: Mesh) -> Iterator[str]:
     elif adam and given.optimizer.nu_dtype == "float32" and moments > GIB / 10:
         saved = f"{moments / 3 / GIB:.2f} GiB less"  # a half of two thirds
         yield f"--optimizer.nu-dtype bfloat16: second moments in half the bytes, {saved}"
-    if sizes["data"] > 1:
-        more = f"{sizes['data'] * sizes['fsdp']} devices rather than {sizes['fsdp']}"
+    if sizes["data"] > 1 and given.mesh.ici_data_parallelism != 1:  # else it is that of slices
+        more = f"more than {sizes['fsdp']} devices"
         yield f"--mesh.ici-data-parallelism 1: each copy of the model is spread over {more}"
     if given.stage == "dpo":
         yield "--stage dpo-precomputed: the reference answers beforehand, and is not held"
@@ -97,17 +121,31 @@ def _of_state(given: Asked, report: Report, mesh: Mesh) -> Iterator[str]:
     )
 
 
-def _of_generation(given: Asked, report: Report, sizes: Mapping[str, int]) -> Iterator[str]:
+def _of_generation(given: Asked, report: Report, mesh: Mesh) -> Iterator[str]:
     """Of rows that are read, or of a cache of them."""
+    sizes = mesh.shape
     places = sizes["data"] * sizes["fsdp"]
     each = max(given.batch // places, 1)
     if each > 1:
         fewer = _rows_that_fit(each, report)
         yield f"--batch {places * fewer}: {fewer} of its {each} rows on each device"
-    yield f"--tokens {given.tokens // 2}: what is read, and the cache, are half as long"
-    if places > 1:
-        wider = 2 * sizes["tensor"]
+    # a cache does not say what was heard
+    shorter = f"--tokens {given.tokens // 2}" if given.stage == "decode" else _shorter(given)
+    if shorter:
+        yield f"{shorter}: what is read, and the cache, are half as long"
+    wider = 2 * sizes["tensor"]
+    if places > 1 and _spreads(given, mesh, wider):
         yield f"--mesh.ici-tensor-parallelism {wider}: {wider} devices share each row's cache"
+
+
+def _spreads(given: Asked, mesh: Mesh, tensor: int) -> bool:
+    """Whether the model's heads divide by so many devices."""
+    wanted = dataclasses.replace(given.mesh, ici_tensor_parallelism=tensor)
+    try:
+        sharding.check(config.preset(given.model), wanted.make(list(mesh.devices.flat)))
+    except ValueError:
+        return False
+    return True
 
 
 def given_of(given: Any, mesh: Mesh) -> dict[str, Any]:

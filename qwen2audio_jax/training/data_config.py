@@ -109,8 +109,9 @@ class DataConfig:
 
     @property
     def augmented_each(self) -> tuple[float, ...]:
-        """Of each source, or one for all."""
-        return self.augmented if isinstance(self.augmented, tuple) else (self.augmented,)
+        """Of each source, or one for all; 0 where nothing is said."""
+        shares = self.augmented if isinstance(self.augmented, tuple) else (self.augmented,)
+        return shares or (0.0,)
 
     @property
     def lines_held_out(self) -> tuple[str, ...]:

@@ -21,6 +21,8 @@ from qwen2audio_jax.training.optimizer import PARTS
 # Dense bfloat16 operations per second, by how jax calls the device.
 PEAKS = {
     "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200 NVL": 835e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
     "NVIDIA A100": 312e12,

@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 
 from qwen2audio_jax.training.settings import HostsConfig
 
+STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # by srun, by mpirun: how many
 MEETING = 300  # seconds that the first process waits for the last
 BLOCK = 4096  # bytes that what they tell each other is a multiple of
 PARCEL = 2**26  # bytes of it at a time
@@ -68,6 +69,24 @@ def join(config: HostsConfig) -> None:
         first = client.blocking_key_value_get(f"{NAMES}/0", MEETING * 1000)
         _say_when_aborted(first, watch)
     atexit.register(watch.leave)  # before jax, which leaves the service
+
+
+def alone() -> None:
+    """Refuses to train as if alone in one of several processes, which would write over each other.
+
+    Raises:
+      ValueError: the message says who has started several.
+    """
+    for variable in STARTED:
+        if int(os.environ.get(variable) or 1) > 1:
+            raise ValueError(
+                f"this is one of {os.environ[variable]} processes ({variable}): wanted "
+                "--distributed, or that variable unset for runs of their own"
+            )
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"these devices are of {jax.process_count()} hosts: wanted --distributed, on all"
+        )
 
 
 def joined() -> bool:

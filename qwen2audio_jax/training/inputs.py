@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -270,7 +271,9 @@ def prompt_and_answer(example: Example | Pair, processor: Processor) -> tuple[Ex
 
 
 def text_of(prompt: Sequence[Any], processor: Processor) -> str:
-    """What is learned, its tags too, without the token that ends it."""
-    ids = [token for segment in prompt if segment.learned for token in segment.ids]
+    """What is learned at once, its tags too, without the token that ends it: of an answer of
+    several turns the first."""
+    first = itertools.takewhile(lambda segment: segment.learned, prompt)
+    ids = [token for segment in first for token in segment.ids]
     text = processor.decode(np.array([ids], np.int32), False)[0].strip()
     return text.removesuffix(PAD).removesuffix(IM_END).strip()

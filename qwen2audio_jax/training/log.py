@@ -150,9 +150,9 @@ class _Events:
         folder.mkdir(exist_ok=True)
         self._proto, self._summary = proto.event_pb2, summary
         self._file = event_file_writer.EventsWriter(str(folder / "events"))
-        if step:  # what was written behind it is void
-            begun = self._proto.SessionLog(status=self._proto.SessionLog.START)
-            self._add(step + 1, session_log=begun)
+        # what an earlier start wrote behind it is void
+        begun = self._proto.SessionLog(status=self._proto.SessionLog.START)
+        self._add(step + 1, session_log=begun)
 
     def write(self, step: int, values: Row) -> None:
         for name, value in values.items():
@@ -183,6 +183,8 @@ class _Project:
                 resume="allow",
                 config=dict(settings or {}),
             )
+            # its own count of steps only grows: what a start repeats it would not take
+            self._run.define_metric("*", step_metric="step")
         except Exception as error:  # its own have no base class that its client's share
             raise ValueError(
                 f"--wandb {project}: {_line_of(error)}; wanted a `wandb login` and a network, "
@@ -190,7 +192,7 @@ class _Project:
             ) from error
 
     def write(self, step: int, values: Row) -> None:
-        self._ask(lambda: self._run.log(dict(values), step=step))
+        self._ask(lambda: self._run.log({"step": step, **values}))
 
     def close(self) -> None:
         self._ask(lambda: self._run.finish())

@@ -50,6 +50,11 @@ def train(
     """
     batches, steps = iter(batches), learner.optimizer.steps
     done = resume(learner, batches, checkpoints)
+    if done > steps:
+        raise ValueError(
+            f"{checkpoints.folder} is of {done} steps: wanted optimizer.steps of at least as many, "
+            f"got {steps}"
+        )
     if resumed is not None:
         resumed()
     measures = lambda step: evaluate is not None and _measures(config, step, steps)

@@ -31,7 +31,7 @@ class OptimizerConfig:
     """adam is adamw without decay; adafactor keeps row and column sums in place of each matrix's
     second moments, and no first ones (optax has no 8-bit Adam), so that b1, b2, eps and the dtypes
     of moments are not its own; muon makes the updates of blocks' matrices orthogonal, and is adamw
-    for all else."""
+    for all else, adapters among it."""
     learning_rate: float = 1e-4
     """The peak."""
     encoder_learning_rate: float | None = None
@@ -73,7 +73,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """The longest gradient, over all that trains; 0 clips none."""
     ema_decay: float = 0.0
-    """If more than 0, an average of the parameters over some 1 / (1 - ema_decay) steps is kept."""
+    """If more than 0, an average of the parameters over some 1 / (1 - ema_decay) steps, or as many
+    as there were, is kept; it is what is measured, and what comes out."""
 
     def __post_init__(self):
         if not 0 <= self.warmup_steps < self.steps:
@@ -258,16 +259,20 @@ def averaged(opt_state: Any) -> Any:
 
 class _Average(NamedTuple):
     average: Any
+    steps: jax.Array
 
 
 def _averaging(decay):
-    """Passes updates on and keeps the average of the parameters they lead to."""
+    """Passes updates on and keeps the average of the parameters they lead to: not of those before
+    the first step, which would count for much of it in a run that is short."""
 
     def update(updates, state, params):
-        moved = optax.apply_updates(params, updates)
-        return updates, _Average(optax.incremental_update(moved, state.average, 1 - decay))
+        moved, steps = optax.apply_updates(params, updates), state.steps + 1
+        weight = (1 - decay) / (1 - decay**steps)
+        return updates, _Average(optax.incremental_update(moved, state.average, weight), steps)
 
-    copied = lambda params: _Average(jax.tree.map(jnp.copy, params))  # either may be donated
+    # copied: either may be donated
+    copied = lambda params: _Average(jax.tree.map(jnp.copy, params), jnp.zeros((), jnp.int32))
     return optax.GradientTransformation(copied, update)
 
 

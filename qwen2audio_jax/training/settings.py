@@ -249,7 +249,7 @@ class Settings:
     scan_layers: bool = True
     """Blocks as one stack, which compiles soon; as a list they run faster on a CPU."""
     distributed: bool = field(default=False, metadata=MAY_CHANGE)
-    """Join the other hosts first; Cloud TPUs, GKE, SLURM and Open MPI say where they are."""
+    """Join the other hosts first; Cloud TPUs, GKE, SLURM and Open MPI 4 say where they are."""
     hosts: HostsConfig = field(default=HostsConfig(), metadata=MAY_CHANGE)
     tensorboard: bool = field(default=True, metadata=MAY_CHANGE)
     """Whether to write events for TensorBoard too."""

@@ -114,7 +114,10 @@ def _apart(settings: Settings) -> pathlib.Path:
     Raises:
       ValueError: the run would write over it, or over the adapter that it begins with.
     """
-    folder, out = locate(settings.model, huggingface.PATTERNS), settings.out
+    fetch = partial(locate, settings.model, huggingface.PATTERNS)
+    if hosts.joined():
+        hosts.by_first(lambda: str(fetch()))  # where all see one disk, the others find it there
+    folder, out = fetch(), settings.out
     given = [("--model", folder)]
     if settings.lora.start is not None:
         given.append(("--lora.start", pathlib.Path(settings.lora.start)))

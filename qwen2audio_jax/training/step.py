@@ -110,7 +110,7 @@ def update(
         batch,
         gradient_accumulation_steps,
     )
-    norm = optax.tree.norm(grads)
+    norm = optax.tree.norm(cast(grads, jnp.float32))  # a sum in shorter ones stops growing
     finite = jnp.isfinite(norm)
     delta, opt_state = optimizer.update(grads, state.opt_state, state.params)
     moved = optax.apply_updates(state.params, delta), opt_state

@@ -78,7 +78,7 @@ def _table(scores: Sequence[Row]) -> list[str]:
 def _answers(path: pathlib.Path, most: int = 8) -> list[str]:
     if not path.exists():
         return []
-    found = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    found = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
     cell = lambda text: " ".join(text.replace("|", "\\|").split())
     rows = [f"| {cell(each['wanted'])} | {cell(each['got'])} |" for each in found[:most]]
     return ["| wanted | answered |", "|---|---|", *rows, ""]
