@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from qwen2audio_jax.audio import SAMPLE_RATE
-from qwen2audio_jax.data import synth
+from qwen2audio_jax.data import augment, synth
 
 LANGUAGES = {"en": "English", "de": "German", "es": "Spanish", "fr": "French", "zh": "Chinese"}
 _ESPEAK = {"zh": "cmn"}  # where espeak-ng has another name for the language
@@ -77,6 +77,7 @@ class Manner:
     rate: tuple[int, int] = (120, 230)  # words per minute
     pitch: tuple[int, int] = (35, 65)  # 0 to 99, relative to the voice's own
     range: tuple[int, int] = (20, 90)  # 0 monotone, to 100
+    tract: tuple[float, float] = (1.0, 1.0)  # how much shorter a vocal tract than the voice's own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,13 +106,15 @@ def say(
 ) -> Said:
     """Says `text` in some voice, trimmed, its peak at one half."""
     voice = manner.voice or _voice(rng, manner, held_out)
+    own = manner.tract == (1.0, 1.0)
+    tract = 1.0 if own else rng.uniform(*manner.tract)
     settings = {
-        "rate": int(rng.integers(*manner.rate)),
+        "rate": round(int(rng.integers(*manner.rate)) / tract),  # heard as fast as it was drawn
         "pitch": int(rng.integers(*manner.pitch)),
         "pitch_range": int(rng.integers(*manner.range)),
     }
-    samples = _speak(text, voice, *settings.items())
-    return Said(wave=samples.astype(np.float32) / 32767, voice=voice)
+    wave = _speak(text, voice, *settings.items()).astype(np.float32) / 32767
+    return Said(wave=wave if own else augment.change_speed(wave, tract), voice=voice)
 
 
 def say_apart(

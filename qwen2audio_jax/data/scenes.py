@@ -16,7 +16,10 @@ from qwen2audio_jax.data.lexicon import Manner
 
 SHORT = (0.1, 0.2)  # seconds of a sound among others
 SLOW, FAST = (90, 125), (250, 320)  # words per minute
-LOW, HIGH = (0, 12), (88, 100)  # of espeak-ng's pitch: an octave apart
+LOW, HIGH = (0, 12), (88, 100)  # of espeak-ng's pitch: 55 to 80 Hz and 115 to 185, of its men
+# Two dozen men are few to tell a low voice from a large one: each is heard in many sizes, by which
+# low ones stay below 95 Hz and high ones above 100.
+SIZES = (0.88, 1.12)
 SPEEDS = {"slow": SLOW, "fast": FAST}
 PITCHES = {"low": LOW, "high": HIGH}
 # Stand-ins: how voices tend to go when somebody feels so.
@@ -97,7 +100,8 @@ def manner(
 
     A voice that is known by name is heard in training, too; what it says when held out is not: a
     word longer than all it is learned by.
-    Pitch is a man's, relative to other men: beside women's it would be their gender.
+    Pitch is a man's, relative to other men: beside women's it would be their gender. In training he
+    is of any size.
     """
     pool = lexicon.pooled(rng, kind, held_out=held_out)
     among = {
@@ -108,14 +112,13 @@ def manner(
         "emotion": EMOTIONS,
     }
     text = pick(pool, tuple(among[kind]))
+    men = {"gender": "male", "range": (20, 50), "tract": (1.0, 1.0) if held_out else SIZES}
     how = {
         "voice": lambda: Manner(voice=lexicon.PEOPLE[text]),
         "gender": lambda: Manner(gender=text),
-        "pitch": lambda: Manner(gender="male", pitch=PITCHES[text], range=(20, 50)),
+        "pitch": lambda: Manner(pitch=PITCHES[text], **men),
         "rate": lambda: Manner(rate=SPEEDS[text]),
-        "emotion": lambda: Manner(
-            gender="male", pitch=EMOTIONS[text][0], rate=EMOTIONS[text][1], range=(20, 50)
-        ),
+        "emotion": lambda: Manner(pitch=EMOTIONS[text][0], rate=EMOTIONS[text][1], **men),
     }[kind]()
     number = 4 if kind == "voice" and held_out else pool.integers(2, 4)
     words = [str(pick(pool, vocabulary)) for _ in range(number)]

@@ -193,8 +193,8 @@ def full(words: tuple[str, ...], chats: tuple[dialogue.Chat, ...]) -> tuple[Skil
     drawn = lambda kind, make: partial(scenes.drawn, make=make, among=SETS[kind])
     others = [
         *(
-            # French words are the shortest, and learned last
-            _recognise(code, lexicon.words(code), 3, weight=3.0 if code == "fr" else 2.0)
+            # French and Chinese words are the shortest, and learned last
+            _recognise(code, lexicon.words(code), 3, weight=3.0 if code in ("fr", "zh") else 2.0)
             for code in languages
         ),
         *(_translate(language, "en") for language in languages),
