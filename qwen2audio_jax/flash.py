@@ -55,7 +55,7 @@ def serves(q: Float[Array, "B L N H"], k: Float[Array, "B slots K H"], offset: A
     if choice == "flash" and on in GPUS:
         if q.dtype not in HALVES:
             raise ValueError(f"attention=flash on GPUs wants bfloat16, got {q.dtype}")
-        if q.shape[-1] % 8 or q.shape[-1] > WIDEST:
+        if not _has_width(q):
             raise ValueError(
                 f"attention=flash on GPUs wants heads of eights, up to {WIDEST} wide, "
                 f"got {q.shape[-1]}"
@@ -77,8 +77,11 @@ def _cudnn_has(q: Float[Array, "B L N H"]) -> bool:
     # AMD's are told by a name in the number's place
     capability = re.match(r"\d+", getattr(jax.local_devices()[0], "compute_capability", ""))
     ampere = capability is not None and int(capability[0]) >= 8
-    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= WIDEST
-    return ampere and whole and q.dtype in HALVES and fits
+    return ampere and whole and q.dtype in HALVES and _has_width(q)
+
+
+def _has_width(q: Float[Array, "B L N H"]) -> bool:
+    return q.shape[-1] % 8 == 0 and q.shape[-1] <= WIDEST
 
 
 def attend(

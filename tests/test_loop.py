@@ -263,6 +263,8 @@ def test_what_is_drawn_is_no_part_of_a_reference():
 
     narrow, wide = (reference._identity(learner(adapters=Lora(r=r))) for r in (2, 4))
     assert narrow == wide != reference._identity(learner(adapters=Lora(r=2), model=1))
+    whole, other = (reference._identity(learner(model=n, drawn=True)) for n in (0, 1))
+    assert whole != other  # which answer by what was drawn
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,9 @@ def test_the_average_follows_the_parameters():
         mean = np.average(were, weights=[1, 2, 4][: len(were)])
         np.testing.assert_allclose(averaged(state)["projector"]["bias"], mean, rtol=1e-6)
     assert were[0] < 100  # by weight decay, too
+    slow = dataclasses.replace(config, ema_decay=0.99999).make()  # 1 less that is coarse in float32
+    _, state = slow.update({"projector": {"bias": jnp.ones(1)}}, slow.init(tree), tree)
+    np.testing.assert_allclose(averaged(state)["projector"]["bias"], were[0], rtol=1e-6)
     with pytest.raises(ValueError, match="wanted an optimizer with ema_decay"):
         averaged(OptimizerConfig().make().init(tree))
 

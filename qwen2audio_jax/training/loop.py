@@ -50,11 +50,6 @@ def train(
     """
     batches, steps = iter(batches), learner.optimizer.steps
     done = resume(learner, batches, checkpoints)
-    if done > steps:
-        raise ValueError(
-            f"{checkpoints.folder} is of {done} steps: wanted optimizer.steps of at least as many, "
-            f"got {steps}"
-        )
     if resumed is not None:
         resumed()
     measures = lambda step: evaluate is not None and _measures(config, step, steps)
@@ -161,6 +156,11 @@ def resume(learner: Learner, batches: Iterator[Any], checkpoints: Checkpoints | 
         raise ValueError(
             f"{checkpoints.folder} was made beside other parameters than --model has now: those "
             "that do not train differ"
+        )
+    if restored.step > learner.optimizer.steps:
+        raise ValueError(
+            f"{checkpoints.folder} is of {restored.step} steps: wanted optimizer.steps of at least "
+            f"as many, got {learner.optimizer.steps}"
         )
     learner.state = restored.state
     batches.set_state({k: v for host in restored.data for k, v in host["batches"].items()})

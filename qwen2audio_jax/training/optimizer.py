@@ -268,7 +268,7 @@ def _averaging(decay):
 
     def update(updates, state, params):
         moved, steps = optax.apply_updates(params, updates), state.steps + 1
-        weight = (1 - decay) / (1 - decay**steps)
+        weight = (decay - 1) / jnp.expm1(steps * math.log(decay))  # / (decay**steps - 1), exactly
         return updates, _Average(optax.incremental_update(moved, state.average, weight), steps)
 
     # copied: either may be donated

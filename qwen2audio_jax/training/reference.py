@@ -24,7 +24,7 @@ from qwen2audio_jax.data.pack import Bad
 from qwen2audio_jax.data.sources import ELSEWHERE, FEW, Made, RandomAccess, each_clip, where
 from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.progress import Progress
-from qwen2audio_jax.training import hosts, inputs, run
+from qwen2audio_jax.training import checksum, hosts, inputs, run
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.preference import REFERENCE
 from qwen2audio_jax.training.settings import PreferenceSettings
@@ -258,8 +258,9 @@ def _number(value: Any) -> Any:
 
 
 def _identity(learner: Learner) -> str:
-    # of what is drawn nothing: new adapters change no answer
-    return f"{learner.stays} {learner.began}"
+    if learner.adapters is None:
+        return f"{learner.stays} {checksum.of(learner.state.params)}"
+    return f"{learner.stays} {learner.began}"  # new adapters, which are drawn, change no answer
 
 
 def _read(
