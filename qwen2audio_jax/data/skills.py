@@ -92,6 +92,7 @@ SETS = {
 }
 # Weights of who speaks and how: what is heard in the pitch of a voice is learned late.
 SPEAKING = {"voice": 2.0, "gender": 4.0, "pitch": 6.0, "rate": 1.0, "emotion": 6.0}
+AT_ANY_SPEED = ("gender",)  # of these: played faster, a man is still a man, but nobody's low voice
 OWN = "{question}"  # where a sample brings its question
 
 
@@ -199,7 +200,10 @@ def full(words: tuple[str, ...], chats: tuple[dialogue.Chat, ...]) -> tuple[Skil
         ),
         *(_translate(language, "en") for language in languages),
         *(_translate("en", language) for language in languages),
-        *(_classify(kind, manner(kind), weight=weight) for kind, weight in SPEAKING.items()),
+        *(
+            _classify(kind, manner(kind), weight=weight, augmented=kind in AT_ANY_SPEED)
+            for kind, weight in SPEAKING.items()
+        ),
         _classify("presence", partial(scenes.presence, vocabulary=words)),
         _classify("sound", scenes.sound),
         _classify("count", partial(scenes.count, most=5), scenes.NUMBERS[1:6], weight=2.0),
@@ -217,7 +221,12 @@ def full(words: tuple[str, ...], chats: tuple[dialogue.Chat, ...]) -> tuple[Skil
 
 
 def _classify(
-    name: str, make: Callable, closed_set: tuple[str, ...] = (), *, weight: float = 1.0
+    name: str,
+    make: Callable,
+    closed_set: tuple[str, ...] = (),
+    *,
+    weight: float = 1.0,
+    augmented: bool = True,
 ) -> Skill:
     what, reply, asked = CLASSES[name]
     return Skill(
@@ -230,6 +239,7 @@ def _classify(
         asked=asked,
         reply=reply,
         weight=weight,
+        augmented=augmented,
     )
 
 
