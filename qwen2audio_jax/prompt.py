@@ -232,7 +232,8 @@ class ChatTemplate:
         """Renders a conversation and finds the assistant's turns in it.
 
         Returns:
-          The text, and a span of characters per assistant turn: its content and what closes it.
+          The text, and a span of characters per assistant turn that is learned: its content and
+          what closes it. A turn with ms-swift's {"loss": false} or OpenAI's {"weight": 0} is not.
 
         Raises:
           ValueError: there is no such turn, or the template's text for a turn depends on what
@@ -241,6 +242,8 @@ class ChatTemplate:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             raise ValueError("nothing to learn: the conversation has no assistant turn")
+        if not any(_is_learned(messages[i], f"message {i + 1}") for i in turns):
+            raise ValueError("nothing to learn: no assistant turn has a loss, as the messages say")
         full, spans = self.render(messages), []
         for i in turns:
             given = self.render(messages[:i], add_generation_prompt=True)
@@ -253,7 +256,8 @@ class ChatTemplate:
             answer = through[len(given) :]
             # What stands after the closing token belongs to the next turn.
             rest = answer.rpartition(IM_END)[2]
-            spans.append((len(given), len(through) - (0 if rest.strip() else len(rest))))
+            if _is_learned(messages[i], f"message {i + 1}"):
+                spans.append((len(given), len(through) - (0 if rest.strip() else len(rest))))
         return full, spans
 
     def hears(self) -> bool:
@@ -263,6 +267,15 @@ class ChatTemplate:
             return self.render([{"role": "user", "content": parts}]).count(AUDIO) == 1
         except ValueError:
             return False
+
+
+def _is_learned(message: Mapping, where: str) -> bool:
+    """Whether an assistant's turn is learned, or only what later ones answer to."""
+    for name in ("loss", "weight"):
+        value = message.get(name)
+        if value is not None and value not in (0, 1):
+            raise ValueError(f"{where}: wanted a {name} of 0 or 1, got {_brief(value)}")
+    return all(message.get(name) in (None, 1) for name in ("loss", "weight"))
 
 
 def read_template(folder: pathlib.Path) -> ChatTemplate:
@@ -324,18 +337,20 @@ def _part(part: Any, where: str) -> dict:
     wanted = "an audio or a text part"
     if not isinstance(part, Mapping):
         raise ValueError(f"{where}: wanted {wanted}, got {_brief(part)}")
-    kind = part.get("type")
-    if kind in (None, "text") and isinstance(part.get("text"), str):
-        return {"type": "text", "text": part["text"]}
-    if kind in (None, "audio", "audio_url", "input_audio"):
-        # Tables fill absent fields with None.
-        keys = ("audio", "audio_url", "input_audio", "path", "url")
-        for source in (part[key] for key in keys if part.get(key) is not None):
-            words = {"words": part["words"]} if isinstance(part.get("words"), str) else {}
-            try:
-                return {"type": "audio", "audio": unwrap(source), **words}
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
+    kind, text = part.get("type"), part.get("text")
+    # Tables fill absent fields with None.
+    keys = ("audio", "audio_url", "input_audio", "path", "url")
+    clips = [part[key] for key in keys if part.get(key) is not None]
+    if clips and text:
+        raise ValueError(f"{where}: wanted {wanted}, got both in one: {_brief(dict(part))}")
+    if isinstance(text, str) and (kind == "text" or (kind is None and not clips)):
+        return {"type": "text", "text": text}
+    if clips and kind in (None, "audio", "audio_url", "input_audio"):
+        words = {"words": part["words"]} if isinstance(part.get("words"), str) else {}
+        try:
+            return {"type": "audio", "audio": unwrap(clips[0]), **words}
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
     raise ValueError(f"{where}: wanted {wanted}, got {_brief(dict(part))}")
 
 

@@ -93,7 +93,7 @@ def test_clips_may_stand_beside_a_conversation(processor, heard, tmp_path, chirp
     assert empty.prompt == from_messages(silent, processor).prompt
 
 
-@pytest.mark.parametrize("form", ["texts", "messages", "prompt", "implicit prompt"])
+@pytest.mark.parametrize("form", ["texts", "messages", "prompt", "implicit prompt", "both"])
 @pytest.mark.parametrize("beside", [False, True])
 def test_pairs_share_their_prompt(processor, heard, form, beside):
     """Each answer behind it is what training on that conversation sees, however it was written."""
@@ -110,6 +110,11 @@ def test_pairs_share_their_prompt(processor, heard, form, beside):
             "chosen": [*messages, says(chosen)],
             "rejected": [*messages, says(rejected)],
         },
+        "both": {  # UltraFeedback's
+            "prompt": QUESTION["text"],
+            "chosen": [*messages, says(chosen)],
+            "rejected": [*messages, says(rejected)],
+        },
     }[form]
     pair = from_preference(record | {"audios": [named(heard)] * beside}, processor)
     messages = whole
@@ -123,6 +128,14 @@ def test_pairs_share_their_prompt(processor, heard, form, beside):
         assert ids_of(whole)[: len(row)] == row
         assert learned_of(processor, answer) == f"{text}<|im_end|>"
         assert all(segment.learned for segment in answer)
+
+
+def test_a_prompt_may_be_a_text(processor, heard):
+    """TRL's plain form: it is what a user says."""
+    record = {"prompt": f"<audio>{QUESTION['text']}", "chosen": "Yes.", "rejected": "No."}
+    pair = from_preference(record | {"audios": [named(heard)]}, processor)
+    assert ids_of(pair.prompt) == processor([heard])["input_ids"][0].tolist()
+    assert learned_of(processor, pair.chosen) == "Yes.<|im_end|>" and len(pair.waves) == 1
 
 
 def test_an_answer_may_be_several_turns(processor, heard):
@@ -176,8 +189,8 @@ def test_bad_conversations_say_why(processor, heard, chirp):
         (beside("a", None, audio_url=long), "bad conversation", "got 'audio_url'"),
         (learn({**heard, "audio": "a.wav"}, says("a")), "bad conversation", "message 1: wanted"),
         (learn(heard, {**says("a"), "audios": ["a"]}), "bad conversation", "message 2: wanted"),
-        (learn(clip_in(QUESTION), says("a")), "bad conversation", "a row's 'audios', got 'audio'"),
-        (learn(clip_in({"text": "a"}), says("a")), "bad conversation", "got 'audio'"),
+        (learn(clip_in(QUESTION), says("a")), "bad conversation", "got both in one"),
+        (learn(clip_in({"text": "a"}), says("a")), "bad conversation", "got both in one"),
         (learn(clip_in({"audio_url": "b"}), says("a")), "bad conversation", "got 'audio_url'"),
         (prefer("a", "b", audio="a.wav"), "bad conversation", "the row: wanted each clip as"),
         (prefer("a", "b", audios=["a.wav"]), "bad conversation", "each of 0 <audio>, got 1"),

@@ -126,6 +126,26 @@ def test_what_cannot_be_answered_is_told_by_reason(model, processor, asked, capl
     assert any("row 4: TypeError: " in line for line in told)
 
 
+def test_answers_that_will_be_cut_are_told(model, processor, asked, caplog):
+    """They are scored as they are, which the score does not show; choices are not cut."""
+    wanted = " ".join(["no"] * 9)
+    rows = [
+        conversation("no", wanted),
+        conversation("no"),
+        conversation("no", wanted) | {"closed": 1},
+    ]
+    choices = lambda sample: ["yes", wanted] if "closed" in sample else None
+    parts = [dataclasses.replace(kept(rows), choices=choices)]
+    held_out.answers(model, processor, parts, rows=2, max_new_tokens=4)
+    [told] = [record.getMessage() for record in caplog.records]
+    needs = len(processor.tokenizer.encode(wanted)) + 1
+    assert told.startswith("kept: 1 of 3 answers will be cut short")
+    assert f"of {needs}, got 4" in told
+    caplog.clear()
+    held_out.answers(model, processor, parts, rows=2, max_new_tokens=needs)
+    assert not caplog.records
+
+
 def test_what_may_be_long_has_room_behind_its_prompt(model, processor, asked):
     """The longest choice of a part is asked for beside all of its prompts that have choices."""
     # with its end 161 tokens, of 256

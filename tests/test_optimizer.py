@@ -134,6 +134,15 @@ def test_the_learning_rate_warms_up_and_falls(schedule, rates):
         np.testing.assert_allclose(at(35), 0.2 + 1.8 * (1 + np.cos(np.pi / 4)) / 2, rtol=1e-5)
 
 
+@pytest.mark.parametrize("steps", [1, 30, 1000])
+def test_a_part_of_the_steps_warms_up_however_many_they_are(steps):
+    part = OptimizerConfig(steps=steps, warmup_steps=0.05)
+    whole = OptimizerConfig(steps=steps, warmup_steps=round(steps / 20))
+    assert part.warmup == whole.warmup == {1: 0, 30: 2, 1000: 50}[steps]
+    rates = [[config.schedule()(i) for i in range(0, steps, 7)] for config in (part, whole)]
+    np.testing.assert_array_equal(*rates)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -142,6 +151,7 @@ def test_the_learning_rate_warms_up_and_falls(schedule, rates):
             {"steps": 50, "warmup_steps": 45, "schedule_type": "wsd", "decay_fraction": 0.2},
             "warm-up and decay within 50 steps, got 45 and 10",
         ),
+        ({"warmup_steps": 1.5}, "whole warm-up steps, or a part below 1, got 1.5"),
         ({"ema_decay": 1.0}, r"ema_decay from 0 to below 1, got 1.0"),
         ({"b1": 1.0}, "b1 from 0 to below 1, got 1.0"),
         ({"clip_norm": -1.0}, "clip_norm from 0, got -1.0"),

@@ -151,9 +151,25 @@ def test_a_template_with_thoughts_that_vanish_cannot_be_learned():
         template.learned([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
 
 
+@pytest.mark.parametrize("mask", [{"loss": False}, {"weight": 0}, {"loss": 0.0, "weight": None}])
+def test_a_turn_that_says_so_is_not_learned(made, mask):
+    """ms-swift's and OpenAI's way to give an answer that others follow, but no model shall say."""
+    first, *rest = (dict(message) for message in CHAT)
+    masked = [first, rest[0] | mask, *rest[1:]]
+    assert rest[0]["role"] == "assistant"
+    assert learned_text(made, masked) == ["Café 🦙<|im_end|>"]
+    assert ChatTemplate().learned(masked)[0] == ChatTemplate().learned(CHAT)[0]
+    every = [message | {"loss": True, "weight": 1} for message in CHAT]
+    assert learned_text(made, every) == learned_text(made, CHAT)
+
+
 def test_nothing_to_learn_is_told():
     with pytest.raises(ValueError, match="no assistant turn"):
         ChatTemplate().learned(CHAT[:1])
+    with pytest.raises(ValueError, match="no assistant turn has a loss"):
+        ChatTemplate().learned([message | {"loss": False} for message in CHAT])
+    with pytest.raises(ValueError, match=r"message 2: wanted a weight of 0 or 1, got 0\.5"):
+        ChatTemplate().learned([message | {"weight": 0.5} for message in CHAT])
 
 
 # Templates.
@@ -236,6 +252,7 @@ def test_the_published_tokenizers_template_is_passed_over(shared_data):
         ({"type": "audio", "audio": "a.wav", "text": None, "audio_url": None}, "a.wav"),
         ({"type": "audio", "path": "a.wav"}, "a.wav"),
         ({"audio": b"RIFF"}, b"RIFF"),
+        ({"audio": "a.wav", "text": ""}, "a.wav"),
         (
             {
                 "type": "input_audio",
@@ -257,6 +274,9 @@ def test_a_text_part_with_an_empty_audio_field_is_text():
     assert message["name"] == "Ann"
 
 
+BOTH = {"audio": "a.wav", "text": "What is that?"}
+
+
 @pytest.mark.parametrize(
     ("conversation", "told"),
     [
@@ -272,6 +292,10 @@ def test_a_text_part_with_an_empty_audio_field_is_text():
             r"message 2, part 1: wanted an audio or a text part, got \{'type': 'image'.*\.\.\.$",
         ),
         ([{"role": "user", "content": [{"type": "audio"}]}], "message 1, part 1"),
+        *(
+            ([{"role": "user", "content": [kind | BOTH]}], "message 1, part 1: .*, got both in one")
+            for kind in ({}, {"type": "audio"}, {"type": "text"})
+        ),
         ([{"role": "user", "content": [{"type": "text"}]}], "message 1, part 1"),
         (
             [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "?"}}]}],

@@ -317,10 +317,11 @@ def test_a_manifest_without_rows_of_the_split(manifest):
     ("content", "message"),
     [
         ("audio,text\na.wav,one\n", r"bad row: .*rows.jsonl, line 1: Expecting value"),
-        ('[{"audio": "a.wav"}]', r"bad row: .*, line 1: wanted an object, got list"),
+        ('[{"audio": "a.wav"}]', r"rows.jsonl: wanted an object a line, got one array of all"),
+        ('[\n  {\n    "audio": "a.wav"\n  }\n]', r"wanted an object a line, got one array of all"),
         ('{\n  "audio": "a.wav"\n}', r"bad row: .*, line 1: Expecting property name"),
         ("\n \n", r"rows.jsonl: no rows"),
-        ("[" * 100_000, r"bad row: .*, line 1: maximum recursion depth"),
+        ('{"a":' * 100_000, r"bad row: .*, line 1: maximum recursion depth"),
         ('{"audio": "a.wav"}'.encode("utf-16"), r"rows.jsonl: wanted UTF-8, got UTF-16"),
         (b"RIFF\x80\n" * 20, r"bad row: .*, line 1: 'utf-8' codec can't decode"),
     ],

@@ -19,6 +19,8 @@ def from_messages(record: Mapping, processor: Processor) -> Example:
     What is said in a clip may stand beside it, for CTC to learn from:
     {"type": "audio", "audio": "a.wav", "words": "what is that"}.
 
+    A turn with {"loss": false} or {"weight": 0} is not learned.
+
     Clips are parts of a content or, as ms-swift writes them, in a list beside the messages, with
     an `<audio>` for each in texts that are no answers: {"messages": [...], "audios": ["a.wav"]}.
 
@@ -38,7 +40,9 @@ def from_preference(record: Mapping, processor: Processor) -> Pair:
     """Compiles {"messages": [...], "chosen": ..., "rejected": ...}.
 
     Answers are texts, messages, or lists of messages. TRL's conversational form has the messages
-    under "prompt", or at the head of both lists of answers. Clips are as in `from_messages`.
+    under "prompt", or at the head of both lists of answers; a prompt that is a text is a user's
+    turn or, as in UltraFeedback, says once more what stands at their head. Clips are as in
+    `from_messages`.
 
     Raises:
       BadSample: as in `from_messages`; "equal answers" where there is nothing to prefer.
@@ -46,6 +50,8 @@ def from_preference(record: Mapping, processor: Processor) -> Pair:
     chosen, rejected = (_turns(_field(record, name)) for name in ("chosen", "rejected"))
     clips = _beside(record)
     given = next((record[key] for key in ("messages", "prompt") if record.get(key)), None)
+    if isinstance(given, str):
+        given = None if _begins(chosen) else [{"role": "user", "content": given}]
     if given is None:
         chosen, rejected = _placed(chosen, clips), _placed(rejected, clips)
         shared, clips = _shared(chosen, rejected), ()
@@ -178,6 +184,12 @@ def _turns(answer: Any) -> Any:
     if isinstance(answer, str):
         return [{"role": "assistant", "content": answer}]
     return [answer] if isinstance(answer, Mapping) else answer
+
+
+def _begins(turns: Any) -> bool:
+    """Whether an answer has its prompt at its head."""
+    first = turns[0] if isinstance(turns, Sequence) and turns else None
+    return isinstance(first, Mapping) and first.get("role") != "assistant"
 
 
 def _shared(chosen: Any, rejected: Any) -> int:

@@ -120,6 +120,9 @@ class Manifest:
             raise ValueError(f"{self.path}: wanted UTF-8, got UTF-16")
         first = [self._bad(i) for i in range(min(len(self), FEW))]
         if all(first):
+            if first and self._data[slice(*self.lines[0, 1:])].lstrip()[:1] == b"[":
+                wanted = "an object a line, got one array of all (jq -c '.[]' makes lines of it)"
+                raise ValueError(f"{self.path}: wanted {wanted}")
             raise ValueError(first[0] if first else f"{self.path}: no rows")
         if split is not None:
             self.lines = self.lines[self._of(split)]

@@ -99,7 +99,7 @@ def _samples(
     each: HeldOut, processor: Processor, positions: int, max_new_tokens: int
 ) -> tuple[list[tuple[Example, Answer, list[str] | None]], collections.Counter]:
     """What can be answered, of prompts that leave room for an answer, or for the longest choice of
-    the part; the rest is told, and counted by reason."""
+    the part; the rest is told, and counted by reason. What cannot be answered in full is told."""
     found, told = [], collections.defaultdict(list)
     for row in range(len(each.part.source)):
         try:
@@ -128,6 +128,16 @@ def _samples(
             fitting.append((given, answer, choices))
     for reason, messages in told.items():
         _log.warning(f"{each.part.name}: {len(messages)} {reason}, the last: {messages[-1]}")
+    lengths = [
+        len(processor.tokenizer.encode(answer.wanted)) + 1
+        for _, answer, choices in fitting
+        if not choices
+    ]
+    if cut := [length for length in lengths if length > max_new_tokens]:
+        _log.warning(
+            f"{each.part.name}: {len(cut)} of {len(fitting)} answers will be cut short, and scored "
+            f"so: wanted --evaluation.max-new-tokens of {max(cut)}, got {max_new_tokens}"
+        )
     return fitting, collections.Counter(
         {reason: len(messages) for reason, messages in told.items()}
     )

@@ -5,8 +5,11 @@ import unicodedata
 from collections.abc import Hashable, Sequence
 
 TAG = re.compile(r"<\|[^|]*\|>")  # of a language, of a time: no word
-# Chinese and Japanese are written without spaces: each of their signs counts.
-SIGN = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f])")
+# Chinese, Japanese, Thai, Lao, Burmese and Khmer have no spaces between words: each sign counts.
+SIGN = re.compile(
+    r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
+    r"\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff])"
+)
 
 
 def normalise(text: str) -> list[str]:

@@ -50,8 +50,8 @@ class OptimizerConfig:
     end (wsd), or a plateau."""
     steps: int = 1000
     """Until the learning rate has fallen to `final_fraction` of the peak."""
-    warmup_steps: int = 50
-    """Steps in which the learning rate rises from 0."""
+    warmup_steps: int | float = 50
+    """Steps in which the learning rate rises from 0; below 1, the part that they are of all."""
     decay_fraction: float = 0.1
     """The part of the steps in which wsd falls."""
     final_fraction: float = 0.0
@@ -81,10 +81,14 @@ class OptimizerConfig:
             raise ValueError(
                 f"wanted fewer warm-up steps than the {self.steps} steps, got {self.warmup_steps}"
             )
-        if self.decay_steps > self.steps - self.warmup_steps:
+        if self.warmup_steps >= 1 and self.warmup_steps % 1:
+            raise ValueError(
+                f"wanted whole warm-up steps, or a part below 1, got {self.warmup_steps}"
+            )
+        if self.decay_steps > self.steps - self.warmup:
             raise ValueError(
                 f"wanted warm-up and decay within {self.steps} steps, "
-                f"got {self.warmup_steps} and {self.decay_steps}"
+                f"got {self.warmup} and {self.decay_steps}"
             )
         for name in ("final_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
@@ -101,10 +105,15 @@ class OptimizerConfig:
             raise ValueError(f"wanted a b2 of at most 0.99 beside nu_dtype bfloat16, got {self.b2}")
 
     @property
+    def warmup(self) -> int:
+        """Steps in which the learning rate rises."""
+        return round(self.warmup_steps * (self.steps if self.warmup_steps < 1 else 1))
+
+    @property
     def decay_steps(self) -> int:
         """Steps in which the learning rate falls."""
         falls = {"constant": 0, "wsd": round(self.decay_fraction * self.steps)}
-        return falls.get(self.schedule_type, self.steps - self.warmup_steps)
+        return falls.get(self.schedule_type, self.steps - self.warmup)
 
     def peak(self, part: str) -> float:
         """The highest learning rate of one of `PARTS`, or of the rest."""
@@ -158,8 +167,8 @@ class OptimizerConfig:
         peak = self.peak(part)
         end, fall = peak * self.final_fraction, self.decay_steps
         pieces = [
-            (self.warmup_steps, optax.linear_schedule(0.0, peak, max(self.warmup_steps, 1))),
-            (self.steps - self.warmup_steps - fall, optax.constant_schedule(peak)),
+            (self.warmup, optax.linear_schedule(0.0, peak, max(self.warmup, 1))),
+            (self.steps - self.warmup - fall, optax.constant_schedule(peak)),
         ]
         if self.schedule_type == "cosine":
             pieces.append((fall, optax.cosine_decay_schedule(peak, fall, self.final_fraction)))

@@ -4,9 +4,9 @@
 
 r 8, alpha 32, 1e-4 on all linear layers of the decoder, tower and projector frozen, warm-up 5 %:
 as ms-swift has it; a step of 32 rows on one host (on four: --gradient-accumulation-steps 1), each
-of several conversations. A thousand of them are learned once in some ten steps; say how many you
-want: --optimizer.steps. Expected: `adapter/` for PEFT and `model/`, merged; an answer style in two
-or three passes, which summary.md counts.
+of several conversations: a thousand short ones are two steps, of which the run tells how often they
+go through your rows. Say how many you want: --optimizer.steps. Expected: `adapter/` for PEFT and
+`model/`, merged; an answer style in two or three passes, but hardly in fewer than thirty steps.
 """
 
 import pathlib
@@ -26,7 +26,7 @@ SETTINGS = Settings(
     gradient_accumulation_steps=4,
     data=DataConfig(buckets=pod(rows=8, tokens=4096, clips=40), workers=8),
     optimizer=OptimizerConfig(
-        learning_rate=1e-4, steps=1000, warmup_steps=50, weight_decay=0.0, b2=0.999
+        learning_rate=1e-4, steps=1000, warmup_steps=0.05, weight_decay=0.0, b2=0.999
     ),
     loop=LoopConfig(save_every=200, evaluate_every=200, best="loss"),
     evaluation=EvaluationConfig(max_new_tokens=256),
