@@ -101,6 +101,23 @@ def test_what_is_held_out_may_be_measured_before_the_first_step(tmp_path):
     assert seen == [(0, 0), (4, 4), (5, 5)]
 
 
+class Few(Counted):
+    """Of two parts, one of which has few rows."""
+
+    def passes(self):
+        return {"many": 0.01 * self.number, "few": 1.5 * self.number}
+
+
+def test_how_often_rows_will_be_read_is_told_once(monkeypatch, capsys):
+    """When some steps have shown it; nothing is told of rows that are read once at most."""
+    monkeypatch.setattr(loop, "SETTLED", 2)
+    loop.train(learner(), Few())
+    assert capsys.readouterr().err.count(f"{STEPS} steps will read few about 7.5 times\n") == 1
+    monkeypatch.setattr(Few, "passes", lambda self: {"many": 0.01 * self.number})
+    loop.train(learner(), Few())
+    assert "steps will read" not in capsys.readouterr().err
+
+
 class Slow(Counted):
     """Batches that come long after the device has done with the one before."""
 

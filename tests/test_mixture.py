@@ -443,6 +443,9 @@ def test_feeds_are_dealt_to_however_many_processes(tokenizer):
         wanted, parts = next(alone), [next(feeds) for feeds in pair]
         for name, x in wanted.items():
             np.testing.assert_array_equal(x, np.concatenate([part[name] for part in parts]))
+    passes = alone.passes()["n"]
+    assert passes == sum(count["samples"] for count in alone.counts.values()) / 50 > 0
+    assert sum(feeds.passes()["n"] for feeds in pair) / 2 == pytest.approx(passes)
     states = {k: v for feeds in pair for k, v in feeds.get_state().items()}
     again = Feeds(mixture)
     again.set_state(json.loads(json.dumps(states)))

@@ -160,13 +160,17 @@ def report(counts: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int]) ->
     heads = f"{'share':>7} {'passes':>8} {'hours':>8} {'tokens':>11} {'bad':>6}"
     lines = [f"{'part':24} {'samples':>9} {heads}"]
     for name, count in counts.items():
-        bad = sum(n for n, _ in count["bad"].values())
-        passes = (count["samples"] + bad) / sizes[name]
+        samples, passes = count["samples"], read(count) / sizes[name]
         lines.append(
-            f"{name:24} {count['samples']:9} {count['samples'] / total:7.2%} {passes:8.2f}"
-            f" {count['seconds'] / 3600:8.2f} {count['tokens']:11} {bad:6}"
+            f"{name:24} {samples:9} {samples / total:7.2%} {passes:8.2f}"
+            f" {count['seconds'] / 3600:8.2f} {count['tokens']:11} {read(count) - samples:6}"
         )
     return "\n".join([*lines, *left_out(counts)])
+
+
+def read(count: Mapping[str, Any]) -> int:
+    """The rows that were read for what was counted: its samples, and what was of no use."""
+    return count["samples"] + sum(n for n, _ in count["bad"].values())
 
 
 def left_out(counts: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen2audio_jax.data.batches import Batches, added
+from qwen2audio_jax.data.batches import Batches, added, read
 from qwen2audio_jax.data.mixture import Mixture
 from qwen2audio_jax.processor import Inputs
 
@@ -90,6 +90,11 @@ class Feeds:
     def counts(self) -> dict[str, dict[str, Any]]:
         """As `Batches.counts`, of all feeds here."""
         return added([batches.counts for batches in self._batches])
+
+    def passes(self) -> dict[str, float]:
+        """By part, how often its rows were read, if feeds elsewhere read as many as those here."""
+        here, sizes = len(self._batches) / self.mixture.hosts, self.mixture.sizes
+        return {name: read(count) / here / sizes[name] for name, count in self.counts.items()}
 
     def close(self) -> None:
         for batches in self._batches:

@@ -16,6 +16,7 @@ from qwen2audio_jax.training.settings import LoopConfig
 from qwen2audio_jax.training.signals import Interrupted, Interruption
 
 DEFAULTS = LoopConfig()
+SETTLED = 10  # steps after which it is told how often all of them will read the rows
 
 
 def train(
@@ -81,6 +82,8 @@ def train(
             metrics = learner.step(batch, number)
             done = number + 1
             meter.add(done, batch, metrics, _counts(batches))
+            if done == SETTLED and (line := _passes(batches, done, steps)):
+                meter.say(line)
             due, owed = measures(done), owed or done % config.save_every == 0
             if owed:
                 meter.settle(_counts(batches))
@@ -109,6 +112,15 @@ def _measures(config: LoopConfig, step: int, steps: int) -> bool:
 
 def _counts(batches: Any) -> dict[str, Any]:
     return getattr(batches, "counts", {})
+
+
+def _passes(batches: Any, done: int, steps: int) -> str | None:
+    """How often all steps will read the rows that they read most often, if more than once."""
+    passes = getattr(batches, "passes", dict)()
+    part = max(passes, key=passes.get, default=None)
+    if part is None or (times := passes[part] * steps / done) < 1:
+        return None
+    return f"{steps} steps will read {part} about {times:.1f} times"
 
 
 def score(

@@ -4,9 +4,9 @@
 
 r 8, alpha 32, 1e-4 on all linear layers of the decoder, tower and projector frozen, warm-up 5 %:
 as ms-swift has it; a step of 32 rows on one host (on four: --gradient-accumulation-steps 1), each
-of several conversations: a thousand short ones are two steps, of which the run tells how often they
-go through your rows. Say how many you want: --optimizer.steps. Expected: `adapter/` for PEFT and
-`model/`, merged; an answer style in two or three passes, but hardly in fewer than thirty steps.
+of several conversations: a thousand short ones are two steps. Say how many you want:
+--optimizer.steps; after ten the run tells how often they read your rows. Expected: `adapter/` for
+PEFT and `model/`, merged; an answer style in two or three passes and some tens of steps.
 """
 
 import pathlib
