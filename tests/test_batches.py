@@ -134,6 +134,17 @@ def test_groups_that_were_filled_up_go_on(made, hosts):
         assert [(g.bucket, g.keys, places(g)) for g in take(again, len(wanted))] == wanted
 
 
+def test_clips_that_ctc_leaves_out_are_counted(made, monkeypatch):
+    """And told, where it is learned at all."""
+    monkeypatch.setattr(Sample, "unspelt", 1)
+    for words in (True, False):
+        groups = made(1.0, 0.0, 0.0, words=words)
+        (group,) = take(groups, 1)
+        counts = groups.get_state()["counts"]
+        line = f"n: {len(group.keys)} clips are not in ctc"
+        assert (line in batches.report(counts, {"n": 9})) == words
+
+
 def test_what_takes_long_to_read_is_shown(monkeypatch, capsys):
     """In the order that was asked for; what is quick says nothing."""
     assert list(reading.each("abc", [2, 0, 1], "reading")) == ["c", "a", "b"]
