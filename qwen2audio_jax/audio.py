@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import http.client
 import io
 import os
@@ -21,6 +22,8 @@ import numpy as np
 import soundfile
 import soxr
 from jaxtyping import Float
+
+from qwen2audio_jax.patience import passing, patiently
 
 SAMPLE_RATE = 16_000
 SHORTEST = 0.025  # seconds: one analysis window of the log-mel
@@ -58,6 +61,10 @@ Source = Any  # path, URL, data URL, bytes-like, or (samples, rate); anything el
 
 class AudioError(ValueError):
     """One line: which source cannot be heard, and why."""
+
+
+class _Passing(AudioError):
+    """A server does not answer as it should; it may yet."""
 
 
 def load(source: Source) -> Float[np.ndarray, " S"]:
@@ -202,7 +209,7 @@ def content(source: Source) -> bytes:
         return _inline(path)
     if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", path):
         if scheme[1].lower() in ("http", "https"):
-            return _fetch(path)
+            return patiently(functools.partial(_fetch, path), _Passing)
         if scheme[1].lower() != "file":
             raise AudioError(f"wanted an http, https, file or data URL, got {scheme[1]}")
         path = urllib.request.url2pathname(urllib.parse.urlsplit(path).path)
@@ -235,17 +242,19 @@ def _fetch(url: str) -> bytes:
             missing = answer.length or 0  # what is left of the stated length
     except urllib.error.HTTPError as error:
         with error:
-            raise AudioError(f"the server answered {error.code} {error.reason}") from None
+            kind = _Passing if passing(error.code) else AudioError
+            raise kind(f"the server answered {error.code} {error.reason}") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        if isinstance(reason, TimeoutError):
-            reason = f"no answer within {TIMEOUT} s"
-        raise AudioError(f"cannot be fetched: {reason}") from None
+        kind = AudioError if isinstance(error, ValueError) else _Passing
+        if isinstance(reason, TimeoutError):  # which was patience enough
+            reason, kind = f"no answer within {TIMEOUT} s", AudioError
+        raise kind(f"cannot be fetched: {reason}") from None
     if len(data) > LARGEST:
         raise AudioError(f"is larger than {LARGEST} bytes")
     if missing:
         sizes = f"{len(data) + missing} bytes and sent {len(data)}"
-        raise AudioError(f"truncated: the server promised {sizes}")
+        raise _Passing(f"truncated: the server promised {sizes}")
     return data
 
 

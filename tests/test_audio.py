@@ -20,7 +20,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen2audio_jax import audio
+from qwen2audio_jax import audio, patience
 
 # librosa's own imports on Python 3.11 and 3.12
 pytestmark = pytest.mark.filterwarnings("ignore:'(aifc|audioop|sunau)':DeprecationWarning")
@@ -263,8 +263,11 @@ def test_an_unreadable_file_says_why(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Serves `tmp_path`; `/short` promises more than it sends, `/mute` answers late."""
+    """Serves `tmp_path`; `/short` promises more than it sends, `/mute` answers late, `/busy/` and
+    what is behind it has no time twice."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(patience, "PAUSES", (0.0, 0.0))
+    busy = [503, 429]
     monkeypatch.setattr(audio, "TIMEOUT", 0.3)
     done = threading.Event()
 
@@ -277,7 +280,10 @@ def server(tmp_path, monkeypatch):
                 self.send_header("Content-Length", "1000")
                 self.end_headers()
                 self.wfile.write(b"RIFF")
+            elif self.path.startswith("/busy/") and busy:
+                self.send_error(busy.pop())
             else:
+                self.path = self.path.removeprefix("/busy")
                 super().do_GET()
 
         def log_message(self, *_):
@@ -297,6 +303,16 @@ def test_a_url_is_fetched(server, chirp, tmp_path):
     """Over HTTP the clip is the same, and a query does no harm."""
     (tmp_path / "clip.wav").write_bytes(encoded(chirp(0.5), subtype="FLOAT"))
     np.testing.assert_array_equal(audio.load(f"{server}/clip.wav?x=1"), chirp(0.5))
+
+
+def test_a_server_that_is_busy_is_asked_again(server, chirp, tmp_path, monkeypatch):
+    """Two times more; one that knows what it says is not."""
+    (tmp_path / "clip.wav").write_bytes(encoded(chirp(0.5), subtype="FLOAT"))
+    np.testing.assert_array_equal(audio.load(f"{server}/busy/clip.wav"), chirp(0.5))
+    asked = []
+    monkeypatch.setattr(patience.time, "sleep", asked.append)
+    assert "the server answered 404" in refusal(f"{server}/none.wav") and not asked
+    assert "promised 1000 bytes" in refusal(f"{server}/short") and len(asked) == 2
 
 
 def test_a_url_that_fails_says_why(server, tmp_path, monkeypatch):

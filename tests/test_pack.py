@@ -132,13 +132,26 @@ def test_words_stand_with_their_clips():
     bucket = Bucket(rows=2, tokens=40, clips=4, frames=48)
     group = Group(bucket, packed=True, words=True)
     said = lambda each, *words: dataclasses.replace(each, words=words)
-    samples = [said(sample(0, 3, 20, 9), [7, 8], []), sample(1, 3), said(sample(2, 3, 40), [9] * 5)]
+    samples = [said(sample(0, 3, 20, 9), [7, 8], []), sample(1, 3), said(sample(2, 3, 40), [9] * 6)]
     assert all(group.take(each, key) for key, each in enumerate(samples))
     words = group.arrays([1, 0], mels=MELS, pad=0)["words"]
-    assert words.shape == (4, 4)
-    none = [IGNORED] * 4
-    assert words.tolist() == [[7, 8, IGNORED, IGNORED], none, none, none]
+    assert words.shape == (4, 12)
+    none = [IGNORED] * 12
+    assert words.tolist() == [[7, 8, *none[2:]], none, none, none]
+    assert [each.unspelt for each in samples] == [0, 0, 1]
     assert "words" not in packed([sample(0, 3, 20)], bucket)[1]
+
+
+def test_whatever_states_can_spell_is_spelt():
+    """Of a clip that fills its bucket one token a state, which is faster than anybody speaks."""
+    states = mel.audio_tokens(46)
+    for ids, spelt in (([*range(states)], True), ([5, 5, *range(6, states + 4)], False)):
+        each = dataclasses.replace(sample(0, 3, 46), words=(ids,))
+        group = Group(Bucket(rows=1, tokens=40, clips=1, frames=48), packed=True, words=True)
+        assert group.take(each, 0)
+        words = group.arrays([1, 0], mels=MELS, pad=0)["words"][0]
+        assert words[words != IGNORED].tolist() == (ids if spelt else [])
+        assert each.unspelt == (not spelt)
 
 
 def test_a_bucket_says_what_fits():

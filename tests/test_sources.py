@@ -1,5 +1,6 @@
 """Sources give the rows that were written, by position, wherever they lie."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import http.server
@@ -21,7 +22,7 @@ import soundfile
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry as known
 
-from qwen2audio_jax import audio
+from qwen2audio_jax import audio, patience
 from qwen2audio_jax.data import sources, storage
 from qwen2audio_jax.data.example import BadSample, hear
 from qwen2audio_jax.data.sources import Manifest, embed, open_source, packed, where, write
@@ -226,10 +227,47 @@ def test_what_storage_says_is_one_line(tmp_path, monkeypatch):
             raise Refused("no\nroute")
 
     monkeypatch.setitem(known, "s3", Down)
+    monkeypatch.setattr(patience, "PAUSES", (0.0,))
     with pytest.raises(OSError, match=r"^s3://bucket/rows.jsonl: Refused: no route$"):
         open_source("s3://bucket/rows.jsonl")
     with pytest.raises(BadSample, match=r"^missing audio: s3://bucket/a.wav: Refused: no route$"):
         hear("s3://bucket/a.wav")
+
+
+class Answered(Exception):
+    """As a storage's own package has them."""
+
+    def __init__(self, code):
+        super().__init__(f"status {code}")
+        self.code = code
+
+
+@pytest.mark.parametrize(
+    ("failures", "asked"),
+    [([Answered(503), OSError("reset")], 3), ([Answered(503)] * 3, 3), ([Answered(403)], 1)],
+)
+def test_storage_that_fails_for_a_while_is_asked_again(
+    manifest, bucket, monkeypatch, failures, asked
+):
+    """Two times more, for a clip and for a manifest; one that refuses is not."""
+    heard, opens, open_ = hear(manifest.parent / "a.wav"), [], LocalFileSystem._open
+
+    def shaky(files, path, *how, **more):
+        opens.append(path)
+        if len(opens) <= len(failures):
+            raise failures[len(opens) - 1]
+        return open_(files, path, *how, **more)
+
+    monkeypatch.setattr(patience, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(LocalFileSystem, "_open", shaky)
+    if asked > len(failures):
+        np.testing.assert_array_equal(hear("s3://bucket/set/a.wav"), heard)
+        opens.clear()
+        assert len(Manifest("s3://bucket/set/rows.jsonl")) == len(Manifest(str(manifest)))
+    else:
+        with pytest.raises(BadSample, match=r"^missing audio: s3://bucket/set/a.wav: .*status"):
+            hear("s3://bucket/set/a.wav")
+    assert len(opens) == asked
 
 
 def test_storage_that_nobody_knows_is_told_with_its_line(tmp_path):
@@ -420,6 +458,29 @@ def many(tmp_path, chirp) -> pathlib.Path:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
+
+
+def test_a_worker_gets_a_manifest_once(many, tmp_path, monkeypatch):
+    """Jobs are numbers: the lines of a large manifest would go to each of thousands of shards."""
+    pytest.importorskip("grain")
+    from train import shard
+
+    jobs = []
+
+    class Threads(concurrent.futures.ThreadPoolExecutor):
+        def __init__(self, workers, context, begin, given):
+            super().__init__(workers, initializer=begin, initargs=given)
+
+        def submit(self, call, *args):
+            jobs.append(pickle.dumps(args))
+            return super().submit(call, *args)
+
+    monkeypatch.setattr(shard.concurrent.futures, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr(shard, "settle", lambda: None)  # it is of a process
+    settings = shard.Settings(manifest=str(many), out=tmp_path / "out", rows=3, workers=1)
+    shard.main(settings)
+    assert len(jobs) == 5 and max(map(len, jobs)) < 40
+    assert len(open_source(tmp_path / "out")) == 9
 
 
 def test_killed_while_writing_shards(many, tmp_path, monkeypatch, capsys):

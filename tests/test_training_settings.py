@@ -213,15 +213,29 @@ def test_successes_are_best_high(best):
 
 @pytest.mark.parametrize("preset", [pretrain_7b, sft_7b, sft_7b_full, dpo_7b, dpo_7b_full])
 def test_short_clips_cost_a_pod_what_they_last(preset):
-    """A clip of 4 s goes where clips have 5 s; one of 30 s fits, too."""
-    frames = [_taken_by(preset, seconds).frames for seconds in (4, 9, 30)]
-    assert frames == [500, 1000, 3000]
+    """A clip of 4 s, or of all 5, goes where clips have 5 s; one of 30 s fits, too."""
+    frames = [_taken_by(preset, seconds).frames for seconds in (4, 5, 9, 10, 30)]
+    assert frames == [504, 504, 1004, 1004, 3000]
 
 
 @pytest.mark.parametrize("preset", [pretrain_tiny, sft_tiny, dpo_tiny])
 def test_laptops_take_clips_of_every_length_and_pad_them_little(preset):
     for seconds in (1, 3, 9, 14, 20, 30):
         assert _taken_by(preset, seconds).frames <= 350 * seconds
+
+
+@pytest.mark.parametrize(
+    ("preset", "sizes"),
+    [
+        (pretrain_tiny, {1: (30, 104), 10: (3, 1004)}),
+        (sft_tiny, {1: (30, 104), 10: (3, 1004)}),
+        (dpo_tiny, {10: (5, 1004)}),
+    ],
+)
+def test_laptops_take_clips_of_whole_seconds_where_those_belong(preset, sizes):
+    """With what the convolutions see behind them, and as many a batch as there were."""
+    taken = {seconds: _taken_by(preset, seconds) for seconds in sizes}
+    assert {s: (bucket.clips, bucket.frames) for s, bucket in taken.items()} == sizes
 
 
 @pytest.mark.parametrize("preset", [sft_tiny, dpo_tiny])

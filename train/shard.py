@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -26,6 +26,8 @@ from qwen2audio_jax.data.example import why
 from qwen2audio_jax.data.workers import settle
 from qwen2audio_jax.progress import Progress
 from train import command
+
+_given: tuple[Any, ...] = ()  # a worker's: settings, source, how many shards
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,8 +112,10 @@ def _write_all(
         yield from (write(settings, source, shards, shard) for shard in todo)
         return
     context = multiprocessing.get_context("spawn")  # jax does not survive a fork
-    with concurrent.futures.ProcessPoolExecutor(settings.workers, context, settle) as pool:
-        jobs = [pool.submit(write, settings, source, shards, shard) for shard in todo]
+    # To each process once: of a large manifest the index of lines alone is hundreds of megabytes.
+    given = context, _begin, (settings, source, shards)
+    with concurrent.futures.ProcessPoolExecutor(settings.workers, *given) as pool:
+        jobs = [pool.submit(_write, shard) for shard in todo]
         try:
             for job in concurrent.futures.as_completed(jobs):
                 yield job.result()
@@ -122,6 +126,17 @@ def _write_all(
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _begin(*given: Any) -> None:
+    """What a worker does first: keeps what all of its shards are of."""
+    settle()
+    global _given
+    _given = given
+
+
+def _write(shard: int) -> Written:
+    return write(*_given, shard)
 
 
 def write(settings: Settings, source: sources.Manifest, shards: int, shard: int) -> Written:

@@ -4,20 +4,24 @@ Every sample is a pure function of the seed and its position, whoever makes it; 
 half-filled batches is the positions of what is in them.
 """
 
+import collections
+import contextlib
 import functools
+import itertools
 import logging
 import re
 import shutil
 import signal
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
 from absl import flags
 
+from qwen2audio_jax.data import reading
 from qwen2audio_jax.data.pack import OPEN, Bad, Group, Sample
 from qwen2audio_jax.data.sources import where
 from qwen2audio_jax.data.workers import last_in_hand, settle
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 HOPELESS = 1000  # bad samples in a row, after which an endless mixture waits for no good one
 KILLED = re.compile(r"process was terminated unexpectedly with exit code (-?\d+)")  # as Grain says
 WAITING = 4  # groups of a bucket that may wait for their turn, where several hosts keep step
+LATE = 50  # steps that a group may wait for samples of its own, however rare these are
 
 _log = logging.getLogger(__name__)
 
@@ -126,7 +131,8 @@ class Batches:
 
     @property
     def counts(self) -> dict[str, dict[str, Any]]:
-        """By part: samples, tokens and seconds so far, and `bad`: reason -> [count, the last]."""
+        """By part: samples, tokens and seconds so far, what is waiting for the rest of its batch,
+        clips whose words are too many for CTC, and `bad`: reason -> [count, the last]."""
         return self._state["counts"]
 
     def report(self) -> str:
@@ -145,7 +151,7 @@ def added(feeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[st
         for count in each:
             for reason, (n, message) in count["bad"].items():
                 bad[reason] = [bad.get(reason, [0])[0] + n, message]
-        sums = {k: sum(count[k] for count in each) for k in ("samples", "tokens", "seconds")}
+        sums = {k: sum(count[k] for count in each) for k in each[0] if k != "bad"}
         total[name] = {**sums, "bad": bad}
     return total
 
@@ -153,19 +159,27 @@ def added(feeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[st
 def report(counts: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int]) -> str:
     """What was counted as a table, with the measured ratios; a line for each reason to drop.
 
+    What is waiting was drawn, and is not learned yet.
+
     Args:
       sizes: how many rows each part has; `passes` is how often they were read.
     """
     total = sum(count["samples"] for count in counts.values()) or 1
-    heads = f"{'share':>7} {'passes':>8} {'hours':>8} {'tokens':>11} {'bad':>6}"
+    heads = f"{'share':>7} {'passes':>8} {'hours':>8} {'tokens':>11} {'bad':>6} {'waiting':>8}"
     lines = [f"{'part':24} {'samples':>9} {heads}"]
     for name, count in counts.items():
         samples, passes = count["samples"], read(count) / sizes[name]
         lines.append(
             f"{name:24} {samples:9} {samples / total:7.2%} {passes:8.2f}"
             f" {count['seconds'] / 3600:8.2f} {count['tokens']:11} {read(count) - samples:6}"
+            f" {count['waiting']:8}"
         )
-    return "\n".join([*lines, *left_out(counts)])
+    unspelt = [
+        f"{name}: {n} clips are not in ctc: more is said in them than their states can spell"
+        for name, count in counts.items()
+        if (n := count["unspelt"])
+    ]
+    return "\n".join([*lines, *left_out(counts), *unspelt])
 
 
 def read(count: Mapping[str, Any]) -> int:
@@ -200,8 +214,10 @@ class _Groups(grain.DatasetIterator):
         self._notes: str | None = None  # a folder, where workers note what they have in hand
         self._position = self._step = self._hopeless = 0
         self._waiting: list[list[Group]] = [[] for _ in mixture.buckets]
+        self._turns, self._rows = _Turns(mixture), sum(mixture.sizes.values())
+        self._shut: int | None = None  # the bucket whose first group was filled up for others
         self._counts = {
-            part.name: {"samples": 0, "tokens": 0, "seconds": 0.0, "bad": {}}
+            part.name: {"samples": 0, "tokens": 0, "seconds": 0.0, "unspelt": 0, "bad": {}}
             for part in mixture.parts
         }
         self._traced = False  # whether what nobody foresaw was told of, with where it happened
@@ -244,7 +260,8 @@ class _Groups(grain.DatasetIterator):
                     raise
                 bucket = left[0]
                 break
-        self._step += 1
+        self._step, self._shut = self._step + 1, None
+        self._turns.give()
         groups = self._waiting[bucket]
         group = groups.pop(0) if groups else self._group(bucket)
         for sample in group.samples():
@@ -252,6 +269,8 @@ class _Groups(grain.DatasetIterator):
             count["samples"] += 1
             count["tokens"] += sum(len(text.ids) for text in sample.texts)
             count["seconds"] += sample.seconds
+            if self._mixture.words:
+                count["unspelt"] += sample.unspelt
         processor = self._processor
         return group.arrays(self._kind, mels=processor.mels, pad=processor.tokenizer.pad_id)
 
@@ -262,18 +281,35 @@ class _Groups(grain.DatasetIterator):
 
     def _ready(self) -> int | None:
         """The bucket whose first group should be given now."""
-        crowded = lambda groups: len(groups) > OPEN or (groups and groups[0].full)
+        if self._shut is not None:
+            return self._shut
         if self._mixture.hosts == 1:
-            ready = (b for b, groups in enumerate(self._waiting) if crowded(groups))
-            return next(ready, None)
-        # Every host must come to the same bucket without asking the others, so the bucket is a
-        # function of the step; where too much waits for other buckets, its group goes as it is.
-        weights = np.array([bucket.weight for bucket in self._mixture.buckets])
-        rng = np.random.default_rng((self._mixture.seed, self._step))
-        bucket = int(rng.choice(len(weights), p=weights / weights.sum()))
-        most = (OPEN + WAITING) * len(weights)
-        full = crowded(self._waiting[bucket]) or sum(map(len, self._waiting)) > most
+            ready = (b for b in range(len(self._waiting)) if self._crowded(b))
+            return next(ready, self._overdue(1))
+        bucket = self._turns.bucket
+        # Where too much waits for other buckets, its group goes as it is.
+        most = (OPEN + WAITING) * len(self._waiting)
+        full = self._crowded(bucket) or sum(map(len, self._waiting)) > most
         return bucket if full and self._kind else None
+
+    def _crowded(self, bucket: int) -> bool:
+        groups = self._waiting[bucket]
+        return len(groups) > OPEN or (len(groups) > 0 and groups[0].full)
+
+    def _overdue(self, more: int = 0) -> int | None:
+        """The first bucket whose first group waits for too long, by `more` steps, on one host.
+
+        That is a pass over what there is: who has few samples would see long ones never. But no
+        more than LATE steps, as there may be a million samples: of each length one step in LATE is
+        filled with others, at worst. And no less than a group waits where all are as common.
+        """
+        if self._mixture.epochs is not None or not self._step:  # at an end all groups are given
+            return None
+        pace = self._position / self._step
+        least = (OPEN + 1) * len(self._waiting) * pace
+        patience = max(least, min(self._rows, LATE * pace)) + more * pace
+        late = lambda groups: groups and self._position - groups[0].keys[0] > patience
+        return next((b for b, groups in enumerate(self._waiting) if late(groups)), None)
 
     def _add(self, sample: Sample | Bad) -> None:
         key, self._position = self._position, self._position + 1
@@ -283,10 +319,35 @@ class _Groups(grain.DatasetIterator):
         if self._kind not in (None, sample.kind):
             raise ValueError(f"part {sample.part!r}: examples and pairs cannot share a mixture")
         self._kind = sample.kind
+        if self._fills_up(sample, key):
+            return
         groups = self._waiting[sample.bucket]
         if not any(group.take(sample, key) for group in groups):
             groups.append(self._group(sample.bucket))
             groups[-1].take(sample, key)
+
+    def _fills_up(self, sample: Sample, key: int) -> bool:
+        """Puts a sample into the group that has to be given next, though it is of a larger bucket.
+
+        Else that would be given with room for others. Several hosts do so with what is plenty; one
+        host as soon as a group is overdue.
+        """
+        alone = self._mixture.hosts == 1
+        bucket = self._overdue() if alone else self._turns.bucket
+        if bucket in (None, sample.bucket) or not (alone or self._crowded(sample.bucket)):
+            return False
+        if self._crowded(bucket) or not self._fits(sample, bucket):
+            return False
+        groups = self._waiting[bucket]
+        if not groups:
+            groups.append(self._group(bucket))
+        if groups[0].take(sample, key):
+            return True
+        self._shut = bucket
+        return False
+
+    def _fits(self, sample: Sample, bucket: int) -> bool:
+        return self._mixture.buckets[bucket].fits(sample.tokens, sample.valid)
 
     def _refuse(self, bad: Bad) -> None:
         if bad.trace and not self._traced:
@@ -314,6 +375,8 @@ class _Groups(grain.DatasetIterator):
 
     def get_state(self) -> dict[str, Any]:
         bad = lambda reasons: {reason: [*told] for reason, told in reasons.items()}
+        groups = [group for groups in self._waiting for group in groups]
+        waiting = collections.Counter(each.part for group in groups for each in group.samples())
         return {
             "position": self._position,
             "step": self._step,
@@ -321,7 +384,8 @@ class _Groups(grain.DatasetIterator):
             "kind": self._kind,
             "waiting": [[[*group.keys] for group in groups] for groups in self._waiting],
             "counts": {
-                name: {**count, "bad": bad(count["bad"])} for name, count in self._counts.items()
+                name: {**count, "waiting": waiting[name], "bad": bad(count["bad"])}
+                for name, count in self._counts.items()
             },
         }
 
@@ -331,22 +395,50 @@ class _Groups(grain.DatasetIterator):
         self._position, self._step = state["position"], state["step"]
         self._hopeless, self._kind = state["hopeless"], state["kind"]
         self._counts = {
-            name: {**count, "bad": {**count["bad"]}} for name, count in state["counts"].items()
+            name: {"unspelt": 0, **count, "bad": {**count["bad"]}}
+            for name, count in state["counts"].items()
         }
-        self._waiting = [
-            [group for keys in groups if (group := self._refilled(bucket, keys)).keys]
-            for bucket, groups in enumerate(state["waiting"])
-        ]
+        self._turns, self._shut = _Turns(self._mixture, self._step), None
+        keys = [key for groups in state["waiting"] for group in groups for key in group]
+        with contextlib.closing(reading.each(self._samples, keys, "reading what waits")) as read:
+            pairs = zip(keys, read, strict=True)
+            refilled = lambda b, group: self._refilled(b, itertools.islice(pairs, len(group)))
+            self._waiting = [
+                [group for keys in groups if (group := refilled(b, keys)).keys]
+                for b, groups in enumerate(state["waiting"])
+            ]
 
-    def _refilled(self, bucket: int, keys: list[int]) -> Group:
-        """A group as it was, but for what cannot be read any more or would not have come here."""
+    def _refilled(self, bucket: int, samples: Iterable[tuple[int, Sample | Bad]]) -> Group:
+        """A group as it was, but for what cannot be read any more or does not fit here any more."""
         group = self._group(bucket)
-        for key in keys:
-            sample = self._samples[key]
+        for key, sample in samples:
             if isinstance(sample, Bad):
                 self._refuse(sample)
-            elif sample.bucket != bucket or not group.take(sample, key):
+            elif not self._fits(sample, bucket) or not group.take(sample, key):
                 (source,) = (p.source for p in self._mixture.parts if p.name == sample.part)
                 message = f"{where(source, sample.row)}: it has another length than when it waited"
                 self._refuse(Bad(part=sample.part, reason="changed", message=message))
         return group
+
+
+class _Turns:
+    """Whose turn it is of the buckets, where several hosts have to come to the same one.
+
+    It follows from the step, without asking the others: the one furthest behind its share. Drawn by
+    lot, some would fall behind by more and more, and what waits for its turn would pile up.
+    """
+
+    def __init__(self, mixture: "Mixture", step: int = 0):
+        weights = np.array([bucket.weight or 1.0 for bucket in mixture.buckets])
+        self._shares, self._step = weights / weights.sum(), 0
+        self._given = np.zeros(len(weights))
+        while self._step < step:
+            self.give()
+
+    @property
+    def bucket(self) -> int:
+        return int(np.argmax(self._shares * (self._step + 1) - self._given))
+
+    def give(self) -> None:
+        self._given[self.bucket] += 1
+        self._step += 1

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from qwen2audio_jax.data import reading
 from qwen2audio_jax.data.batches import Batches
 from qwen2audio_jax.data.example import UNFORESEEN, BadSample, Example, Pair, why
 from qwen2audio_jax.data.pack import ANSWERS, Bad, Bucket, Sample, draw
@@ -22,7 +23,8 @@ from qwen2audio_jax.data.workers import in_hand
 from qwen2audio_jax.processor import Processor
 
 TIME = re.compile(r"<\|\d+(?:\.\d+)?\|>")  # seconds, as the reference writes them
-MEASURED = 200  # samples that tell how often each bucket is needed
+# Samples that tell how often each bucket is needed: one pass, within these bounds.
+MEASURED = 200, 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,15 +128,35 @@ class Mixture:
         """
         if all(bucket.weight for bucket in self.buckets):
             return self
+        if len(self.buckets) == 1:
+            return self._with_weights([1.0])
         # float32, as what devices pass on is: one process and several have the same weights
-        needed = np.full(len(self.buckets), 1 / MEASURED, np.float32)  # what is rare has a turn
+        needed = np.zeros(len(self.buckets), np.float32)
         if jax.process_index() == 0:
-            samples = dataclasses.replace(self, host=0, hosts=1).samples()
-            for sample in (samples[i] for i in range(MEASURED)):
-                if not isinstance(sample, Bad):
-                    bucket = self.buckets[sample.bucket]
-                    needed[sample.bucket] += bucket.share(sample, packed=self.pack)
+            needed += self._needed()
         return self._with_weights(multihost_utils.broadcast_one_to_all(needed).tolist())
+
+    def _needed(self) -> np.ndarray:
+        """How many batches of each bucket the first samples take.
+
+        Of all but the first bucket that is what they take at most, within the doubt (two standard
+        deviations) of a count: a turn too many is filled up with samples of smaller buckets, while
+        for one too few there is no help, and one that was not met at all will be.
+        """
+        least, most = MEASURED
+        count = min(most, max(least, sum(self.sizes.values())))
+        samples = dataclasses.replace(self, host=0, hosts=1).samples()
+        shares: list[list[float]] = [[] for _ in self.buckets]
+        for sample in reading.each(samples, range(count), "looking at samples' lengths"):
+            if not isinstance(sample, Bad):
+                share = self.buckets[sample.bucket].share(sample, packed=self.pack)
+                shares[sample.bucket].append(share)
+        needed = []
+        for bucket, each in zip(self.buckets, shares, strict=True):
+            mean = np.mean(each) if each else 1 / max(bucket.rows, bucket.clips)
+            doubt = 2 * math.sqrt(len(each) + 1) if needed or not each else 0.0
+            needed.append(mean * (len(each) + doubt))
+        return np.array(needed)
 
     def weighted_as(self, identity: Mapping[str, Any]) -> "Mixture":
         """The mixture with the weights that another start measured; given ones stay.

@@ -21,7 +21,6 @@ from qwen2audio_jax.prompt import Prompt
 
 OPEN = 2  # groups of a bucket that are filled at the same time: the next may fill the first's gaps
 ANSWERS = ("chosen", "rejected")
-FRAMES_PER_WORD = 12  # of 10 ms, per token that is said: nobody speaks faster for long
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +99,12 @@ class Sample:
     @property
     def tokens(self) -> int:
         return max(len(text.ids) for text in self.texts)
+
+    @property
+    def unspelt(self) -> int:
+        """Clips that CTC has to leave out, as more is said than their states can spell."""
+        told = zip(self.words, self.valid, strict=False)
+        return sum(not _can_spell(ids, valid) for ids, valid in told)
 
     @property
     def kind(self) -> list[int]:
@@ -333,13 +338,26 @@ def _features(bucket: Bucket, samples: list[Sample], mels: int) -> Inputs:
     return batch
 
 
+def most_words(frames: int) -> int:
+    """Room for what is said in a clip of so many frames: what its states can spell, 25 a second.
+
+    People speak at 3 words a second, which are up to 13 tokens; but CTC's arrays, [C A N] in
+    float32, are small beside a model's even so: 90 MB of the 40 clips of 30 s of a 7B's batch.
+    """
+    return max(mel.audio_tokens(frames), 1)
+
+
+def _can_spell(ids: Sequence[int], valid: int) -> bool:
+    """CTC wants a state for each word, and one more between two that are equal."""
+    twice = sum(a == b for a, b in itertools.pairwise(ids))
+    return len(ids) + twice <= mel.audio_tokens(valid)
+
+
 def _words(bucket: Bucket, samples: list[Sample]) -> Int32[np.ndarray, "C N"]:
-    """What is said in each clip, IGNORED behind it; all of it where it cannot be spelt in time: CTC
-    wants a state for each word, and one more between two that are equal."""
-    words = np.full((bucket.clips, max(bucket.frames // FRAMES_PER_WORD, 1)), IGNORED, np.int32)
+    """What is said in each clip, IGNORED behind it; all of it where it cannot be spelt in time."""
+    words = np.full((bucket.clips, most_words(bucket.frames)), IGNORED, np.int32)
     said = [each for s in samples for each in zip(s.words, s.valid, strict=True)]
     for row, (ids, valid) in zip(words, said, strict=False):
-        twice = sum(a == b for a, b in itertools.pairwise(ids))
-        if len(ids) <= len(row) and len(ids) + twice <= mel.audio_tokens(valid):
+        if _can_spell(ids, valid):
             row[: len(ids)] = ids
     return words

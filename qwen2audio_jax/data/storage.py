@@ -12,11 +12,17 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
+from qwen2audio_jax.patience import passing, patiently
+
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 WEB = ("http", "https")
 ABSENT = (404, 410)  # as web servers say it
 PATIENCE = 60  # seconds that one may stay mute
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}  # the package's, by scheme
+
+
+class _Passing(OSError):
+    """A storage does not answer as it should; it may yet."""
 
 
 def elsewhere(path: str) -> str | None:
@@ -52,10 +58,15 @@ def read(path: str) -> bytes:
     Raises:
       ImportError, ValueError: as `reachable`.
       FileNotFoundError: there is none.
-      OSError: it cannot be read, whatever the storage's own package calls that.
+      OSError: it cannot be read, whatever the storage's own package calls that; several attempts
+        have failed, unless it was refused.
     """
-    with _opened(path) as file:
-        return file.read()
+
+    def whole() -> bytes:
+        with _opened(path) as file:
+            return file.read()
+
+    return patiently(whole, _Passing)
 
 
 def copied(path: str) -> str:
@@ -66,8 +77,13 @@ def copied(path: str) -> str:
     """
     handle, copy = tempfile.mkstemp(suffix=posixpath.splitext(path)[1])
     atexit.register(pathlib.Path(copy).unlink, missing_ok=True)
-    with open(handle, "wb") as here, _opened(path) as there:
-        shutil.copyfileobj(there, here, 1 << 24)
+    os.close(handle)
+
+    def whole() -> None:
+        with open(copy, "wb") as here, _opened(path) as there:
+            shutil.copyfileobj(there, here, 1 << 24)
+
+    patiently(whole, _Passing)
     return copy
 
 
@@ -93,11 +109,17 @@ def _opened(path: str) -> Iterator[Any]:
     except MemoryError:
         raise
     except Exception as error:  # packages have types of their own for what a network does
-        if isinstance(error, FileNotFoundError) or getattr(error, "code", None) in ABSENT:
+        code = getattr(error, "code", None)
+        if isinstance(error, FileNotFoundError) or code in ABSENT:
             raise FileNotFoundError(f"no file at {path}") from None
+        # A mute one has been waited for.
+        final = PermissionError | ValueError | TimeoutError
+        refused = isinstance(getattr(error, "reason", error), final)
+        refused = refused or (isinstance(code, int) and not passing(code))
         told = isinstance(error, OSError) and (error.strerror or str(error))
         told = told or f"{type(error).__name__}: {error}"
-        raise OSError(f"{path}: {' '.join(told.split())}") from None
+        kind = OSError if refused else _Passing
+        raise kind(f"{path}: {' '.join(told.split())}") from None
 
 
 def _open(path: str) -> Any:

@@ -54,10 +54,10 @@ class DataConfig:
     held_out_tags: tuple[str, ...] = field(default=(), metadata=MAY_CHANGE)
     """Their tags; without, those of --data.tags, likewise."""
     buckets: tuple[Annotated[Bucket, BUCKET], ...] = (
-        Bucket(rows=4, tokens=360, clips=8, frames=1000),
+        Bucket(rows=4, tokens=360, clips=8, frames=1004),
     )
-    """The shapes of each feed's batches: rows of tokens, clips of mel frames (10 ms each). A sample
-    goes to the first that it fits."""
+    """The shapes of each feed's batches: rows of tokens, clips of mel frames (10 ms each, and 4
+    behind a clip's own: 504 for 5 s). A sample goes to the first that it fits."""
     feeds: int = 0
     """Of which a global batch is made, each with samples of its own; a host has one or several, and
     a run can go on with as many hosts as divide them. 0: one for each host that it begins with.

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from qwen2audio_jax import cache as caches
 from qwen2audio_jax import config, flash, processor, programs, sharding
-from qwen2audio_jax.data.pack import FRAMES_PER_WORD
+from qwen2audio_jax.data.pack import most_words
 from qwen2audio_jax.generate import GREEDY, SHORTEST_CACHE, bucket
 from qwen2audio_jax.mel import audio_tokens
 from qwen2audio_jax.model import Qwen2Audio
@@ -111,7 +111,7 @@ class Work:
         else:
             text["segment_ids"] = np.ones_like(ids)
         if words:
-            sound["words"] = np.zeros((clips, max(self.frames // FRAMES_PER_WORD, 1)), np.int32)
+            sound["words"] = np.zeros((clips, most_words(self.frames)), np.int32)
         if stage == "dpo-precomputed":
             known = np.zeros(self.batch, np.float32)
             text |= {"ref_chosen_logps": known, "ref_rejected_logps": known}

@@ -10,10 +10,18 @@ TALKS = (
 
 
 def laptop(*frames: int) -> tuple[Bucket, ...]:
-    """Buckets of some 30 s of sound and 1300 tokens a batch, for clips of up to so many frames."""
+    """Buckets of some 30 s of sound and 1300 tokens a batch, for clips of up to so many frames.
+
+    A clip of a whole second needs 2 to 4 frames more (`processor.FRAME_BUCKETS`): 104, 1004.
+    """
     room = {most: max(220, most // 4 + 100) for most in frames}
     return tuple(
-        Bucket(rows=1320 // room[most], tokens=room[most], clips=3000 // most, frames=most)
+        Bucket(
+            rows=1320 // room[most],
+            tokens=room[most],
+            clips=3000 // (most - most % 10),
+            frames=most,
+        )
         for most in frames
     )
 
@@ -34,6 +42,6 @@ def pod(*, rows: int, tokens: int, clips: int) -> tuple[Bucket, ...]:
       clips: of 30 s.
     """
     return tuple(
-        Bucket(rows=rows, tokens=tokens, clips=clips * 3000 // most, frames=most)
-        for most in (500, 1000, 3000)
+        Bucket(rows=rows, tokens=tokens, clips=clips * 30 // seconds, frames=frames)
+        for seconds, frames in ((5, 504), (10, 1004), (30, 3000))
     )

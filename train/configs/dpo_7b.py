@@ -27,8 +27,8 @@ SETTINGS = PreferenceSettings(
     data=DataConfig(
         # a pair has a row to itself
         buckets=(
-            Bucket(rows=8, tokens=256, clips=8, frames=500),
-            Bucket(rows=8, tokens=512, clips=8, frames=1000),
+            Bucket(rows=8, tokens=256, clips=8, frames=504),
+            Bucket(rows=8, tokens=512, clips=8, frames=1004),
             Bucket(rows=8, tokens=1536, clips=8, frames=3000),
         ),
         workers=8,

@@ -19,7 +19,7 @@ SETTINGS = PreferenceSettings(
     data=DataConfig(
         train=("world:small/preference",),
         held_out=("world:small/preference:test",),
-        buckets=(*pairs(320, 1000, 3000), *TALKS),
+        buckets=(*pairs(320, 1004, 3000), *TALKS),
     ),
     optimizer=OptimizerConfig(
         name="muon", learning_rate=7e-5, steps=200, warmup_steps=10, weight_decay=0.0

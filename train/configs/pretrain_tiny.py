@@ -22,7 +22,7 @@ SETTINGS = Settings(
     data=DataConfig(
         train=("world:small/tasks",),
         held_out=("world:small/tasks:test",),
-        buckets=laptop(100, 190, 320, 1000, 3000),
+        buckets=laptop(104, 190, 320, 1004, 3000),
         augmented=0.4,
         masked=0.4,
     ),

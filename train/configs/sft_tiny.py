@@ -22,7 +22,7 @@ SETTINGS = Settings(
     data=DataConfig(
         train=("world:small/analysis", "world:small/chat"),
         held_out=("world:small/analysis:test", "world:small/chat:test"),
-        buckets=(*laptop(100, 190, 320, 1000, 3000), *TALKS),
+        buckets=(*laptop(104, 190, 320, 1004, 3000), *TALKS),
         augmented=0.3,
         masked=0.3,
     ),
