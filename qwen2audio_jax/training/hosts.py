@@ -22,6 +22,7 @@ import numpy as np
 from jax._src import distributed  # the service's store has no public name; orbax asks here too
 from jax.experimental import multihost_utils
 
+from qwen2audio_jax import compilation_cache
 from qwen2audio_jax.training.settings import HostsConfig
 
 STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # by srun, by mpirun: how many
@@ -33,7 +34,9 @@ SLACK = 30  # seconds that a busy machine may be late with them
 MISSED = 4  # so many in a row: once something has failed, the process is lost
 LEFT = "left"  # the last sign of a process that ends in order
 # What processes tell the service.
-NAMES, LIFE, LOST = (f"qwen2audio_jax/{what}" for what in ("names", "life", "lost"))
+NAMES, LIFE, LOST, MARK, SEES = (
+    f"qwen2audio_jax/{what}" for what in ("names", "life", "lost", "mark", "sees")
+)
 _ENDING = threading.Lock()
 _HANDLERS: list[Any] = []  # C has no other hold on them
 
@@ -69,6 +72,38 @@ def join(config: HostsConfig) -> None:
         first = client.blocking_key_value_get(f"{NAMES}/0", MEETING * 1000)
         _say_when_aborted(first, watch)
     atexit.register(watch.leave)  # before jax, which leaves the service
+    _share_programs()
+
+
+def _share_programs() -> None:
+    """Has jax keep programs only where all processes find those of the first, which alone writes.
+
+    Else that one would find a program, and the others compile it. On GPUs processes tune what they
+    compile together, and would wait for its share, for a day; elsewhere it would wait for them, so
+    that nothing is gained. They ask by the service: a program that asks would be one, too.
+    """
+    client, first = distributed.global_state.client, jax.process_index() == 0
+    if first:
+        mark = compilation_cache.mark()
+        _tell(MARK, mark)
+    else:
+        mark = client.blocking_key_value_get(f"{MARK}/0", MEETING * 1000)
+    _tell(SEES, str(int(compilation_cache.sees(mark))))
+    client.wait_at_barrier(SEES, MEETING * 1000)
+    folder = compilation_cache.kept()
+    if first:
+        compilation_cache.unmark(mark)
+    blind = [number for number, sees in sorted(_told(SEES).items()) if sees == "0"]
+    if not blind:
+        return
+    compilation_cache.stop()
+    if first and folder is not None:
+        print(
+            f"compiled programs are not kept: {_named(blind[:1])} does not see those in {folder}; "
+            "wanted QWEN2AUDIO_CACHE on a disk that all see",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def alone() -> None:
