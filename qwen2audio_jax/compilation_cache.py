@@ -24,6 +24,8 @@ def keep() -> None:
     if not folder or not (_reachable if "://" in folder else _writable)(folder):
         return
     jax.config.update("jax_compilation_cache_dir", folder)
+    if "://" in folder:  # there jax writes programs; XLA, what it has tuned, to folders alone
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
