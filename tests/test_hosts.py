@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from qwen2audio_jax.training import hosts
+from qwen2audio_jax.training.settings import HostsConfig
 
 
 class Ended(BaseException):
@@ -173,6 +174,36 @@ def test_one_of_several_does_not_train_as_if_alone(monkeypatch, variable):
     monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)  # as on TPUs of two hosts
     with pytest.raises(ValueError, match="devices are of 2 hosts: wanted --distributed"):
         hosts.alone()
+
+
+def test_under_open_mpi_each_process_has_a_gpu(monkeypatch):
+    """That of its number on its machine, whatever jax would find out by itself."""
+    given = {}
+
+    def initialize(**how):
+        given.clear()
+        given.update(how)
+        raise RuntimeError("enough")
+
+    def join(**how):
+        with pytest.raises(ValueError, match="enough"):
+            hosts.join(HostsConfig(**how))
+
+    told = {"coordinator": "host-0:1234", "count": 16, "number": 11}
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", initialize)
+    monkeypatch.delenv("JAX_LOCAL_DEVICE_IDS", raising=False)
+    monkeypatch.delenv("OMPI_COMM_WORLD_LOCAL_RANK", raising=False)
+    join(**told)
+    assert not {"local_device_ids", "cluster_detection_method"} & set(given)
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")
+    join(**told)
+    assert given["local_device_ids"] == [3] and given["process_id"] == 11
+    assert given["cluster_detection_method"] == "deactivate"
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "0")
+    join(**told)
+    assert given["local_device_ids"] is None
+    join()  # of Open MPI 4, which says all
+    assert "cluster_detection_method" not in given
 
 
 JOINS = """

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import numpy as np
@@ -23,7 +23,9 @@ from jax._src import distributed  # the service's store has no public name; orba
 from jax.experimental import multihost_utils
 
 from qwen2audio_jax import compilation_cache
-from qwen2audio_jax.training.settings import HostsConfig
+
+if TYPE_CHECKING:
+    from qwen2audio_jax.training.settings import HostsConfig
 
 STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # by srun, by mpirun: how many
 MEETING = 300  # seconds that the first process waits for the last
@@ -41,7 +43,7 @@ _ENDING = threading.Lock()
 _HANDLERS: list[Any] = []  # C has no other hold on them
 
 
-def join(config: HostsConfig) -> None:
+def join(config: "HostsConfig") -> None:
     """Meets the other processes; to be called before anything is computed.
 
     Raises:
@@ -55,6 +57,7 @@ def join(config: HostsConfig) -> None:
             # jax may take half of it; the watch, which names the lost one, has to be first
             heartbeat_timeout_seconds=2 * (config.timeout + SLACK),
             initialization_timeout=MEETING,
+            **_mpi(config),
         )
     except ValueError as error:
         raise ValueError(
@@ -73,6 +76,20 @@ def join(config: HostsConfig) -> None:
         _say_when_aborted(first, watch)
     atexit.register(watch.leave)  # before jax, which leaves the service
     _share_programs()
+
+
+def _mpi(config: "HostsConfig") -> dict[str, Any]:
+    """What jax is not to look for where the coordinator is told under Open MPI.
+
+    Of version 5 it knows none of it (or wants mpi4py), so that each process would have all GPUs of
+    its machine; within a job of SLURM's it would take what that says of the one process, mpirun.
+    """
+    local = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK")
+    if config.coordinator is None or local is None:
+        return {}
+    told = "JAX_LOCAL_DEVICE_IDS" in os.environ  # jax reads that itself
+    ids = None if told else [int(local)]  # of GPUs; others are not shared out so
+    return {"local_device_ids": ids, "cluster_detection_method": "deactivate"}
 
 
 def _share_programs() -> None:
