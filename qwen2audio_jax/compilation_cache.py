@@ -49,6 +49,7 @@ def mark() -> str:
     name = f"seen-{secrets.token_hex(8)}"
     if folder is not None:
         with contextlib.suppress(OSError):  # nobody sees what cannot be written
+            os.makedirs(folder, exist_ok=True)
             pathlib.Path(folder, name).touch()
     return name
 

@@ -58,6 +58,16 @@ def test_a_bucket_is_no_folder_of_this_machine(monkeypatch, tmp_path, set_to):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_bucket_is_one_place_for_all_that_name_it(monkeypatch):
+    """No mark has to be left there."""
+    monkeypatch.setattr(compilation_cache, "kept", lambda: "gs://bucket/compiled")
+    mark = compilation_cache.mark()
+    assert compilation_cache.sees(mark) and not compilation_cache.sees("gs://other/compiled")
+    compilation_cache.unmark(mark)
+    monkeypatch.setattr(compilation_cache, "kept", lambda: None)
+    assert not compilation_cache.sees(mark) and not compilation_cache.sees(compilation_cache.mark())
+
+
 def test_a_bucket_that_nothing_here_can_open(monkeypatch, set_to, capsys):
     """It is told, and done without."""
     monkeypatch.setitem(sys.modules, "gcsfs", None)
