@@ -21,6 +21,8 @@ TEST = [
     "torch==2.13.0",
     "transformers==5.23.0",  # with torch, the reference that parity is measured against
 ]
+# jax before computes a gradient of the mask of cuDNN's attention; Python 3.11 has none newer.
+GPU_JAX = "jax>=0.11.2; python_version >= '3.12'"
 
 setup(
     name="qwen2audio_jax",
@@ -63,7 +65,7 @@ setup(
         "notebooks": NOTEBOOKS,
         "test": TEST,
         "tpu": ["jax[tpu]"],
-        "cuda12": ["jax[cuda12]"],
-        "cuda13": ["jax[cuda13]"],
+        "cuda12": ["jax[cuda12]", GPU_JAX],
+        "cuda13": ["jax[cuda13]", GPU_JAX],
     },
 )

@@ -138,8 +138,8 @@ def _cudnn(q, k, v, q_segments, k_segments, causal):
     """A clip's keys are told by their number, so that no [B L L] exists.
 
     A decoder's rows may be packed, or padded on either side, which is known only when the program
-    runs: jax makes a bias of their mask, [B L L] without heads. cuDNN's backward pass wants even
-    lengths.
+    runs: jax makes a bias of their mask, [B L L] without heads, and before 0.11.2 has its gradient
+    computed, too, which nobody asks for. cuDNN's backward pass wants even lengths.
     """
     length = q.shape[1]
     pad = lambda x: jnp.pad(x, [(0, 0), (0, length % 2), *[(0, 0)] * (x.ndim - 2)])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import inference, restart, sides, training
+from benchmarks import inference, restart, sides, steps, training
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,9 @@ def test_both_sides_train_alike_as_on_gpus(how, tmp_path):
     small = ["--presets", "tiny", "--seconds", "1", "--clips", "1", "--repeats", "1"]
     more = ["--how", how, "--dtype", "bfloat16", "--peak-tflops", "0.1", "--json", str(out)]
     training.main([*small, *more])
-    (clip,) = json.loads(out.read_text("utf-8"))["presets"]["tiny"]
+    figures = json.loads(out.read_text("utf-8"))
+    assert figures["remat_policy"] == {"full": "full", "lora": "minimal"}[how]
+    (clip,) = figures["presets"]["tiny"]
     for side in (clip["theirs"], clip["ours"]):
         assert side["mfu"] == pytest.approx(side["gflops_per_s"] / 100)
         assert side["losses"][-1] < side["losses"][0]
@@ -107,6 +109,16 @@ def test_both_sides_train_alike_as_on_gpus(how, tmp_path):
     wide, narrow, hidden = 144, 72, 384
     sizes = 2 * (wide + wide) + 2 * (wide + narrow) + 3 * (wide + hidden)
     assert (clip["trained_parameters"] == 8 * 3 * sizes) == (how == "lora")
+
+
+def test_what_is_kept_for_the_backward_pass_is_what_memory_has_room_for():
+    """Unless the user says it: LoRA's step would else be half as much work again."""
+    short = {"dtype": "bfloat16"}
+    assert steps.How().remat == steps.How(lora=True).remat == "none"
+    assert steps.How(**short).remat == "full"
+    assert steps.How(**short, lora=True).remat == "minimal"
+    assert steps.How(**short, lora=True, remat_policy="save_qkv_proj").remat == "save_qkv_proj"
+    assert training._options(["--remat-policy", "full"]).remat_policy == "full"
 
 
 @pytest.mark.parametrize("losses", [[6.001, 5.5], [6.0, 5.51], [6.0, float("nan")]])

@@ -7,6 +7,7 @@ import pathlib
 import random
 import shutil
 import signal
+import threading
 import time
 
 import jax
@@ -17,6 +18,7 @@ import pytest
 from disk import small_files
 
 from qwen2audio_jax import sharding
+from qwen2audio_jax.training import hosts
 from qwen2audio_jax.training.checkpoint import CHECKPOINTS, SCORES, Checkpoints
 
 HURRY = False  # processes of their own compile as always, and are to give the same bits
@@ -115,6 +117,21 @@ def test_every_bit_comes_back(tmp_path):
     checkpoints.save(5, state, b"what is there already stays")
     checkpoints.close()
     assert Checkpoints(tmp_path).restore(abstract(fresh())).data == [bytes([5, 255])]
+
+
+def test_the_first_host_says_what_there_is(run, tmp_path, monkeypatch):
+    """Another one, which sees late what was saved last, waits for it: all read the same."""
+    folder, last = tmp_path / CHECKPOINTS, run / CHECKPOINTS / "2"
+    shutil.copytree(run / CHECKPOINTS, folder, ignore=lambda _, names: {"2"} & {*names})
+    shutil.copytree(last, tmp_path / "late")
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.agreed() == checkpoints.steps == [1]
+    monkeypatch.setattr(hosts, "by_first", lambda make: [1, 2])
+    monkeypatch.setattr(hosts, "joined", lambda: True)
+    threading.Timer(1, (tmp_path / "late").rename, [folder / "2"]).start()
+    restored = checkpoints.restore(abstract(fresh()))
+    assert restored.step == 2 and restored.data == [{"seen": [30, 40]}]
+    checkpoints.close()
 
 
 def test_another_sharding_gets_the_same_bits(run, tmp_path):

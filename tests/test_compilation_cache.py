@@ -26,6 +26,7 @@ def test_programs_are_kept(monkeypatch, tmp_path, set_to):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compilation_cache.keep()
     assert set_to["jax_compilation_cache_dir"] == str(tmp_path / "qwen2audio" / "compiled")
+    assert "jax_persistent_cache_enable_xla_caches" not in set_to
     (tmp_path / "file").touch()
     for nowhere in ("", str(tmp_path / "file" / "folder")):
         set_to.clear()
@@ -53,7 +54,18 @@ def test_a_bucket_is_no_folder_of_this_machine(monkeypatch, tmp_path, set_to):
     monkeypatch.setenv("QWEN2AUDIO_CACHE", "memory://bucket/compiled")
     compilation_cache.keep()
     assert set_to["jax_compilation_cache_dir"] == "memory://bucket/compiled"
+    assert set_to["jax_persistent_cache_enable_xla_caches"] == "none"  # XLA opens no URL
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bucket_is_one_place_for_all_that_name_it(monkeypatch):
+    """No mark has to be left there."""
+    monkeypatch.setattr(compilation_cache, "kept", lambda: "gs://bucket/compiled")
+    mark = compilation_cache.mark()
+    assert compilation_cache.sees(mark) and not compilation_cache.sees("gs://other/compiled")
+    compilation_cache.unmark(mark)
+    monkeypatch.setattr(compilation_cache, "kept", lambda: None)
+    assert not compilation_cache.sees(mark) and not compilation_cache.sees(compilation_cache.mark())
 
 
 def test_a_bucket_that_nothing_here_can_open(monkeypatch, set_to, capsys):

@@ -1,11 +1,16 @@
 """Which process is lost is known from the signs of life that it no longer gives."""
 
 import itertools
+import os
+import socket
+import subprocess
+import sys
 
 import jax
 import pytest
 
 from qwen2audio_jax.training import hosts
+from qwen2audio_jax.training.settings import HostsConfig
 
 
 class Ended(BaseException):
@@ -169,3 +174,70 @@ def test_one_of_several_does_not_train_as_if_alone(monkeypatch, variable):
     monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)  # as on TPUs of two hosts
     with pytest.raises(ValueError, match="devices are of 2 hosts: wanted --distributed"):
         hosts.alone()
+
+
+def test_under_open_mpi_each_process_has_a_gpu(monkeypatch):
+    """That of its number on its machine, whatever jax would find out by itself."""
+    given = {}
+
+    def initialize(**how):
+        given.clear()
+        given.update(how)
+        raise RuntimeError("enough")
+
+    def join(**how):
+        with pytest.raises(ValueError, match="enough"):
+            hosts.join(HostsConfig(**how))
+
+    told = {"coordinator": "host-0:1234", "count": 16, "number": 11}
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", initialize)
+    monkeypatch.delenv("JAX_LOCAL_DEVICE_IDS", raising=False)
+    monkeypatch.delenv("OMPI_COMM_WORLD_LOCAL_RANK", raising=False)
+    join(**told)
+    assert not {"local_device_ids", "cluster_detection_method"} & set(given)
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")
+    join(**told)
+    assert given["local_device_ids"] == [3] and given["process_id"] == 11
+    assert given["cluster_detection_method"] == "deactivate"
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "0")
+    join(**told)
+    assert given["local_device_ids"] is None
+    join()  # of Open MPI 4, which says all
+    assert "cluster_detection_method" not in given
+
+
+JOINS = """
+import sys, jax
+from qwen2audio_jax import compilation_cache
+from qwen2audio_jax.training import hosts, settings
+compilation_cache.keep()
+where, number = sys.argv[1:]
+hosts.join(settings.HostsConfig(coordinator=where, count=2, number=int(number)))
+print(jax.config.jax_compilation_cache_dir, flush=True)
+jax.distributed.shutdown()
+"""
+
+
+def test_programs_are_kept_where_all_find_them(tmp_path):
+    """Else one would find a program that the others compile; on GPUs these would wait for it."""
+    shared, own = str(tmp_path / "shared"), str(tmp_path / "own")
+    for folders, kept in (([shared, shared], shared), ([shared, own], "None")):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            where = f"127.0.0.1:{free.getsockname()[1]}"
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", JOINS, where, str(number)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "QWEN2AUDIO_CACHE": folder, "JAX_PLATFORMS": "cpu"},
+            )
+            for number, folder in enumerate(folders)
+        ]
+        told = [each.communicate(timeout=300) for each in started]
+        assert [out.strip() for out, _ in told] == [kept] * 2, told
+        said = [line for _, err in told for line in err.splitlines() if "not kept" in line]
+        assert len(said) == (kept == "None")
+        assert not os.listdir(shared)
+    assert f"process 1 of 2 on {hosts.platform.node()} does not see those in {shared}" in said[0]

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import multiprocessing
+import os
 import re
+import signal
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from jax.experimental import multihost_utils
 pytest.importorskip("grain")
 
 from qwen2audio_jax import mel
+from qwen2audio_jax.data import workers
 from qwen2audio_jax.data.chats import from_messages, from_preference
 from qwen2audio_jax.data.example import BadSample
 from qwen2audio_jax.data.feeds import Feeds
@@ -198,6 +201,27 @@ def test_a_worker_that_is_killed_is_said_in_one_line(tokenizer):
             child.kill()
     with pytest.raises(ChildProcessError, match=r"killed .*: wanted fewer --data.workers, got 1"):
         take(batches, 1000)
+    batches.close()
+
+
+def test_workers_leave_sigterm_to_the_trainer(tokenizer):
+    """It comes to all processes of a job; the trainer goes on to a step that others agree on.
+    Whoever has to end a worker, as multiprocessing at exit, kills it."""
+    part = Part(name="n", source=numbers(50), compile=text_only)
+    how = {"parts": (part,), "processor": tokenizer, "buckets": (SHORT,), "epochs": 1}
+    batches, plain = iter(Mixture(**how, workers=1)), iter(Mixture(**how))
+    assert same(next(batches), next(plain))
+    [child] = (each for each in multiprocessing.active_children() if "grain" in each.name)
+    os.kill(child.pid, signal.SIGTERM)
+    assert all(same(*both) for both in zip(batches, plain, strict=True))
+    batches.close()
+    plain.close()
+    batches = iter(Mixture(**how, workers=1))
+    next(batches)
+    [child] = (each for each in multiprocessing.active_children() if "grain" in each.name)
+    workers._end_those_left()
+    child.join(10)
+    assert child.exitcode == -signal.SIGKILL
     batches.close()
 
 

@@ -16,6 +16,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import safetensors.numpy
 import soundfile
@@ -233,6 +234,22 @@ def test_whatever_ends_a_run_it_goes_on(given, undisturbed, tmp_path):
     wanted = parameters(undisturbed)
     for name, value in parameters(out).items():
         np.testing.assert_array_equal(value, wanted[name], err_msg=name)
+
+
+def test_sigterm_to_a_whole_job_saves(given, tmp_path):
+    """As SLURM sends it: to the workers that make batches, too, before it is agreed on a step."""
+    out = tmp_path / "ended"
+    long = ["--optimizer.steps", 1000, "--loop.save-every", 1000]
+    started = start(given, out, "--data.workers", 1, *long, processes=2)
+    reached(started, out, 2)
+    jobs = [psutil.Process(process.pid) for process in started]
+    for each in [*(child for job in jobs for child in job.children(recursive=True)), *jobs]:
+        each.send_signal(signal.SIGTERM)
+    for number, process in enumerate(started):
+        told = pathlib.Path(f"{out}.{number}.txt")
+        assert process.wait(600) == 128 + signal.SIGTERM, told.read_text()[-3000:]
+    [saved] = (path.name for path in (out / "checkpoints").iterdir() if path.name.isdigit())
+    assert 2 <= int(saved) < 1000
 
 
 @pytest.mark.parametrize(

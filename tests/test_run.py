@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from qwen2audio_jax import Processor, preset
-from qwen2audio_jax.training import run
+from qwen2audio_jax.training import hosts, run
 from qwen2audio_jax.training import settings as training
 from qwen2audio_jax.training.checkpoint import Checkpoints
 from qwen2audio_jax.training.data_config import DataConfig
@@ -130,6 +130,17 @@ def test_a_setting_that_was_not_there_yet_was_as_it_is_by_default(folder):
     with pytest.raises(ValueError, match=r"settings: seed was 0, now 3; wanted the same"):
         begin(folder, Settings(seed=3))
     assert begin(folder, Settings()) is True
+
+
+def test_the_first_host_says_whether_a_run_goes_on(folder, tmp_path, monkeypatch):
+    """Another one may see late what lies on their disk."""
+    assert run.goes_on(folder) and not run.goes_on(tmp_path / "empty")
+    begun = run.begun(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(hosts, "by_first", lambda make: True)
+        assert run.goes_on(tmp_path / "empty")
+    monkeypatch.setattr(hosts, "by_first", lambda make: begun)
+    assert run.begun(tmp_path / "empty") == begun
 
 
 def test_a_run_that_saved_nothing_begins_anew(tmp_path):

@@ -1,5 +1,7 @@
 """The programs train, measure, save and go on, each in one folder; mistakes are one line."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -8,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +24,9 @@ from flax import nnx
 
 pytest.importorskip("grain")
 
-from qwen2audio_jax import Qwen2Audio, weights
+from qwen2audio_jax import Processor, Qwen2Audio, flash, weights
 from qwen2audio_jax.data import sources
+from qwen2audio_jax.data.mixture import Mixture
 from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.evaluation import held_out
 from qwen2audio_jax.training import log, lora, loss, peft, reference, stage, trainee
@@ -393,6 +397,21 @@ def test_a_presets_world_is_not_measured_beside_other_data(monkeypatch, capsys):
     for asked in (("a.jsonl:test", "world:small/chat:test"), ("world:small/chat:test",)):
         assert held_out("--data.held-out", *asked) == asked
     assert not capsys.readouterr().err
+
+
+def test_answers_attend_as_the_settings_say(tmp_path, monkeypatch):
+    """As the loss does, in training and of what is held out."""
+    seen = []
+
+    def answers(*_, **__):
+        seen.append(flash._CHOICE.value)
+        return [], {}
+
+    monkeypatch.setattr(held_out, "answers", answers)
+    learner = Mock(spec=Learner, on_mesh=contextlib.nullcontext)
+    settings = dataclasses.replace(SETTINGS, out=tmp_path, attention="dot_product")
+    assert stage._evaluate(settings, learner, Mock(spec=Mixture), Mock(spec=Processor), []) == {}
+    assert seen == ["dot_product"]
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])

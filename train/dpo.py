@@ -9,7 +9,7 @@ The reference is the model as it began: kept in memory; with LoRA, the model wit
 with the one that it begins with (--lora.start); or its answers' log-probabilities, precomputed.
 
 Every setting is a flag. The folder --out holds all of a run: the same command goes on where it
-was killed, to the bit.
+was killed, to the bit (on GPUs if XLA is asked for that: docs/hosts.md).
 """
 
 from qwen2audio_jax.training.settings import PreferenceSettings

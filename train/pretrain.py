@@ -8,7 +8,7 @@
 
 `words=text` says that the text is what is spoken, word by word: with --ctc, the encoder learns to
 spell it too. Every setting is a flag. The folder --out holds all of a run: the same command goes on
-where it was killed, to the bit.
+where it was killed, to the bit (on GPUs if XLA is asked for that: docs/hosts.md).
 """
 
 from qwen2audio_jax.training.settings import Settings

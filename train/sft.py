@@ -13,7 +13,7 @@ or, as ms-swift has it, {"messages": [{"role": "user", "content": "<audio>What i
 "audios": ["dog.wav"]}.
 
 Every setting is a flag. The folder --out holds all of a run: the same command goes on where it
-was killed, to the bit.
+was killed, to the bit (on GPUs if XLA is asked for that: docs/hosts.md).
 """
 
 from qwen2audio_jax.training.settings import Settings

@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import pathlib
 import signal
@@ -16,11 +17,24 @@ NOTE = 4096  # bytes, which are written at once
 _notes: int | None = None  # this worker's file
 
 
+def _end_those_left() -> None:
+    """At exit multiprocessing would tell them by SIGTERM, and wait for them."""
+    for child in multiprocessing.active_children():
+        if child.name.startswith("grain"):
+            child.kill()
+
+
+# behind Grain's own, of priority 1, which closes the iterators that it knows of
+multiprocessing.util.Finalize(None, _end_those_left, exitpriority=0)
+
+
 def settle(*_: int, notes: str | None = None) -> None:
     """What a worker does first: leaves accelerator and priority to the trainer, and ends with it.
 
     Args:
-      notes: a folder where it notes what it has in hand, in a file called as its process.
+      notes: a folder where it notes what it has in hand, in a file called as its process. Such a
+        worker is a training's: SIGTERM, which systems send to a whole job, is the trainer's
+        business like Ctrl-C; it saves, and for that has to make the batches of a few more steps.
 
     A trainer that is killed cannot stop its workers, and they would wait for work forever. On
     small matrices BLAS's threads wait for each other, busily: a log-mel took twelve times as long.
@@ -32,6 +46,7 @@ def settle(*_: int, notes: str | None = None) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if notes is not None:
         global _notes
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _notes = os.open(os.path.join(notes, str(os.getpid())), os.O_RDWR | os.O_CREAT)
 
 

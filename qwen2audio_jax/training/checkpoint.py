@@ -21,11 +21,12 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from qwen2audio_jax.training import checksum
+from qwen2audio_jax.training import checksum, hosts
 from qwen2audio_jax.weights.orbax import quietly
 
 CHECKPOINTS = "checkpoints"  # the folder within a run's
 TORN = ".orbax-checkpoint-tmp"  # in the names of those that are not whole yet
+LATE = 90  # seconds that a shared disk may take to show what another host wrote; NFS's usual is 60
 SCORES = "metrics/metrics"  # within a checkpoint: where Orbax writes and reads what was measured
 
 _HOST = "host-"  # begins the names of their files
@@ -87,19 +88,32 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """The steps that there are checkpoints of."""
+        """The steps that there are checkpoints of, as this host sees it."""
         return [info.step for info in self._orbax.checkpoints]
+
+    def agreed(self) -> list[int]:
+        """As `steps`, as the first host sees it; all have to ask at once.
+
+        Another may see late what lies on a disk that they share, as NFS is by a minute.
+        """
+        return hosts.by_first(lambda: self.steps)
 
     @property
     def best(self) -> int | None:
-        """The step of the best checkpoint; None if none was measured."""
+        """The step of the best checkpoint; None if none was measured. All have to ask at once."""
+        return hosts.by_first(self._find_best)
+
+    def _find_best(self) -> int | None:
         merits = [(self._merit(info.metrics), info.step) for info in self._orbax.checkpoints]
         merit, step = max(merits, default=(-math.inf, None))
         return None if merit == -math.inf else step
 
     def measured(self, step: int) -> bool:
-        """Whether there is a checkpoint of the step with what was measured then."""
-        return any(info.step == step and info.metrics for info in self._orbax.checkpoints)
+        """Whether there is a checkpoint of the step with what was measured then; all have to ask
+        at once."""
+        return hosts.by_first(
+            lambda: any(info.step == step and info.metrics for info in self._orbax.checkpoints)
+        )
 
     def save(
         self, step: int, state: Any, data: Any, metrics: Mapping[str, float] | None = None
@@ -119,7 +133,7 @@ class Checkpoints:
         """
         self.wait()
         scores = None if metrics is None else _floats(metrics)
-        if step in self.steps:
+        if step in self.agreed():
             if scores is not None:
                 self._add_scores(step, scores)
             return
@@ -151,7 +165,7 @@ class Checkpoints:
 
     def _add_scores(self, step: int, scores: Mapping[str, float]) -> None:
         """Saves what was measured late; to save all anew would be to delete all first."""
-        if step not in self.steps or self.measured(step):
+        if step not in self.agreed() or self.measured(step):
             return
         path = self.folder / str(step) / SCORES
         try:
@@ -239,7 +253,8 @@ class Checkpoints:
           ValueError: all are damaged, or hold another state; the message says what is wrong.
         """
         damaged: dict[int, str] = {}
-        for number in reversed(self.steps if step is None else [step]):
+        for number in reversed(self.agreed() if step is None else [step]):
+            self._catch_up(number)
             try:
                 restored = self._read(number, abstract)
             except _OtherState as error:
@@ -255,6 +270,13 @@ class Checkpoints:
             lines = "; ".join(f"step {number}: {why}" for number, why in damaged.items())
             raise ValueError(f"{self.folder} holds no checkpoint that is whole: {lines}")
         return None
+
+    def _catch_up(self, step: int) -> None:
+        """Waits until this host, too, sees a checkpoint that the first one sees."""
+        until = time.monotonic() + LATE
+        while hosts.joined() and step not in self.steps and time.monotonic() < until:
+            time.sleep(1)
+            self._orbax.reload()
 
     def _read(self, step: int, abstract: Any) -> Restored:
         wanted, files, failure = _flat(abstract), _HostFiles(), None

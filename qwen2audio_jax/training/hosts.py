@@ -15,14 +15,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import numpy as np
 from jax._src import distributed  # the service's store has no public name; orbax asks here too
 from jax.experimental import multihost_utils
 
-from qwen2audio_jax.training.settings import HostsConfig
+from qwen2audio_jax import compilation_cache
+
+if TYPE_CHECKING:
+    from qwen2audio_jax.training.settings import HostsConfig
 
 STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # by srun, by mpirun: how many
 MEETING = 300  # seconds that the first process waits for the last
@@ -33,12 +36,14 @@ SLACK = 30  # seconds that a busy machine may be late with them
 MISSED = 4  # so many in a row: once something has failed, the process is lost
 LEFT = "left"  # the last sign of a process that ends in order
 # What processes tell the service.
-NAMES, LIFE, LOST = (f"qwen2audio_jax/{what}" for what in ("names", "life", "lost"))
+NAMES, LIFE, LOST, MARK, SEES = (
+    f"qwen2audio_jax/{what}" for what in ("names", "life", "lost", "mark", "sees")
+)
 _ENDING = threading.Lock()
 _HANDLERS: list[Any] = []  # C has no other hold on them
 
 
-def join(config: HostsConfig) -> None:
+def join(config: "HostsConfig") -> None:
     """Meets the other processes; to be called before anything is computed.
 
     Raises:
@@ -52,6 +57,7 @@ def join(config: HostsConfig) -> None:
             # jax may take half of it; the watch, which names the lost one, has to be first
             heartbeat_timeout_seconds=2 * (config.timeout + SLACK),
             initialization_timeout=MEETING,
+            **_mpi(config),
         )
     except ValueError as error:
         raise ValueError(
@@ -69,6 +75,52 @@ def join(config: HostsConfig) -> None:
         first = client.blocking_key_value_get(f"{NAMES}/0", MEETING * 1000)
         _say_when_aborted(first, watch)
     atexit.register(watch.leave)  # before jax, which leaves the service
+    _share_programs()
+
+
+def _mpi(config: "HostsConfig") -> dict[str, Any]:
+    """What jax is not to look for where the coordinator is told under Open MPI.
+
+    Of version 5 it knows none of it (or wants mpi4py), so that each process would have all GPUs of
+    its machine; within a job of SLURM's it would take what that says of the one process, mpirun.
+    """
+    local = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK")
+    if config.coordinator is None or local is None:
+        return {}
+    told = "JAX_LOCAL_DEVICE_IDS" in os.environ  # jax reads that itself
+    ids = None if told else [int(local)]  # of GPUs; others are not shared out so
+    return {"local_device_ids": ids, "cluster_detection_method": "deactivate"}
+
+
+def _share_programs() -> None:
+    """Has jax keep programs only where all processes find those of the first, which alone writes.
+
+    Else that one would find a program, and the others compile it. On GPUs processes tune what they
+    compile together, and would wait for its share, for a day; elsewhere it would wait for them, so
+    that nothing is gained. They ask by the service: a program that asks would be one, too.
+    """
+    client, first = distributed.global_state.client, jax.process_index() == 0
+    if first:
+        mark = compilation_cache.mark()
+        _tell(MARK, mark)
+    else:
+        mark = client.blocking_key_value_get(f"{MARK}/0", MEETING * 1000)
+    _tell(SEES, str(int(compilation_cache.sees(mark))))
+    client.wait_at_barrier(SEES, MEETING * 1000)
+    folder = compilation_cache.kept()
+    if first:
+        compilation_cache.unmark(mark)
+    blind = [number for number, sees in sorted(_told(SEES).items()) if sees == "0"]
+    if not blind:
+        return
+    compilation_cache.stop()
+    if first and folder is not None:
+        print(
+            f"compiled programs are not kept: {_named(blind[:1])} does not see those in {folder}; "
+            "wanted QWEN2AUDIO_CACHE on a disk that all see",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def alone() -> None:

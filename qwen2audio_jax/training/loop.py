@@ -154,7 +154,7 @@ def resume(learner: Learner, batches: Iterator[Any], checkpoints: Checkpoints | 
     if checkpoints is None:
         return 0
     stays, began = learner.stays, learner.began
-    if not checkpoints.steps:
+    if not checkpoints.agreed():
         return 0
     restored = checkpoints.restore(learner.release())
     known = restored.data[0]

@@ -173,13 +173,11 @@ def _compute(
     """
     first = jax.process_index() == 0
     rows = _fingerprints(part.source) if first else np.zeros(len(part.source), np.uint32)
-    logps, state = _read(path, model, rows) or (
+    # All ask for the same: together.
+    logps, (asked, unheard) = hosts.by_first(lambda: _read(path, model, rows)) or (
         np.full((len(part.source), len(REFERENCE)), np.nan, np.float32),
         np.zeros((2, len(part.source)), bool),
     )
-    # All ask for the same: together. A psum knows no bool.
-    logps, state = multihost_utils.broadcast_one_to_all((logps, state.astype(np.int32)))
-    logps, (asked, unheard) = np.array(logps), np.array(state, bool)
     logps[~asked] = np.nan
     if asked.all():
         return logps
@@ -272,7 +270,7 @@ def _read(
         return None
     with np.load(path) as file:
         same = str(file["model"]) == model
-        if not same and run.goes_on(path.parent.parent):
+        if not same and run.holds_checkpoint(path.parent.parent):
             raise ValueError(
                 f"{path.parent.parent} holds a run whose reference is another model than --model"
             )

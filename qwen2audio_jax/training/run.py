@@ -21,6 +21,7 @@ from etils import epath
 
 from qwen2audio_jax.config import Config
 from qwen2audio_jax.processor import Processor
+from qwen2audio_jax.training import hosts
 from qwen2audio_jax.training.checkpoint import CHECKPOINTS, put
 from qwen2audio_jax.weights import settings
 
@@ -80,13 +81,17 @@ def keep(folder: str | os.PathLike, config: Any) -> None:
 
 
 def begun(folder: str | os.PathLike) -> dict[str, Any]:
-    """The settings of the run in a folder, as JSON holds them.
+    """The settings of the run in a folder, as JSON holds them; all hosts have to ask at once.
 
     Raises:
       ValueError: they cannot be read, or are none.
     """
+    return hosts.by_first(lambda: _begun(epath.Path(folder)))
+
+
+def _begun(folder: epath.Path) -> dict[str, Any]:
     try:
-        found = json.loads((epath.Path(folder) / SETTINGS).read_text())
+        found = json.loads((folder / SETTINGS).read_text())
         if not isinstance(found, dict) or not found:
             raise ValueError(f"wanted settings by name, got {found!r:.40}")
     except (OSError, ValueError) as error:
@@ -97,7 +102,13 @@ def begun(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def goes_on(folder: str | os.PathLike) -> bool:
-    """Whether a folder holds a run with a checkpoint to go on from."""
+    """Whether a folder holds a run with a checkpoint to go on from, as the first host sees it; all
+    have to ask at once."""
+    return hosts.by_first(lambda: holds_checkpoint(folder))
+
+
+def holds_checkpoint(folder: str | os.PathLike) -> bool:
+    """As `goes_on`, as this host sees it."""
     return bool(_steps(epath.Path(folder) / CHECKPOINTS))
 
 

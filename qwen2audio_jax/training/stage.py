@@ -234,7 +234,7 @@ def _evaluate(
 ) -> dict[str, float]:
     scores = held_out.losses(kept, mixture, trainee.measure)
     how = settings.evaluation
-    with trainee.on_mesh():
+    with trainee.on_mesh(), flash.using(settings.attention):
         answers, bad = held_out.answers(
             trainee.model(), processor, kept, rows=how.rows, max_new_tokens=how.max_new_tokens
         )

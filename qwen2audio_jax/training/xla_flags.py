@@ -8,7 +8,9 @@ PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 LAYER = 2**29  # bytes: one of the 7b preset's decoder is 466 MB in bfloat16
 # What jax's guide to GPUs and NVIDIA's for training with it (JAX-Toolbox) begin with; not every
 # version has it on by itself. What concerns exchanges changes nothing on one GPU; on several it was
-# not measured here.
+# not measured here. The same bits are not asked for: cuDNN's attention, backwards, and scattered
+# sums may add up in another order each time, unless the user sets
+# --xla_gpu_exclude_nondeterministic_ops=true, which is slower.
 GPU = {
     # Parameters come from other devices while the layer before theirs computes.
     "--xla_gpu_enable_latency_hiding_scheduler": "true",
