@@ -91,7 +91,7 @@ def analysis(tasks: Sequence[Any], rng: np.random.Generator, *, held_out: bool) 
             _user({"type": "text", "text": other.question(fact, rng)}),
             _assistant(other.reply_to(fact)),
         ]
-    return {"messages": messages, "task": task.name}
+    return {"messages": messages, "task": task.name, "augmented": task.augmented}
 
 
 def chat(
@@ -106,13 +106,15 @@ def chat(
         about = chats[rng.integers(len(chats))]
         question, answer = about(rng)
         content = [_clip(say_question(question, rng, held_out=held_out), spoken(question))]
-        name = about.__name__
+        name, augmented = about.__name__, True
     else:
         task, sample = _sample(tasks, rng, held_out)
         question, answer = task.question(sample, rng), task.reply_to(sample)
         asked = say_question(question, rng, held_out=held_out)
         content, name = [_clip(sample["audio"]), _clip(asked, spoken(question))], task.name
-    return {"messages": [_user(*content), _assistant(answer)], "task": name}
+        augmented = task.augmented
+    messages = [_user(*content), _assistant(answer)]
+    return {"messages": messages, "task": name, "augmented": augmented}
 
 
 def preference(

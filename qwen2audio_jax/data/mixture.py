@@ -218,14 +218,15 @@ def _make(
         with in_hand(part.name, row):
             record, made = part.read(row), _processor(processor)
             example = part.compile(record, made)
+            augmented = part.augmented * bool(record.get("augmented", True))
             sample = draw(
                 example,
                 buckets,
                 rng,
                 mels=made.mels,
-                augmented=part.augmented,
+                augmented=augmented,
                 masked=part.masked,
-                timed=part.augmented > 0 and _tells_times(example, made),
+                timed=augmented > 0 and _tells_times(example, made),
             )
             reference = _reference(record) if references else ()
     except Exception as error:  # a night's run goes on
