@@ -297,6 +297,7 @@ def test_clips_keep_the_time_that_texts_tell(tokenizer, clips):
         {"messages": ask("no<|0.5|>")} | pair,
         {"messages": ask("What?")} | pair,
         {"messages": ask("What?")} | pair | {"rejected": times},
+        *(clips[5] | {"augmented": each} for each in (True, None, False)),
     ]
 
     def valid(row):
@@ -307,7 +308,8 @@ def test_clips_keep_the_time_that_texts_tell(tokenizer, clips):
         return {samples[i].valid for i in range(8)}
 
     found = [len(valid(row)) for row in rows]
-    assert [count == 1 for count in found] == [True, False, True, False, True, False, True]
+    assert [count == 1 for count in found[:7]] == [True, False, True, False, True, False, True]
+    assert [count == 1 for count in found[7:]] == [False, False, True]  # as a row says of itself
 
 
 def unusable(record, processor):

@@ -287,6 +287,8 @@ def test_conversations_are_of_two_modes(world, processor):
         for seed in range(25):
             record = world.messages(seed, "train", mode=mode)
             tasks[mode].add(record["task"])
+            skills = [skill for skill in world.tasks if skill.name == record["task"]]
+            assert record["augmented"] == all(skill.augmented for skill in skills)
             asked = record["messages"][0]["content"]
             kinds = [part["type"] for part in asked]
             assert kinds in (

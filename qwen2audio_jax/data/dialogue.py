@@ -77,7 +77,10 @@ def surround(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def analysis(tasks: Sequence[Any], rng: np.random.Generator, *, held_out: bool) -> dict[str, Any]:
-    """A clip and a written question; then perhaps another one about the same clip."""
+    """A clip and a written question; then perhaps another one about the same clip.
+
+    It says whether the answer survives that the clip is augmented.
+    """
     task, sample = _sample(tasks, rng, held_out)
     messages = [
         _user(_clip(sample["audio"]), {"type": "text", "text": task.question(sample, rng)}),

@@ -218,7 +218,7 @@ def _make(
         with in_hand(part.name, row):
             record, made = part.read(row), _processor(processor)
             example = part.compile(record, made)
-            augmented = part.augmented * bool(record.get("augmented", True))
+            augmented = part.augmented if record.get("augmented") in (None, True) else 0.0
             sample = draw(
                 example,
                 buckets,
