@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import tyro
@@ -115,7 +115,7 @@ def _write_all(
     # To each process once: of a large manifest the index of lines alone is hundreds of megabytes.
     given = context, _begin, (settings, source, shards)
     with concurrent.futures.ProcessPoolExecutor(settings.workers, *given) as pool:
-        jobs = [pool.submit(_write, shard) for shard in todo]
+        jobs = [pool.submit(_with_given, write, shard) for shard in todo]
         try:
             for job in concurrent.futures.as_completed(jobs):
                 yield job.result()
@@ -135,8 +135,8 @@ def _begin(*given: Any) -> None:
     _given = given
 
 
-def _write(shard: int) -> Written:
-    return write(*_given, shard)
+def _with_given(call: Callable[..., Written], shard: int) -> Written:
+    return call(*_given, shard)
 
 
 def write(settings: Settings, source: sources.Manifest, shards: int, shard: int) -> Written:
