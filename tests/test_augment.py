@@ -53,6 +53,21 @@ def test_a_seed_decides_everything(chirp):
     assert len(one) != len(other) or np.abs(one - other).max() > 0.01
 
 
+def test_a_hoarse_voice_has_less_of_a_pitch(rng):
+    """As much less as is said; when something is said, and in which bands, stays."""
+    voice = tone(150) + tone(300) + tone(450)
+    voice[RATE // 2 :] *= 0.1
+    for share in (0.0, 0.5, 1.0):
+        out = augment.hoarse(voice, rng, share=share)
+        assert out.shape == voice.shape and out.dtype == np.float32
+        assert np.corrcoef(out, voice)[0, 1] == pytest.approx(np.sqrt(1 - share), abs=0.15)
+        first, second = np.array_split(out, 2)
+        assert level(first, 100, 500) - level(second, 100, 500) > 15
+        assert level(first, 100, 500) - level(first, 2000, 4000) > 20
+    short = augment.hoarse(voice[:50], rng, share=0.5)
+    assert short.shape == (50,) and np.isfinite(short).all()
+
+
 def test_what_is_timed_stays_where_it_was():
     """A click after a second, whatever else is done to it; else it moves."""
     click = np.zeros(2 * RATE, np.float32)

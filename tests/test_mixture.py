@@ -297,7 +297,7 @@ def test_clips_keep_the_time_that_texts_tell(tokenizer, clips):
         {"messages": ask("no<|0.5|>")} | pair,
         {"messages": ask("What?")} | pair,
         {"messages": ask("What?")} | pair | {"rejected": times},
-        *(clips[5] | {"augmented": each} for each in (True, None, False)),
+        *(clips[5] | {"timed": each} for each in (False, None, True)),
     ]
 
     def valid(row):

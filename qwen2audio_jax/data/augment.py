@@ -26,6 +26,20 @@ def change_speed(wave: Float[np.ndarray, " S"], factor: float) -> Float[np.ndarr
     return soxr.resample(wave, SAMPLE_RATE * factor, SAMPLE_RATE, quality="MQ")
 
 
+def hoarse(
+    wave: Float[np.ndarray, " S"], rng: np.random.Generator, *, share: float
+) -> Float[np.ndarray, " S"]:
+    """Breath in place of a `share` of the voice's power: noise with the same spectrum over time."""
+    window = min(400, len(wave))
+    _, _, spectrum = scipy.signal.stft(wave, nperseg=window)
+    phases = np.exp(2j * np.pi * rng.random(spectrum.shape))
+    breath = scipy.signal.istft(spectrum * phases, nperseg=window)[1][: len(wave)]
+    breath = np.pad(breath, (0, len(wave) - len(breath)))
+    breath *= np.sqrt(np.mean(wave**2) / max(np.mean(breath**2), 1e-12))
+    mixed = np.sqrt(1 - share) * wave + np.sqrt(share) * breath
+    return mixed.astype(np.float32)
+
+
 def telephone(wave: Float[np.ndarray, " S"], *, rate: int = 8_000) -> Float[np.ndarray, " S"]:
     """What is left after a recording at `rate` Hz: nothing above half of it."""
     narrow = soxr.resample(wave, SAMPLE_RATE, rate, quality="MQ")

@@ -79,7 +79,7 @@ def surround(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def analysis(tasks: Sequence[Any], rng: np.random.Generator, *, held_out: bool) -> dict[str, Any]:
     """A clip and a written question; then perhaps another one about the same clip.
 
-    It says whether the answer survives that the clip is augmented.
+    It says whether the answer would be untrue at another speed.
     """
     task, sample = _sample(tasks, rng, held_out)
     messages = [
@@ -94,7 +94,7 @@ def analysis(tasks: Sequence[Any], rng: np.random.Generator, *, held_out: bool) 
             _user({"type": "text", "text": other.question(fact, rng)}),
             _assistant(other.reply_to(fact)),
         ]
-    return {"messages": messages, "task": task.name, "augmented": task.augmented}
+    return {"messages": messages, "task": task.name, "timed": task.timed}
 
 
 def chat(
@@ -109,15 +109,15 @@ def chat(
         about = chats[rng.integers(len(chats))]
         question, answer = about(rng)
         content = [_clip(say_question(question, rng, held_out=held_out), spoken(question))]
-        name, augmented = about.__name__, True
+        name, timed = about.__name__, False
     else:
         task, sample = _sample(tasks, rng, held_out)
         question, answer = task.question(sample, rng), task.reply_to(sample)
         asked = say_question(question, rng, held_out=held_out)
         content, name = [_clip(sample["audio"]), _clip(asked, spoken(question))], task.name
-        augmented = task.augmented
+        timed = task.timed
     messages = [_user(*content), _assistant(answer)]
-    return {"messages": messages, "task": name, "augmented": augmented}
+    return {"messages": messages, "task": name, "timed": timed}
 
 
 def preference(

@@ -47,6 +47,12 @@ FEMALE = ("Alicia", "anika", "Annie", "aunty", "belinda", "f1", "f2", "f3", "f5"
 MALE = ("Andy", "antonio", "Denis", "Diogo", "Henrique", "Jacky", "john", "klatt2", "klatt6", "Lee",
         "m1", "m2", "m3", "m7", "marcelo", "max", "Michael", "miguel", "Mr serious", "pablo",
         "paul", "robert", "Storm", "travis")  # fmt: skip
+# Others whose fundamental is a man's, at every pitch of espeak-ng's: they breathe, croak, buzz.
+DEEP = (*MALE, "adam", "Alex", "benjamin", "croak", "david", "ed", "edward", "edward2", "Gene",
+        "Gene2", "grandpa", "gustave", "Hugo", "iven", "iven2", "iven3", "iven4", "klatt", "klatt3",
+        "klatt4", "klatt5", "m4", "m5", "m6", "m8", "Marco", "michel", "Mike", "mike2", "norbert",
+        "RicishayMax", "RicishayMax2", "RicishayMax3", "rob", "robosoft2", "robosoft3", "robosoft4",
+        "robosoft5", "robosoft7", "sandro")  # fmt: skip
 HELD_OUT_FEMALE, HELD_OUT_MALE = ("Andrea", "f4", "linda"), ("boris", "Mario", "pedro", "victor")
 GENDERS = {
     **dict.fromkeys((*FEMALE, *HELD_OUT_FEMALE), "female"),
@@ -74,10 +80,12 @@ class Manner:
     language: str = "en"
     voice: str | None = None  # anybody's
     gender: str | None = None  # any
+    variants: tuple[str, ...] = ()  # one of these timbres, if any are named
     rate: tuple[int, int] = (120, 230)  # words per minute
     pitch: tuple[int, int] = (35, 65)  # 0 to 99, relative to the voice's own
     range: tuple[int, int] = (20, 90)  # 0 monotone, to 100
     tract: tuple[float, float] = (1.0, 1.0)  # how much shorter a vocal tract than the voice's own
+    breath: tuple[float, float] = (0.0, 0.0)  # in place of so much of the voice's power
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,7 +122,10 @@ def say(
         "pitch_range": int(rng.integers(*manner.range)),
     }
     wave = _speak(text, voice, *settings.items()).astype(np.float32) / 32767
-    return Said(wave=wave if own else augment.change_speed(wave, tract), voice=voice)
+    wave = wave if own else augment.change_speed(wave, tract)
+    if manner.breath[1]:
+        wave = augment.hoarse(wave, rng, share=rng.uniform(*manner.breath))
+    return Said(wave=wave, voice=voice)
 
 
 def say_apart(
@@ -162,7 +173,8 @@ def join(words: Sequence[str], language: str) -> str:
 
 
 def _voice(rng: np.random.Generator, manner: Manner, held_out: bool) -> str:
-    variants = synth.HELD_OUT_VARIANTS if held_out else synth.TRAIN_VARIANTS
+    usual = synth.HELD_OUT_VARIANTS if held_out else synth.TRAIN_VARIANTS
+    variants = manner.variants or usual
     if manner.gender is not None:
         variants = [each for each in variants if GENDERS.get(each) == manner.gender]
     variant = variants[rng.integers(len(variants))]

@@ -218,15 +218,15 @@ def _make(
         with in_hand(part.name, row):
             record, made = part.read(row), _processor(processor)
             example = part.compile(record, made)
-            augmented = part.augmented if record.get("augmented") in (None, True) else 0.0
+            timed = record.get("timed") is True
             sample = draw(
                 example,
                 buckets,
                 rng,
                 mels=made.mels,
-                augmented=augmented,
+                augmented=part.augmented,
                 masked=part.masked,
-                timed=augmented > 0 and _tells_times(example, made),
+                timed=timed or (part.augmented > 0 and _tells_times(example, made)),
             )
             reference = _reference(record) if references else ()
     except Exception as error:  # a night's run goes on

@@ -111,14 +111,15 @@ class Skill:
     asked: tuple[str, ...] = ()  # in a conversation; {question} is the sample's own
     reply: str = "{text}"
     words: bool = False  # whether what is answered is what is said, word by word
-    augmented: bool = True  # whether the answer survives another speed, and silence before it
+    timed: bool = False  # whether the answer is untrue at another speed, or behind silence
     weight: float = 1.0  # of samples, relative to the other skills
     seconds: float = 5.0  # the longest clip
 
     def sample(self, seed: int, split: str) -> dict[str, Any]:
         """Makes the `seed`th sample: the line's fields, and which of the prompts asks for it."""
         rng, held_out = generator(self.name, seed, split)
-        return self.draw(rng, held_out) | {"prompt": int(rng.integers(len(self.prompts)))}
+        prompt = int(rng.integers(len(self.prompts)))
+        return self.draw(rng, held_out) | {"prompt": prompt, "timed": self.timed}
 
     def draw(self, rng: np.random.Generator, held_out: bool) -> dict[str, Any]:
         """The fields of a sample whose clip is within the limit."""
@@ -201,7 +202,7 @@ def full(words: tuple[str, ...], chats: tuple[dialogue.Chat, ...]) -> tuple[Skil
         *(_translate(language, "en") for language in languages),
         *(_translate("en", language) for language in languages),
         *(
-            _classify(kind, manner(kind), weight=weight, augmented=kind in AT_ANY_SPEED)
+            _classify(kind, manner(kind), weight=weight, timed=kind not in AT_ANY_SPEED)
             for kind, weight in SPEAKING.items()
         ),
         _classify("presence", partial(scenes.presence, vocabulary=words)),
@@ -226,7 +227,7 @@ def _classify(
     closed_set: tuple[str, ...] = (),
     *,
     weight: float = 1.0,
-    augmented: bool = True,
+    timed: bool = False,
 ) -> Skill:
     what, reply, asked = CLASSES[name]
     return Skill(
@@ -239,7 +240,7 @@ def _classify(
         asked=asked,
         reply=reply,
         weight=weight,
-        augmented=augmented,
+        timed=timed,
     )
 
 
@@ -337,6 +338,6 @@ def _timestamps(words: tuple[str, ...]) -> Skill:
         tags=hierarchical_tags("transcribe", text_language="unknown", timestamps=True),
         answer=TAGGED,
         metric="times",
-        augmented=False,
+        timed=True,
         weight=4.0,
     )

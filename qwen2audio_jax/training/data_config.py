@@ -66,8 +66,8 @@ class DataConfig:
     """Whether a row holds as many samples as fit."""
     augmented: float | tuple[float, ...] = 0.0
     """The part of the clips that is moved to other rooms, microphones, noises, speeds, levels: of
-    all, or of each source; but none of rows with "augmented": false. Clips keep their own time
-    beside texts that state times, `<|0.50|>`; answers about speed, pitch or loudness want 0."""
+    all, or of each source. Clips keep their speed and beginning in rows with "timed": true, and
+    beside texts that state times, `<|0.50|>`; answers about loudness want 0."""
     masked: float = 0.0
     """The part of the clips that loses bands and spans (SpecAugment)."""
     workers: int = field(default=1, metadata=MAY_CHANGE)

@@ -188,7 +188,7 @@ def _made(spec: str, style: str, pairs: bool) -> list[HeldOut]:
                 source=world.source(skill.name, split, MADE),
                 compile=functools.partial(skill.compile, style=style),
                 weight=skill.weight,
-                augmented=float(skill.augmented),
+                augmented=1.0,
             ),
             choices=functools.partial(_choices, skill),
         )
