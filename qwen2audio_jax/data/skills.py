@@ -118,8 +118,8 @@ class Skill:
     def sample(self, seed: int, split: str) -> dict[str, Any]:
         """Makes the `seed`th sample: the line's fields, and which of the prompts asks for it."""
         rng, held_out = generator(self.name, seed, split)
-        prompt = int(rng.integers(len(self.prompts)))
-        return self.draw(rng, held_out) | {"prompt": prompt, "timed": self.timed}
+        fields = self.draw(rng, held_out) | {"timed": self.timed}
+        return fields | {"prompt": int(rng.integers(len(self.prompts)))}
 
     def draw(self, rng: np.random.Generator, held_out: bool) -> dict[str, Any]:
         """The fields of a sample whose clip is within the limit."""
