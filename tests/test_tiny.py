@@ -68,6 +68,7 @@ def test_it_hears_recorded_digits(tiny, shared_data):
     [
         ("recognise en", "recognise en", 0.95),
         ("translate en de", "translate en de", 0.85),
+        ("voice", "voice", 0.9),
         ("gender", "gender", 0.9),
         ("pitch", "pitch", 0.9),
         ("emotion", "emotion", 0.9),
