@@ -5,8 +5,10 @@ import os
 import pathlib
 import secrets
 import sys
+from collections.abc import Iterator
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache as programs
 
 
 def keep() -> None:
@@ -33,6 +35,20 @@ def keep() -> None:
 def kept() -> str | None:
     """Where programs are kept, if they are."""
     return jax.config.jax_compilation_cache_dir or None
+
+
+@contextlib.contextmanager
+def anew() -> Iterator[None]:
+    """What is compiled in here is compiled, not found: on CPUs a program that was found cannot be
+    written once more (jax 0.10; what was written lacks functions)."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    programs.reset_cache()  # jax asks whether there is one only once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        programs.reset_cache()
 
 
 def stop() -> None:

@@ -11,6 +11,7 @@ peak rates leave. A step that does not fit is told with its largest arrays and w
 The compiler is an extra: pip install 'qwen2audio_jax[tpu]'.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -20,7 +21,7 @@ from dataclasses import field
 import jax
 from jax.sharding import Mesh
 
-from qwen2audio_jax import config, flash, remat
+from qwen2audio_jax import compilation_cache, config, flash, remat
 from qwen2audio_jax.training import compiled, saved, topology
 from qwen2audio_jax.training.advice import advice, given_of
 from qwen2audio_jax.training.chips import GIB
@@ -103,7 +104,8 @@ def main(given: Compile) -> None:
         lowered = lower(given, where)
         if given.mesh.show:
             print(table(lowered.held), file=sys.stderr)
-        report, program = compiled.compile(lowered, where, given.compiler_options)
+        with compilation_cache.anew() if given.save else contextlib.nullcontext():
+            report, program = compiled.compile(lowered, where, given.compiler_options)
         mesh = lowered.mesh
         if program is not None:
             write(given, program)
