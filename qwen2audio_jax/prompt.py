@@ -242,7 +242,8 @@ class ChatTemplate:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             raise ValueError("nothing to learn: the conversation has no assistant turn")
-        if not any(_is_learned(messages[i], f"message {i + 1}") for i in turns):
+        learned = {i for i in turns if _is_learned(messages[i], f"message {i + 1}")}
+        if not learned:
             raise ValueError("nothing to learn: no assistant turn has a loss, as the messages say")
         full, spans = self.render(messages), []
         for i in turns:
@@ -256,7 +257,7 @@ class ChatTemplate:
             answer = through[len(given) :]
             # What stands after the closing token belongs to the next turn.
             rest = answer.rpartition(IM_END)[2]
-            if _is_learned(messages[i], f"message {i + 1}"):
+            if i in learned:
                 spans.append((len(given), len(through) - (0 if rest.strip() else len(rest))))
         return full, spans
 

@@ -173,8 +173,8 @@ def join(words: Sequence[str], language: str) -> str:
 
 
 def _voice(rng: np.random.Generator, manner: Manner, held_out: bool) -> str:
-    usual = synth.HELD_OUT_VARIANTS if held_out else synth.TRAIN_VARIANTS
-    variants = manner.variants or usual
+    everybody = synth.HELD_OUT_VARIANTS if held_out else synth.TRAIN_VARIANTS
+    variants = manner.variants or everybody
     if manner.gender is not None:
         variants = [each for each in variants if GENDERS.get(each) == manner.gender]
     variant = variants[rng.integers(len(variants))]
