@@ -5,6 +5,7 @@ import contextlib
 import functools
 import http.client
 import io
+import math
 import os
 import pathlib
 import re
@@ -63,33 +64,40 @@ class AudioError(ValueError):
     """One line: which source cannot be heard, and why."""
 
 
+class TooLong(AudioError):
+    """It lasts longer than whoever loads it would hear."""
+
+
 class _Passing(AudioError):
     """A server does not answer as it should; it may yet."""
 
 
-def load(source: Source) -> Float[np.ndarray, " S"]:
+def load(source: Source, *, longest: float = math.inf) -> Float[np.ndarray, " S"]:
     """Brings sound from anywhere into the one form the model hears: mono at 16 kHz.
 
     Args:
       source: a path (`~` too); an http, https, file or base64 data URL; a sound file's bytes; or
         (samples, rate), where samples are [S], [channels, S] or [S, channels], integers counting
         as fractions of their type's full range.
+      longest: seconds; of a file that lasts longer no more than these are decoded.
 
     Returns:
       Float32 samples, full scale 1 but not clipped; what `librosa.load(path, sr=16000)` gives.
 
     Raises:
       AudioError: it cannot be had, is not sound, stops before its header says, holds NaN,
-        infinity or integers as floats, is silent, or lasts under 25 ms.
+        infinity or integers as floats, is silent, or lasts under 25 ms; or `TooLong`.
     """
     try:
         if isinstance(source, tuple | list):
             samples, rate = _from_array(source)
         else:
-            samples, rate = _decode(content(source))
-        return _listen(samples, rate)
+            samples, rate = _decode(content(source), longest)
+        wave = _listen(samples, rate)
+        _refuse_longer(len(wave) / SAMPLE_RATE, longest)
+        return wave
     except AudioError as error:
-        raise AudioError(f"{name(source)}: {error}") from None
+        raise type(error)(f"{name(source)}: {error}") from None
     except OSError as error:  # the disk is full, or there are no file descriptors left
         raise AudioError(f"{name(source)}: cannot be read: {error.strerror or error}") from None
 
@@ -142,6 +150,11 @@ def _quietest(wave: Float[np.ndarray, " S"], low: int, high: int) -> int:
     energy = np.square(around).reshape(-1, hop).sum(axis=1)
     bell = np.convolve(energy, np.hanning(2 * reach + 2)[1:-1], mode="valid")
     return low + hop * (count - 1 - int(np.argmin(bell[::-1])))
+
+
+def _refuse_longer(seconds: float, longest: float, got: str = "") -> None:
+    if seconds > longest:
+        raise TooLong(f"wanted at most {longest:g} s, got {got or f'{seconds:.2f} s'}")
 
 
 def _listen(samples: Float[np.ndarray, "S channels"], rate: float) -> Float[np.ndarray, " S2"]:
@@ -292,19 +305,19 @@ class _Endless(_Bytes):
         return super().seek(offset, whence)
 
 
-def _decode(data: bytes) -> tuple[Float[np.ndarray, "S channels"], float]:
+def _decode(data: bytes, longest: float) -> tuple[Float[np.ndarray, "S channels"], float]:
     if not data:
         raise AudioError("is empty (0 bytes)")
     for kind, magic in FOREIGN.items():
         if magic.match(data):
-            data = _ffmpeg(data, kind)
+            data = _ffmpeg(data, kind, longest)
             break
     _refuse_cut(data)
-    file, samples, log = _play(_Bytes(data))
+    file, samples, log = _play(_Bytes(data), longest)
     if file.format == "MP3":
         tag = XING.match(data, _after_id3(data))
         if len(samples) == file.frames and not (tag and tag["fields"][0] & 1):
-            file, samples, log = _play(_Endless(data))
+            file, samples, log = _play(_Endless(data), longest)
     elif len(samples) < file.frames < UNKNOWN:
         lengths = f"{file.frames} samples, {len(samples)} are there"
         raise AudioError(f"truncated: its header says {lengths}")
@@ -315,24 +328,31 @@ def _decode(data: bytes) -> tuple[Float[np.ndarray, "S channels"], float]:
     return samples, float(file.samplerate)
 
 
-def _play(data: _Bytes) -> tuple[_Forward, Float[np.ndarray, "S channels"], str]:
+def _play(data: _Bytes, longest: float) -> tuple[_Forward, Float[np.ndarray, "S channels"], str]:
     """Has libsndfile decode all there is; the file, closed, its samples, and what it logged."""
     file, got = None, 0
     try:
         with _quiet(), _Forward(data) as file:
+            if _knows_length(file) and not CUT.search(file.extra_info):
+                _refuse_longer(file.frames / file.samplerate, longest)
             blocks = [np.empty((0, file.channels), np.float32)]
             while len(block := file.read(4096, dtype="float32", always_2d=True)):
                 blocks.append(block)
                 got += len(block)
+                _refuse_longer(got / file.samplerate, longest, "more")
             return file, np.concatenate(blocks), file.extra_info
     except soundfile.LibsndfileError as error:
         reason = error.error_string.rstrip(".").removeprefix("Error : ")
         if file is None:
             raise AudioError(REASONS.get(reason, f"cannot be decoded: {reason}")) from None
-        known = file.frames < UNKNOWN and file.format != "MP3"
-        whole = f" of its {file.frames / file.samplerate:.2f}" if known else ""
+        whole = f" of its {file.frames / file.samplerate:.2f}" if _knows_length(file) else ""
         where = f"stops after {got / file.samplerate:.2f}{whole} s"
         raise AudioError(f"corrupt or truncated: {where} ({reason})") from None
+
+
+def _knows_length(file: _Forward) -> bool:
+    """Whether its header says how long it is; of an mp3 libsndfile may guess it."""
+    return file.frames < UNKNOWN and file.format != "MP3"
 
 
 def _refuse_cut(data: bytes) -> None:
@@ -362,15 +382,18 @@ def _after_id3(data: bytes) -> int:
     return 10 + (data[6] << 21 | data[7] << 14 | data[8] << 7 | data[9])
 
 
-def _ffmpeg(data: bytes, kind: str) -> bytes:
-    """Any format that ffmpeg knows -> wav, its rate and channels kept."""
+def _ffmpeg(data: bytes, kind: str, longest: float) -> bytes:
+    """Any format that ffmpeg knows -> wav, its rate and channels kept; it ends a second behind
+    `longest`, if it is as long."""
     if (tool := shutil.which("ffmpeg")) is None:
         raise AudioError(f"{kind} needs ffmpeg on the PATH")
     with tempfile.TemporaryDirectory() as folder:
         clip = pathlib.Path(folder, "clip")  # m4a keeps its index at the end: a pipe will not do
         clip.write_bytes(data)
         command = [tool, "-nostdin", "-v", "error", "-protocol_whitelist", "file", "-i", str(clip)]
-        command += ["-vn", "-c:a", "pcm_f32le", "-f", "wav", "pipe:1"]
+        command += ["-vn", "-c:a", "pcm_f32le", "-f", "wav"]
+        command += [] if longest == math.inf else ["-t", f"{longest + 1:g}"]
+        command += ["pipe:1"]
         done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
     # To ffmpeg a clip that stops too early is a message, yet a success.
     if done.returncode or done.stderr.strip():

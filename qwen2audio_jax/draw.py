@@ -29,7 +29,7 @@ def training(rows: Sequence[Mapping[str, int | float]], path: pathlib.Path) -> N
         panel.plot(numbers, values, alpha=0.25, color="C0", linewidth=0.8)
         panel.plot(numbers, _smooth(values), color="C0")
         panel.set(xlabel="step", ylabel=label)
-    names = sorted({name for row in scores for name in row if name.count("/") == 1})
+    names = sorted({name for row in scores for name in row if _of_all(name)})
     for name in names:
         known = [(row["step"], row[name]) for row in scores if name in row]
         axes[1, 1].plot(*zip(*known, strict=True), marker=".", label=name.removeprefix("eval/"))
@@ -112,6 +112,11 @@ def mel(axes, picture: Float[np.ndarray, "M T"]) -> None:
         picture, origin="lower", aspect="auto", cmap="magma", extent=(0, frames / 100, 0, bands)
     )
     axes.set(xlabel="seconds", ylabel="mel band")
+
+
+def _of_all(name: str) -> bool:
+    """Whether a figure is one of all that is held out, rather than of a source, or of one side."""
+    return name.startswith("eval/") and (name.count("/") == 1 or name == "eval/rewards/margins")
 
 
 def _smooth(values: Float[np.ndarray, " steps"], window: int = 25) -> Float[np.ndarray, " steps"]:

@@ -30,8 +30,9 @@ def merge(
     state = jnp.clip(rank - (ends - counts)[clip], 0, states.shape[1] - 1)
     # A row's clips may be on any device: columns of all states are looked up, then brought to the
     # rows, for no device has room for all states of a pod.
-    columns = ("fsdp", "context")
-    states = spread.constrain(states.astype(text.dtype), "clips A D", D=columns)
+    columns = ("data", "fsdp", "context")
+    states = spread.constrain(states.astype(text.dtype), "C A D")
+    states = spread.constrain(states, "clips A D", D=columns)
     heard = spread.constrain(states[clip, state], "B L D", D=columns)
     heard = spread.constrain(heard, "B L D")
     return jnp.where(slots[..., None], heard, text)

@@ -141,6 +141,27 @@ def test_streamed_files_without_a_length_are_heard(chirp):
 
 
 @pytest.mark.parametrize(
+    ("format", "told"),
+    [*((f, "3.00 s") for f in ("WAV", "FLAC", "OGG", "AIFF")), ("MP3", "more"), ("piped", "more")],
+)
+def test_what_is_far_too_long_is_not_decoded(format, told, chirp, monkeypatch):
+    """Where its header says how long it is; else no more of it than may be heard."""
+    decoded, read = [], audio._Forward.read
+    counted = lambda *args, **options: decoded.append(block := read(*args, **options)) or block
+    monkeypatch.setattr(audio._Forward, "read", counted)
+    wave, rate = chirp(3), 16_000
+    data = bytearray(encoded(wave, format="WAV" if format == "piped" else format))
+    if format == "piped":
+        data[40:44] = b"\xff" * 4
+    with pytest.raises(audio.TooLong, match=rf"bytes: wanted at most 0.5 s, got {told}$"):
+        audio.load(data, longest=0.5)
+    assert sum(map(len, decoded)) <= (0 if told != "more" else 0.5 * rate + 4096)
+    with pytest.raises(audio.TooLong, match=r"wanted at most 2.9999 s, got 3.00 s$"):
+        audio.load((wave, rate), longest=2.9999)
+    assert len(audio.load(data, longest=3.2)) == len(audio.load(data)) >= len(wave)
+
+
+@pytest.mark.parametrize(
     "format", ["WAV", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3"]
 )
 @pytest.mark.parametrize("part", [0.6, 0.95])
@@ -351,6 +372,10 @@ def test_foreign_formats_go_through_ffmpeg(chirp, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     clip = b"\0\0\0\x1cftypM4A \0\0\0\0"
     np.testing.assert_array_equal(audio.load(clip), chirp(0.5))
+    tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\ncat {tmp_path}/out.wav\n')
+    with pytest.raises(audio.TooLong, match=r"wanted at most 0.4 s, got"):
+        audio.load(clip, longest=0.4)
+    assert " -t 1.4 " in (tmp_path / "asked").read_text()
     tool.write_text("#!/bin/sh\necho '[mov @ 0x55aa] moov atom not found' >&2\n")
     assert refusal(clip).endswith("ffmpeg cannot decode this m4a or mp4: [mov] moov atom not found")
     tool.write_text("#!/bin/sh\nexit 3\n")

@@ -165,6 +165,15 @@ def test_masks_have_limits_of_their_own(rng):
     assert set(changed.sum(0)) <= {0, 80} and 0 < changed.any(0).sum() <= 50
 
 
+def test_no_span_of_a_long_clip_is_longer_than_a_second(rng):
+    """As in the paper's policies, whose fraction only shortens it further; it may be as long."""
+    mel = rng.standard_normal((80, 3000)).astype(np.float32)
+    longest = max(
+        (augment.spec_augment(mel, rng, bands=0, spans=1) != mel).any(0).sum() for _ in range(200)
+    )
+    assert 90 < longest <= 100
+
+
 def test_speech_stays_speech_under_augmentation(shared_data):
     """Real digits keep most of their length and some energy, whatever is done to them."""
     import soundfile

@@ -8,7 +8,7 @@ import soundfile
 import words
 
 from qwen2audio_jax import Processor, prompt
-from qwen2audio_jax.data.chats import from_messages, from_preference
+from qwen2audio_jax.data.chats import from_messages, from_preference, is_pair
 from qwen2audio_jax.data.example import BadSample
 
 QUESTION = {"type": "text", "text": "What is that sound?"}
@@ -93,7 +93,10 @@ def test_clips_may_stand_beside_a_conversation(processor, heard, tmp_path, chirp
     assert empty.prompt == from_messages(silent, processor).prompt
 
 
-@pytest.mark.parametrize("form", ["texts", "messages", "prompt", "implicit prompt", "both"])
+FORMS = ["texts", "messages", "prompt", "implicit prompt", "both", "UltraFeedback", "ms-swift"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("beside", [False, True])
 def test_pairs_share_their_prompt(processor, heard, form, beside):
     """Each answer behind it is what training on that conversation sees, however it was written."""
@@ -110,13 +113,26 @@ def test_pairs_share_their_prompt(processor, heard, form, beside):
             "chosen": [*messages, says(chosen)],
             "rejected": [*messages, says(rejected)],
         },
-        "both": {  # UltraFeedback's
+        "both": {
             "prompt": QUESTION["text"],
             "chosen": [*messages, says(chosen)],
             "rejected": [*messages, says(rejected)],
         },
+        "UltraFeedback": {
+            "prompt": QUESTION["text"],
+            "chosen": [*messages, says(chosen)],
+            "rejected": [*messages, says(rejected)],
+            "messages": [*messages, says(chosen)],
+        },
+        "ms-swift": {
+            "messages": [*messages, says(chosen)],
+            "rejected_response": rejected,
+            "rejected": None,  # as tables fill what is absent
+        },
     }[form]
-    pair = from_preference(record | {"audios": [named(heard)] * beside}, processor)
+    record |= {"audios": [named(heard)] * beside}
+    assert is_pair(record)
+    pair = from_preference(record, processor)
     messages = whole
     assert ids_of(pair.prompt) == processor(messages)["input_ids"][0].tolist()
     assert learned_of(processor, pair.prompt) == ""
@@ -162,6 +178,10 @@ def test_bad_conversations_say_why(processor, heard, chirp):
         from_preference,
         {"messages": [heard], "chosen": chosen, "rejected": rejected, **rest},
     )
+    swift = lambda messages, rejected: (
+        from_preference,
+        {"messages": messages, "rejected_response": rejected},
+    )
     for (make, record), reason, message in (
         ((from_messages, {"text": "a"}), "missing field", "no 'messages' among text"),
         ((from_messages, {"messages": "a"}), "bad conversation", "list of messages, got str"),
@@ -206,6 +226,15 @@ def test_bad_conversations_say_why(processor, heard, chirp):
         (prefer("a", heard), "bad conversation", "no assistant turn"),
         (prefer("a", "b", messages=[heard, says("c")]), "bad conversation", "a user's turn"),
         (prefer("a", [says("b"), heard]), "bad conversation", "begins and ends with"),
+        (
+            prefer([turn("Hm?"), says("a")], [turn("Hm?"), says("b")]),
+            "bad conversation",
+            "wanted 1 clips in the answers, which begin with their prompt, too, got 0",
+        ),
+        (swift([says("a")], "b"), "bad conversation", "got no messages"),
+        (swift([heard], "b"), "bad conversation", "got no messages"),
+        (swift("a", "b"), "bad conversation", "list of messages, got str"),
+        (swift([heard, says("a")], "a"), "equal answers", "got the same"),
     ):
         with pytest.raises(BadSample) as caught:
             make(record, processor)

@@ -134,6 +134,29 @@ def test_the_first_host_says_what_there_is(run, tmp_path, monkeypatch):
     checkpoints.close()
 
 
+def test_a_host_that_cannot_save_waits_for_no_other(run, tmp_path, monkeypatch):
+    """Which are amid the same save: it says so and ends, and all end with it."""
+    shutil.copytree(run / CHECKPOINTS, tmp_path / CHECKPOINTS)
+    checkpoints = Checkpoints(tmp_path)
+    still = checkpoints._orbax
+
+    def fail():
+        raise OSError("Disk quota exceeded")
+
+    def wait(*_, **__):
+        raise AssertionError("the others are waited for")
+
+    monkeypatch.setattr(still, "wait", fail)
+    monkeypatch.setattr(still, "close", wait)
+    monkeypatch.setattr(checkpoints, "_open", wait)
+    monkeypatch.setattr(hosts, "joined", lambda: True)
+    with pytest.raises(OSError, match="Disk quota exceeded; step 2 is still there"):
+        checkpoints.wait()
+    checkpoints.close()
+    monkeypatch.undo()
+    still.close()
+
+
 def test_another_sharding_gets_the_same_bits(run, tmp_path):
     """From one device to eight, and from eight to one, checksums included."""
     mesh = sharding.mesh(fsdp=8)

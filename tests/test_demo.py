@@ -5,6 +5,7 @@ import pathlib
 import runpy
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -78,6 +79,35 @@ def test_another_world_begins_anew(tmp_path):
         assert knows_anna == (name == "full")
     (tmp_path / "pretrain" / "checkpoints" / "500").mkdir(parents=True)
     assert begun("small") == demo.VOCABULARY["full"]  # what goes on refuses other settings
+
+
+def test_a_score_is_of_the_recordings_that_there_are(tmp_path, monkeypatch):
+    """It is told again as it was; other clips, or another manifest, are scored anew."""
+    manifest, asked = tmp_path / "rows.jsonl", []
+    monkeypatch.setattr(demo, "load", lambda folder: (None, None))
+    monkeypatch.setattr(demo, "hear", lambda source: source)
+    for name in ("ask", "answer", "rows"):
+        monkeypatch.setattr(demo.evaluation, name, lambda *_: [])
+
+    def rate(model, processor, waves, texts):
+        asked.append(texts)
+        return types.SimpleNamespace(word_error_rate=1 / len(asked))
+
+    monkeypatch.setattr(demo.recognition, "score", rate)
+
+    def score(clips, *texts):
+        rows = [{"audio": "a.wav", "text": text, "split": "test"} for text in texts]
+        manifest.write_text("\n".join(map(json.dumps, rows)))
+        (row,) = demo.score(demo.Demo(manifest=(manifest,), clips=clips), tmp_path)
+        return row.value, row.n
+
+    assert score(5, "one", "two") == score(5, "one", "two") == (1, 2)
+    assert score(5, "one", "six") == score(5, "one", "six") == (1 / 2, 2)
+    assert score(6, "one", "six") == (1 / 3, 2)
+    path = tmp_path / demo.SCORES
+    path.write_text(json.dumps({"clips": 6, "rows": []}))  # as it was noted before
+    assert demo.score(demo.Demo(clips=6), tmp_path) == []
+    assert score(6, "one", "six") == (1 / 4, 2)
 
 
 def demonstrate(out, *args):

@@ -25,6 +25,20 @@ def test_stages_show_what_each_did(tmp_path):
     assert (a != b).any(axis=-1).mean() > 0.01
 
 
+def test_a_run_shows_what_is_measured_of_all_that_is_held_out(tmp_path, monkeypatch):
+    """Margins of rewards, too, which may be what the best checkpoint is chosen by."""
+    shown = []
+    save = lambda figure, path: shown.append(figure) or figure.savefig(path)
+    monkeypatch.setattr(draw, "_save", save)
+    steps = [{"step": i, "loss": 1 / i, "accuracy": 0.5} for i in range(1, 40)]
+    names = ("accuracy", "rewards/margins", "rewards/chosen", "logps/chosen")
+    figures = {f"eval/{source}{name}": 0.5 for source in ("", "a.jsonl/") for name in names}
+    draw.training([*steps, {"step": 20} | figures, {"step": 39} | figures], tmp_path / "a.png")
+    lines = shown[0].axes[3].get_lines()
+    assert [line.get_label() for line in lines] == ["accuracy", "rewards/margins"]
+    assert image.imread(tmp_path / "a.png").shape[0] > 300
+
+
 @pytest.mark.slow
 def test_heard_shows_a_clip_and_its_words(tmp_path, chirp):
     """Mel and attention fill most of the picture with colours."""

@@ -37,6 +37,9 @@ def test_clips_in_remote_storage_are_fetched(chirp):
     np.testing.assert_array_equal(hear("memory://bucket/clip.wav"), chirp(0.3))
     with pytest.raises(BadSample, match=r"missing audio: no file at memory://bucket/no.wav"):
         hear("memory://bucket/no.wav")
+    told = r"too long: memory://bucket/clip.wav: wanted at most 0.2 s, got 0.30 s$"
+    with pytest.raises(BadSample, match=told):
+        hear("memory://bucket/clip.wav", 0.2)
 
 
 @pytest.mark.parametrize(

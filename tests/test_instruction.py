@@ -107,7 +107,8 @@ def test_clips_in_the_answer_follow_those_of_the_prompt(processor, chirp):
 
 
 def test_the_words_of_a_clip_go_with_it(processor, chirp):
-    """A field of each slot's own, for CTC; clips without one have none; bad samples say why."""
+    """A field of each slot's own, for CTC; clips have none where nobody knows them, as where there
+    is nothing but a clip to ask about; bad samples say why."""
     line = "[AUDIO:a,words=said][AUDIO:b] Which? -> [AUDIO:c,no_loss,words=sung] that"
     task = Task.parse(line)
     clips = {name: (chirp(0.3), 16_000) for name in "abc"}
@@ -116,8 +117,10 @@ def test_the_words_of_a_clip_go_with_it(processor, chirp):
     assert task.compile(sample, processor).words == (wanted, [], [])
     assert task.compile(sample, processor, learn=False).words == (wanted, [])
     assert Task.parse("[AUDIO:a] -> b").compile(clips, processor).words == ([],)
-    with pytest.raises(BadSample, match="no 'said' among"):
-        task.compile(clips, processor)
+    for learn, unknown in ((True, ([], [], [])), (False, ([], []))):
+        assert task.compile(clips, processor, learn=learn).words == unknown
+    with pytest.raises(BadSample, match="'said': wanted a text, got list"):
+        task.compile({**sample, "said": ["one"]}, processor)
 
 
 def test_text_without_a_clip(processor):

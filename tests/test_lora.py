@@ -380,7 +380,7 @@ def test_adapters_come_from_the_hub_as_models_do(base, tmp_path, monkeypatch):
     "target, message",
     [
         (("q_proj", "w_pack"), r"'w_pack' matches no module; there are down_proj, fc1"),
-        ("q_proj", r"'q_proj' matches no module"),
+        ("q_proj", r"'q_proj', a regex for whole names, matches no module; there are down_proj"),
         (("lm_head",), r"'lm_head' matches language_model.lm_head: only linear layers"),
         (r".*conv.*", r"matches audio_tower.conv1, audio_tower.conv2: only linear layers"),
         ("(q_proj", r"'\(q_proj' is no regex: missing \)"),

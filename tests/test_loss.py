@@ -97,6 +97,18 @@ def test_what_is_ignored_has_no_say(measure, batch):
     assert other != value and counted["tokens"] < metrics["tokens"]
 
 
+def test_the_loud_states_of_what_is_ignored_move_nothing():
+    """Logits beyond what float32 can exponentiate, where nothing is learned: slopes as without."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 9, 12)).astype(np.float32)
+    labels = jnp.array([np.full(9, loss.IGNORED), rng.integers(0, 64, 9)])
+    table = jnp.float32(rng.standard_normal((64, 12)))
+    total = lambda x, table: loss._token_logps(3, x, table, labels)[0].sum()
+    slopes = jax.jit(jax.grad(total, argnums=(0, 1)))
+    for loud, quiet in zip(slopes(x * [[[1000]], [[1]]], table), slopes(x, table), strict=True):
+        np.testing.assert_allclose(loud, quiet, rtol=1e-6)
+
+
 def test_nothing_to_learn_is_zero_and_moves_nothing(measure, batch):
     """A batch without a learned token has loss 0 and gradients 0, not NaN."""
     nothing = np.full_like(batch["labels"], loss.IGNORED)

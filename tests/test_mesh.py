@@ -85,7 +85,11 @@ WAYS = {
     "sft": (packed, loss.next_token, {}),
     "five rows": (parts, loss.next_token, {"accumulate": 2}),
     "dpo": (pairs, dpo, {"reference": True}),
-    "lora": (packed, loss.next_token, {"adapters": Lora(r=2, target_modules="all-linear")}),
+    "lora": (
+        packed,
+        loss.next_token,
+        {"adapters": Lora(r=2, target_modules="all-linear", lora_dropout=0.3)},
+    ),
 }
 
 

@@ -23,7 +23,7 @@ from qwen2audio_jax.data.example import BadSample
 from qwen2audio_jax.data.feeds import Feeds
 from qwen2audio_jax.data.instruction import Task
 from qwen2audio_jax.data.mixture import Mixture, Part
-from qwen2audio_jax.data.pack import Bucket
+from qwen2audio_jax.data.pack import Bucket, Sample
 from qwen2audio_jax.data.sources import open_source
 from qwen2audio_jax.processor import Processor
 
@@ -287,6 +287,7 @@ def test_only_what_is_no_samples_fault_ends_a_run(tokenizer, tmp_path):
 def test_clips_keep_the_time_that_texts_tell(tokenizer, clips):
     """In answers and in questions, of conversations and of pairs: at another speed it is untrue."""
     times, pair = "<|0.10|>yes<|0.20|>", {"chosen": "yes", "rejected": "no"}
+    kept, free = (True, np.True_, 1, np.int64(1)), (False, None, np.False_, 0)
     ask = lambda text: [{"role": "user", "content": [{"audio": clips[5]["audio"]}, {"text": text}]}]
     answer = lambda text: [{"role": "assistant", "content": text}]
     rows = [
@@ -297,7 +298,7 @@ def test_clips_keep_the_time_that_texts_tell(tokenizer, clips):
         {"messages": ask("no<|0.5|>")} | pair,
         {"messages": ask("What?")} | pair,
         {"messages": ask("What?")} | pair | {"rejected": times},
-        *(clips[5] | {"timed": each} for each in (False, None, True)),
+        *(clips[5] | {"timed": each} for each in (*kept, *free)),
     ]
 
     def valid(row):
@@ -309,7 +310,22 @@ def test_clips_keep_the_time_that_texts_tell(tokenizer, clips):
 
     found = [len(valid(row)) for row in rows]
     assert [count == 1 for count in found[:7]] == [True, False, True, False, True, False, True]
-    assert [count == 1 for count in found[7:]] == [False, False, True]  # as a row says of itself
+    # as a row says of itself
+    assert [count == 1 for count in found[7:]] == [True] * len(kept) + [False] * len(free)
+
+
+@pytest.mark.parametrize("timed", ["yes", 2, float("nan"), [True]], ids=repr)
+def test_whether_a_clip_keeps_its_time_is_said_in_no_other_way(tokenizer, clips, timed):
+    """Where clips may be changed, who says it in vain hears of it."""
+    row = clips[5] | {"timed": timed}
+    for augmented in (0.0, 0.1):
+        part = Part(name="n", source=[row], compile=TASK.compile, augmented=augmented)
+        mixture = Mixture(parts=(part,), processor=tokenizer, buckets=(LONG,))
+        made = mixture.samples()[0]
+        if augmented:
+            assert made.reason == "bad row" and "'timed': wanted true or false" in made.message
+        else:
+            assert isinstance(made, Sample)
 
 
 def unusable(record, processor):

@@ -54,6 +54,15 @@ def test_paths_are_the_table_s(params):
     assert "decoder.embedding.embedding" in names and "projector.bias" in names
 
 
+def test_the_projection_of_values_has_its_name_and_can_be_frozen(params):
+    """Though nnx calls every parameter's content a value, too."""
+    config = OptimizerConfig(warmup_steps=0, frozen=("decoder.blocks.attention.value",))
+    config.check(flat(params))
+    moved = step(config, params, jax.tree.map(jnp.ones_like, params))
+    still = {path for path, delta in moved.items() if not delta.any()} - {"encoder.positions"}
+    assert still == {f"decoder.blocks.attention.value.{name}" for name in ("kernel", "bias")}
+
+
 def test_without_gradients_only_matrices_decay(params):
     """Kernels and embeddings shrink by rate * decay; norms, biases and positions stay."""
     config = OptimizerConfig(learning_rate=0.1, steps=10, warmup_steps=0, weight_decay=0.5)

@@ -1,6 +1,8 @@
 """The table of pods is made of what was compiled, and goes on where it was stopped."""
 
+import functools
 import json
+import pathlib
 import subprocess
 import types
 
@@ -9,6 +11,7 @@ import pytest
 from qwen2audio_jax.training.chips import GIB
 from train import pods
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOUND = {
     "fits": True,
     "hbm_peak_bytes": 15 * GIB,
@@ -93,6 +96,36 @@ def test_what_cannot_be_compiled_has_a_row_and_is_tried_again(asked, tmp_path, m
     assert pods.main(pods.Options(out)) == 0
     assert asked[before:] == ["--stage dpo --topology v5e:4x8 --batch 32"]
     assert "no such pod" not in out.read_text("utf-8")
+
+
+@functools.cache
+def documented():
+    """What docs/ and README say was compiled."""
+    known = json.loads((ROOT / "docs" / "pods.json").read_text("utf-8"))
+    steps = {*pods.TABLE, *pods.CHIPS_GROW, *pods.SOUND_GROWS}
+    return {step: known[step.command] for step in steps}
+
+
+def test_every_step_that_is_documented_was_compiled_and_fits():
+    """Where an aim is missed the table's row says so in bold; of those with an aim for MFU none."""
+    told = (ROOT / "docs" / "pods.md").read_text("utf-8")
+    for step, found in documented().items():
+        assert pods.line(step, found) in told
+        assert found["fits"] and found["process_peak_bytes"] <= pods.LARGEST * GIB
+        if step.mfu:
+            assert found["mfu_bound"] >= step.mfu and found["flops_ratio"] <= pods.MOST_AGAIN
+
+
+def test_readme_has_what_was_compiled():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    aimed = {step: found for step, found in documented().items() if step.mfu}
+    assert len(aimed) == 6
+    for step, found in aimed.items():
+        kind, rows = step.chips.partition(":")[0], step.told.split()[1]
+        needs, has = found["hbm_peak_bytes"] / GIB, found["hbm_chip_bytes"] / GIB
+        parts = f"{found['flops_ratio']:.2f} | {100 * found['mfu_bound']:.0f} %"
+        row = f"| {step.count} {kind} | {rows} | {needs:.1f} of {has:.4g} | {parts} "
+        assert f"{row}| {100 * found['serial_mfu']:.0f} % |" in readme
 
 
 def test_slices_are_counted():

@@ -177,9 +177,15 @@ def test_two_processes_are_one(undisturbed, alone):
     alike(undisturbed, alone)
 
 
+ASKED = ["--precompute-ref-log-probs"]
+
+
 @pytest.mark.parametrize(
     ("processes", "args"),
-    [(2, ["--lora.r", 2, "--precompute-ref-log-probs", "--optimizer.name", "muon"]), (4, [])],
+    [
+        (2, ["--lora.r", 2, "--lora.lora-dropout", 0.2, *ASKED, "--optimizer.name", "muon"]),
+        (4, []),
+    ],
 )
 def test_processes_share_rows(given, tmp_path, processes, args):
     """By heads, two of them; and the parameters. Adapters and preferences, of a reference that is

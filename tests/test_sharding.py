@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from qwen2audio_jax import sharding, spread, weights
 from qwen2audio_jax.config import PRESETS, Config, DecoderConfig, EncoderConfig, preset
+from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.spread import AXES
 from qwen2audio_jax.training import placement
@@ -178,6 +179,35 @@ def test_a_host_gives_its_devices_their_part_of_its_groups_rows():
     for device, index in where.devices_indices_map((8, 6)).items():
         group = int(np.argwhere(mesh.devices == device)[0][1] >= 2)
         np.testing.assert_array_equal(asked(group)(index), whole[index])
+
+
+def test_what_every_host_has_goes_to_devices_without_being_gathered(monkeypatch):
+    """As `jax.device_put` would from several hosts, to see that they have the same."""
+    mesh = sharding.mesh(fsdp=8)
+    place = jax.sharding.NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    there, mine = jax.device_put(jnp.ones((2, 8)), place), jnp.arange(16.0).reshape(2, 8)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "device_put", lambda *_: pytest.fail("gathered"))
+    put = placement.put({"mine": mine}, {"mine": place})["mine"]
+    assert put.sharding == place and len(put.addressable_shards) == 8
+    np.testing.assert_array_equal(put, mine)
+    monkeypatch.undo()
+    assert placement.put({"there": there}, {"there": place})["there"].sharding == place
+
+
+@pytest.mark.parametrize(
+    ("rows", "feeds", "wide", "empty"),
+    [(2, 1, "8x100,40x60", 6), (3, 1, "6x100,30x60", 5), (8, 1, "8x100,40x60", 0), (3, 4, "6x", 4)],
+)
+def test_shared_batches_have_rows_for_all_devices(rows, feeds, wide, empty):
+    """As many times as they go into the devices; how many rows a step would add is known."""
+    bucket, mesh = Bucket(rows=rows, tokens=100, clips=5 * rows, frames=60), sharding.mesh(fsdp=8)
+    (made,) = placement.widened([bucket], mesh)
+    assert str(made).startswith(wide)
+    assert placement.widened([bucket], None) == (bucket,)
+    assert placement.empty_rows(bucket, feeds, mesh) == empty
+    shape = jax.ShapeDtypeStruct((rows * feeds, 100), np.int32)
+    assert placement.place({"labels": shape}, mesh)["labels"].shape[0] == rows * feeds + empty
 
 
 def test_slices_that_nobody_mentions_are_told_of():

@@ -480,7 +480,8 @@ def test_a_worker_gets_a_manifest_once(many, tmp_path, monkeypatch):
     settings = shard.Settings(manifest=str(many), out=tmp_path / "out", rows=3, workers=1)
     shard.main(settings)
     assert len(jobs) == 5 and max(map(len, jobs)) < 100
-    assert len(open_source(tmp_path / "out")) == 9
+    shards = open_source(tmp_path / "out")
+    assert len(shards) == 9 and sources.manifest_of(f"{tmp_path}/out") == str(many)
 
 
 def test_killed_while_writing_shards(many, tmp_path, monkeypatch, capsys):

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen2audio_jax import Qwen2Audio, sharding
+from qwen2audio_jax.mel import audio_tokens
 from qwen2audio_jax.training import arrays, collectives, compiled, hlo, loss, placement, topology
 from qwen2audio_jax.training.chips import CHIPS
 from qwen2audio_jax.training.topology import Work
@@ -156,6 +157,17 @@ def test_a_step_gathers_no_stack_and_holds_no_scores(mesh):
     text = lowered.program.compile().as_text()
     assert largest(text) < LONG.batch * LONG.tokens * WORDS.decoder.vocabulary // 8
     assert not stacks_gathered(lowered.held["trained"], text)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 4}, {"fsdp": 8}])
+def test_no_device_has_what_all_clips_say(sizes):
+    """Of a pod's clips it has their own, or some columns of all: nowhere [C A E] or [C A D]."""
+    work = Work(batch=16, tokens=160, clips=3, frames=140)
+    clips, states = work.batch * work.clips, audio_tokens(work.frames)
+    lowered = topology.lower("sft", small.EVEN, work, settings(), sharding.mesh(**sizes))
+    text = lowered.program.compile().as_text()
+    found = [shape for shape in hlo.Program(text, devices=8).shapes() if states in shape]
+    assert found and max(map(np.prod, found)) < clips * states * small.EVEN.encoder.width
 
 
 @pytest.mark.parametrize("over", [(None, None, "tensor"), ()])

@@ -390,11 +390,12 @@ def test_a_presets_world_is_not_measured_beside_other_data(monkeypatch, capsys):
 
     def held_out(*args):
         monkeypatch.setattr(sys, "argv", ["x", "tiny", "--data.train", "a.jsonl:train", *args])
-        return launch._without_others(launch._parse("sft", "about"), "sft").data.held_out
+        return launch._parse("sft", "about").data.held_out
 
     assert held_out() == ()
     assert capsys.readouterr().err == "train.sft: nothing is measured without --data.held-out\n"
-    for asked in (("a.jsonl:test", "world:small/chat:test"), ("world:small/chat:test",)):
+    usual = launch.presets("sft")["tiny"][1].data.held_out
+    for asked in (("a.jsonl:test", "world:small/chat:test"), ("world:small/chat:test",), usual):
         assert held_out("--data.held-out", *asked) == asked
     assert not capsys.readouterr().err
 

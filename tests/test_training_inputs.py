@@ -19,7 +19,7 @@ from qwen2audio_jax.data.chats import from_preference
 from qwen2audio_jax.data.example import BadSample
 from qwen2audio_jax.data.instruction import Task
 from qwen2audio_jax.data.mixture import Mixture, Part
-from qwen2audio_jax.data.pack import Bucket
+from qwen2audio_jax.data.pack import Bad, Bucket
 from qwen2audio_jax.data.sources import Made, where
 from qwen2audio_jax.training import inputs, reference
 from qwen2audio_jax.training.data_config import DataConfig
@@ -133,7 +133,7 @@ def test_a_reference_answers_pairs_in_a_file_however_many(tmp_path, monkeypatch)
     monkeypatch.setattr(reference, "_fingerprints", lambda source: np.zeros(len(source)))
     monkeypatch.setattr(reference, "_publish", lambda path, source: None)
     monkeypatch.setattr(reference, "_read", known)
-    nobody, made = (object.__new__(Learner), object.__new__(Mixture)), Made(lambda i: {}, 5)
+    nobody, made = (Answers(0), shapes()), Made(lambda i: {}, 5)
     for source in (range(10**6), inputs.Drawn(made, 2)):
         part = Part(name="pairs", source=source, compile=from_preference)
         (answered,) = reference.precompute(*nobody, [part], tmp_path)
@@ -142,11 +142,18 @@ def test_a_reference_answers_pairs_in_a_file_however_many(tmp_path, monkeypatch)
         reference.precompute(*nobody, [dataclasses.replace(part, source=made)], tmp_path)
 
 
+def shapes(tokens=9):
+    """A mixture of nothing but its batches' shapes."""
+    bucket = Bucket(rows=1, tokens=tokens, clips=0, frames=4)
+    nothing = Part(name="nothing", source=[{}], compile=from_preference)
+    return Mixture(parts=(nothing,), processor="", buckets=(bucket,))
+
+
 class Answers(Learner):
     """A reference that answers a number of batches, the row's number of answers to each pair."""
 
-    def __init__(self, at_most):
-        self.at_most, self.asked = at_most, []
+    def __init__(self, at_most, dtype=None):
+        self.at_most, self.asked, self.dtype = at_most, [], dtype
 
     def reference_logps(self, batch):
         if len(self.asked) == self.at_most:
@@ -162,7 +169,7 @@ def test_what_a_reference_has_answered_is_not_asked_again(tmp_path, monkeypatch)
     monkeypatch.setattr(reference, "_identity", lambda learner: "the same")
     monkeypatch.setattr(reference, "SAVE_EVERY", 0)
     part = Part(name="pairs", source=[{}] * 6, compile=from_preference)
-    mixture, first, second, third = object.__new__(Mixture), Answers(2), Answers(9), Answers(0)
+    mixture, first, second, third = shapes(), Answers(2), Answers(9), Answers(0)
     with pytest.raises(KeyboardInterrupt):
         reference.precompute(first, mixture, [part], tmp_path)
     (answered,) = reference.precompute(second, mixture, [part], tmp_path)
@@ -171,6 +178,33 @@ def test_what_a_reference_has_answered_is_not_asked_again(tmp_path, monkeypatch)
     wanted = np.array([[0, -1, -2, -3, -4, np.nan]] * 2, np.float32).T
     for each in (answered, again):
         np.testing.assert_array_equal(each.source.logps, wanted)
+
+
+def test_what_a_reference_was_asked_in_depends_on_shapes_and_arithmetic(tmp_path, monkeypatch):
+    """What fitted no batch may fit longer ones; in another dtype all answers are others."""
+    batches = [{"rows": np.array([i])} for i in range(3)]
+    too_long = Bad(part="pairs", reason="too long", message="too long: fits none", row=2)
+
+    def once(part, mixture, bad):
+        yield from batches[:2]
+        if mixture.buckets[0].tokens < 99:
+            bad.append(too_long)
+        elif len(part.source) == 3:
+            yield batches[2]
+
+    monkeypatch.setattr(inputs, "once", once)
+    monkeypatch.setattr(reference, "_identity", lambda learner: "the same")
+    part = Part(name="pairs", source=[{}] * 3, compile=from_preference)
+
+    def start(tokens, dtype):
+        learner = Answers(9, dtype)
+        (answered,) = reference.precompute(learner, shapes(tokens), [part], tmp_path)
+        return learner.asked, np.isfinite(answered.source.logps).all(axis=1).tolist()
+
+    assert start(9, "float32") == ([[0], [1]], [True, True, False])
+    assert start(9, "float32") == ([], [True, True, False])
+    assert start(99, "float32") == ([[2]], [True, True, True])
+    assert start(9, "bfloat16") == ([[0], [1]], [True, True, False])
 
 
 def pair(text, clip="0.wav", **columns):
@@ -190,7 +224,7 @@ def test_what_has_changed_is_asked_again(rows, tmp_path, chirp, monkeypatch):
     )
     monkeypatch.setattr(inputs, "once", once)
     soundfile.write(tmp_path / "1.wav", chirp(0.2), 16_000)
-    texts, mixture = ["a", "b", "c"], object.__new__(Mixture)
+    texts, mixture = ["a", "b", "c"], shapes()
     write = lambda: rows(*(pair(text, f"{i % 2}.wav") for i, text in enumerate(texts)))
 
     def asked(path):
@@ -263,7 +297,7 @@ def test_what_a_reference_has_answered_is_a_manifest_for_other_runs(
     monkeypatch.chdir(tmp_path)
     parts = inputs.training(DataConfig(train=("rows.jsonl",)), pairs=True)
     first, nobody = Answers(1), Answers(0)
-    reference.precompute(first, object.__new__(Mixture), parts, tmp_path / "run")
+    reference.precompute(first, shapes(), parts, tmp_path / "run")
     (path,) = (tmp_path / "run" / reference.PAIRS).iterdir()
     data = DataConfig(train=(str(path),))
     (part,) = parts = inputs.training(data, pairs=True)
@@ -273,9 +307,9 @@ def test_what_a_reference_has_answered_is_a_manifest_for_other_runs(
     ]
     assert len(part.compile(part.source[1], processor).waves[0]) == 3200
     assert not reference.settle(PreferenceSettings(), parts).keeps_reference
-    assert reference.precompute(nobody, object.__new__(Mixture), parts, tmp_path / "other") == parts
+    assert reference.precompute(nobody, shapes(), parts, tmp_path / "other") == parts
     shards = dataclasses.replace(part, source=[pair("a", b"RIFF")] * 3, name="shards")
-    reference.precompute(Answers(1), object.__new__(Mixture), [shards], tmp_path / "more")
+    reference.precompute(Answers(1), shapes(), [shards], tmp_path / "more")
     assert not list((tmp_path / "more" / reference.PAIRS).iterdir())
 
 
@@ -452,21 +486,28 @@ def test_words_are_wanted_where_ctc_learns_from_them(rows):
         with pytest.raises(ValueError, match=r"^ctc: wanted words .*words=FIELD\].*--ctc 0 does"):
             inputs.training(of(*lines), words=True)
     assert len(inputs.training(of(ASR, named), words=True)) == 2
+    wrong = ASR.replace("speech", "speech,words=txt")
+    assert len(inputs.training(of(wrong))) == 1
+    with pytest.raises(ValueError, match=r"words=txt of its fields, got speech, text, messages"):
+        inputs.training(of(named, wrong), words=True)
     talk = lambda parts: {"messages": [{"role": "user", "content": parts}, ANSWERED[1]]}
     rows(talk(clip), talk(said), {"messages": "broken"})
     assert len(inputs.training(of(""), words=True)) == 1
 
 
-def test_each_source_is_augmented_as_much_as_is_said_of_it(rows):
-    """Or all alike; on the command line, too."""
-    path = rows({"speech": "0.wav", "text": "yes"})
-    flags = ["--train", path, path, "--tasks", ASR, "--augmented"]
+@pytest.mark.parametrize("name", ["augmented", "masked"])
+def test_each_source_is_augmented_as_much_as_is_said_of_it(rows, name):
+    """Or all alike; on the command line, too, where a preset has one number."""
+    path, preset = rows({"speech": "0.wav", "text": "yes"}), DataConfig(**{name: 0.4})
+    flags = ["--train", path, path, "--tasks", ASR, f"--{name}"]
     for given, wanted in (("0.3", [0.3, 0.3]), ("0.3 0", [0.3, 0.0])):
-        data = tyro.cli(DataConfig, args=flags + given.split())
-        assert [part.augmented for part in inputs.training(data)] == wanted
-    assert tyro.cli(DataConfig, args=["--augmented"]).augmented_each == (0.0,)
-    whole = tyro.cli(DataConfig, args=[], default=DataConfig(augmented=0.4))
-    assert whole.augmented == 0.4 == as_json(whole)["augmented"]
+        for default in (DataConfig(), preset):
+            data = tyro.cli(DataConfig, args=flags + given.split(), default=default)
+            assert [getattr(part, name) for part in inputs.training(data)] == wanted
+    silent = tyro.cli(DataConfig, args=[f"--{name}"])
+    assert getattr(silent, f"{name}_each") == (0.0,)
+    whole = tyro.cli(DataConfig, args=[], default=preset)
+    assert getattr(whole, name) == 0.4 == as_json(whole)[name]
 
 
 def test_a_rate_of_nothing_is_refused():

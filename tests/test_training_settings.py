@@ -1,10 +1,12 @@
 """Settings of a run that mean nothing are refused in one line, before anything is read."""
 
 import dataclasses
+import json
 import re
 
 import numpy as np
 import pytest
+import tyro
 
 from qwen2audio_jax.config import PRESETS
 from qwen2audio_jax.processor import count_tokens
@@ -69,6 +71,45 @@ def test_the_same_rows_are_known_however_they_are_written(tmp_path, monkeypatch)
             DataConfig(train=(train,), held_out=(held_out,))
     DataConfig(train=(some,), held_out=("shards/test-*.array_record",))
     DataConfig(train=("gs://bucket/rows.jsonl",), held_out=("gs://other/rows.jsonl",))
+
+
+def test_shards_are_the_rows_that_they_were_written_from(tmp_path, monkeypatch):
+    """All of a manifest or a split of it, as `train.shard` noted beside them."""
+    monkeypatch.chdir(tmp_path)
+    of = {
+        "all": {"manifest": "clips/rows.jsonl"},  # as it was noted before
+        "moved": {"manifest": "rows.jsonl", "path": f"{tmp_path}/clips/rows.jsonl"},
+        "train": {"manifest": "clips/rows.jsonl:train"},
+        "bucket": {"manifest": "gs://bucket/rows.jsonl"},
+        "damaged": None,
+    }
+    for folder, noted in of.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "progress.jsonl").write_text(json.dumps(noted) if noted else "{")
+        for number in range(2):
+            (tmp_path / folder / f"{number}.array_record").write_bytes(b"")
+    rows, bucket = "clips/rows.jsonl", "gs://bucket/rows.jsonl"
+    for one, other in (
+        ("all", f"{rows}:test"),
+        ("all/1.array_record", rows),
+        ("moved", f"{tmp_path}/{rows}:test"),
+        ("train", f"{rows}:train"),
+        ("train", rows),
+        ("train", "all"),
+        ("bucket", f"{bucket}:test"),
+    ):
+        for train, held_out in ((one, other), (other, one)):
+            with pytest.raises(ValueError, match=re.escape(f"train has {train}; name splits")):
+                DataConfig(train=(train,), held_out=(held_out,))
+    for train, held_out in (
+        ("train", f"{rows}:test"),
+        ("train", "clips/other.jsonl"),
+        ("all/0.array_record", "all/1.array_record"),
+        ("damaged", rows),
+    ):
+        DataConfig(train=(train,), held_out=(held_out,))
+    data = DataConfig(train=("train", "b.jsonl"), tasks=("x", "y"), held_out=(f"{rows}:test",))
+    assert data.lines_held_out == ("x",)
 
 
 def test_splits_are_told_apart():
@@ -156,12 +197,29 @@ def test_adapters_are_like_those_that_they_begin_with():
 
 
 @pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        (["q_proj"], ("q_proj",)),
+        (["q_proj", "v_proj"], ("q_proj", "v_proj")),
+        (["all-linear"], "all-linear"),
+        ([r".*\.q_proj"], r".*\.q_proj"),
+    ],
+)
+def test_one_word_names_the_end_of_a_module(said, wanted):
+    """On the command line; a PEFT file's is a regex for whole names, as PEFT has it."""
+    told = tyro.cli(Lora, args=["--r", "2", "--target-modules", *said])
+    assert told.config.target_modules == wanted
+    assert LoraConfig(target_modules=said[0]).target_modules == said[0]
+
+
+@pytest.mark.parametrize(
     ("make", "wrong", "message"),
     [
         (DataConfig, {"augmented": 40.0}, "augmented from 0 to 1, got 40.0"),
         (DataConfig, {"augmented": (0.0, -1.0)}, "augmented from 0 to 1, got -1.0"),
         (DataConfig, {"augmented": (0.0, 1.0), "train": ("a",) * 3}, "augmented for 3 .*, got 2"),
         (DataConfig, {"masked": -1.0}, "masked from 0 to 1, got -1.0"),
+        (DataConfig, {"masked": (0.0, 1.0), "train": ("a",) * 3}, "masked for 3 .*, got 2"),
         (DataConfig, {"tags": ("<|a|>",)}, "tags are of the style tags: .*, got prompt"),
         (DataConfig, {"held_out_tags": ("<|a|>",), "style": "none"}, "the style tags: .* got none"),
         (Lora, {"lora_dropout": 0.1}, "lora_dropout is of no adapters: wanted lora.r too, got 0"),

@@ -4,7 +4,8 @@
     python -m train.dpo tiny --data.train pairs.jsonl --preference.beta 0.2
     python -m train.dpo 7b --data.train pairs.jsonl --precompute-ref-log-probs
 
-A line of pairs.jsonl: {"messages": [...], "chosen": "...", "rejected": "..."}, or TRL's form.
+A line of pairs.jsonl: {"messages": [...], "chosen": "...", "rejected": "..."}, or as TRL,
+UltraFeedback or ms-swift ({"messages": [...], "rejected_response": "..."}) have it.
 The reference is the model as it began: kept in memory; with LoRA, the model without its adapter, or
 with the one that it begins with (--lora.start); or its answers' log-probabilities, precomputed.
 

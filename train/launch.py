@@ -42,7 +42,7 @@ def launch(stage: str, train: Callable[[Any], int | None], about: str) -> None:
     name = f"train.{stage}"
     command.prepare()
     with command.guard(name):
-        settings = _without_others(_parse(stage, about), stage)
+        settings = _parse(stage, about)
         if settings.distributed or settings.hosts.coordinator:
             hosts.join(settings.hosts)
         else:
@@ -73,28 +73,33 @@ def _parse(stage: str, about: str) -> Any:
     """The settings: those of a preset, and what the command line says."""
     known = presets(stage)
     settings = _read(stage, known, about)
-    if settings.lora.start is None:
+    fitting = {name: (doc, _fitting(each, settings)) for name, (doc, each) in known.items()}
+    if fitting == known:
         return settings
-    # What is not said of adapters is as in those that are begun with, rather than as in the preset.
-    silent = dict.fromkeys(("lora_alpha", "target_modules", "modules_to_save"))
-    silent |= {"r": 0, "start": settings.lora.start}
-    for name, (doc, each) in known.items():
-        lora = dataclasses.replace(each.lora, **silent)
-        known[name] = (doc, dataclasses.replace(each, lora=lora))
-    return _read(stage, known, about)
+    # Read anew: what is told stays, be it what the preset would have had.
+    told = _read(stage, fitting, about)
+    if settings.data.held_out and not told.data.held_out:
+        print(f"train.{stage}: nothing is measured without --data.held-out", file=sys.stderr)
+    return told
+
+
+def _fitting(preset: Any, told: Any) -> Any:
+    """A preset without what does not go with what is told.
+
+    What is not said of adapters is as in those that are begun with, and a made world does not
+    measure what was learned from somebody's own data.
+    """
+    if told.lora.start is not None:
+        silent = dict.fromkeys(("lora_alpha", "target_modules", "modules_to_save"))
+        lora = dataclasses.replace(preset.lora, **silent, r=0, start=told.lora.start)
+        preset = dataclasses.replace(preset, lora=lora)
+    made = lambda sources: any(source.startswith(WORLD) for source in sources)
+    if told.data.train and not made(told.data.train) and made(preset.data.held_out):
+        data = dataclasses.replace(preset.data, held_out=())
+        preset = dataclasses.replace(preset, data=data)
+    return preset
 
 
 def _read(stage: str, known: dict[str, tuple[str, Any]], about: str) -> Any:
     cli = tyro.extras.overridable_config_cli
     return command.read(partial(cli, known, prog=f"python -m train.{stage}", description=about))
-
-
-def _without_others(settings: Any, stage: str) -> Any:
-    """A preset's made world does not measure what was learned from somebody's own data."""
-    made = lambda sources: any(source.startswith(WORLD) for source in sources)
-    data = settings.data
-    usual = [each.data.held_out for _, each in presets(stage).values()]
-    if not data.train or made(data.train) or not made(data.held_out) or data.held_out not in usual:
-        return settings
-    print(f"train.{stage}: nothing is measured without --data.held-out", file=sys.stderr)
-    return dataclasses.replace(settings, data=dataclasses.replace(data, held_out=()))

@@ -10,12 +10,14 @@ cannot be compiled has a row that says why and is tried again the next time; the
 """
 
 import dataclasses
+import datetime
 import json
 import math
 import pathlib
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from importlib import metadata
 from typing import Any
 
 import tyro
@@ -74,11 +76,18 @@ def _sft(chips: str, rows: int, more: str = "", *, mfu: float = 0.0, **how: Any)
 # Products wait for whole parameters rather than sum up parts in float32: where a chip computes so
 # much faster than it reads and writes, links cost less than those sums.
 WHOLE = " --compiler-options xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
+# As docs/hosts.md has it: the preset's optimizer, and two batches a step.
+GUIDE = (
+    " --gradient-accumulation-steps 2 --optimizer.encoder-learning-rate 0.0 --optimizer.b2 0.95"
+    " --optimizer.weight-decay 0.0"
+)
 TWO, EIGHT = (f" --mesh.ici-data-parallelism {n}" for n in (2, 8))
 TABLE = (
     _sft("v5e:4x4", 16, mfu=0.6),
     _sft("v5p:2x2x2", 32),
     _sft("v6e:4x4", 32, WHOLE, mfu=0.6),
+    _sft("v5e:4x4", 32, GUIDE),
+    Step("sft", "v5e:4x4", f"--batch 32 --tokens 4096 --clips 30 --frames 504{GUIDE}", sound=151.2),
     Step("dpo", "v5e:4x8", "--batch 32"),
     Step("dpo-precomputed", "v5e:4x8", "--batch 32"),
     Step("lora-sft", "v5e:2x4", "--batch 8 --tokens 4096 --clips 5", sound=150.0),
@@ -144,7 +153,8 @@ def main(options: Options) -> int:
         store.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
     done = [step for step in steps if step.command in known]
     lines = [line(step, known[step.command]) for step in done]
-    out.write_text("\n".join([*HEAD, *lines, ""]), "utf-8")
+    by = sorted({known[step.command].get("by", "") for step in done} - {""})
+    out.write_text("\n".join([*HEAD, *lines, "", *(f"Compiled by {each}." for each in by), ""]))
     draw(known, out.with_suffix(".png"))
     return int(any("error" in known[step.command] for step in done))
 
@@ -158,7 +168,8 @@ def compiled(step: Step) -> dict[str, Any]:
         said = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
         print(said[-1], file=sys.stderr, flush=True)
         return {"error": said[-1].removeprefix("train.compile: error: ")}
-    return json.loads(done.stdout)
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "libtpu"))
+    return json.loads(done.stdout) | {"by": f"{versions}, {datetime.date.today()}"}
 
 
 def line(step: Step, found: dict[str, Any]) -> str:

@@ -1,11 +1,12 @@
 """Writes a manifest and its clips into ArrayRecord shards, which a training reads in any order.
 
-    python -m train.shard clips/manifest.jsonl shards            # all processors
+    python -m train.shard clips/manifest.jsonl:train shards      # one split; all processors
     python -m train.shard gs://bucket/rows.jsonl shards --rows 4096 --workers 16
 
 A clip's file is stored as it is, after a look whether it can be heard; rows that cannot be used
 are left out, told by reason, and listed in shards/left_out.jsonl. A run that was killed goes on
-where it was. Train on the result with `shards` in the manifest's place.
+where it was. Train on the result with `shards` in the manifest's place; another split of the
+manifest may be held out.
 """
 
 import collections
@@ -69,7 +70,7 @@ def main(settings: Settings) -> None:
     done = _resume(settings, source)
     todo = [shard for shard in range(shards) if shard not in done]
     with (
-        open(settings.out / "progress.jsonl", "a") as noted,
+        open(settings.out / sources.PROGRESS, "a") as noted,
         Progress(shards, desc="writing", unit=" shards", initial=len(done)) as progress,
     ):
         for written in _write_all(settings, source, shards, todo):
@@ -89,19 +90,20 @@ def _split(spec: str) -> tuple[str, str | None]:
 
 def _resume(settings: Settings, source: sources.Manifest) -> dict[int, Written]:
     """What an earlier run has done, if it was about the same rows; else notes what this one is."""
-    path = settings.out / "progress.jsonl"
+    path = settings.out / sources.PROGRESS
     plan = {"manifest": settings.manifest, "crc": source.crc, "rows": settings.rows}
     plan["audio"] = list(settings.audio)
     lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last may be cut
     if not lines:
-        path.write_text(json.dumps(plan) + "\n")
+        # Also from where else it is named: what is trained on may not be held out.
+        here = {} if "://" in settings.manifest else {"path": os.path.abspath(settings.manifest)}
+        path.write_text(json.dumps(plan | here) + "\n")
         return {}
     path.write_text("\n".join(lines) + "\n")
-    for name, theirs in json.loads(lines[0]).items():
-        if theirs != plan[name]:
-            raise ValueError(
-                f"{settings.out} holds other shards: {name} {theirs}, not {plan[name]}"
-            )
+    then = json.loads(lines[0])
+    for name, ours in plan.items():
+        if then[name] != ours:
+            raise ValueError(f"{settings.out} holds other shards: {name} {then[name]}, not {ours}")
     return {row["shard"]: Written(**row) for row in map(json.loads, lines[1:])}
 
 

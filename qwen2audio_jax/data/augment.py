@@ -156,6 +156,7 @@ def spec_augment(
     band: float = 0.15,
     spans: int = 2,
     span: float = 0.1,
+    longest: int = 100,
 ) -> Float[np.ndarray, "M T"]:
     """Hides up to `bands` bands and `spans` spans of time behind the mel's mean.
 
@@ -166,14 +167,18 @@ def spec_augment(
       band: the widest mask, as a fraction of the bands M.
       spans: time masks.
       span: the longest mask, as a fraction of the frames T, so that short words survive.
+      longest: frames that it has at most, whatever T is: a second, which hides few words.
 
     Source: SpecAugment (arXiv:1904.08779), without time warping.
     """
     mel, mean = mel.copy(), mel.mean()
-    for axis, masks, fraction in ((0, bands, band), (1, spans, span)):
+    M, T = mel.shape
+    for axis, masks, most in (
+        (0, bands, int(M * band)),
+        (1, spans, min(int(T * span), longest)),
+    ):
         for _ in range(masks):
-            size = mel.shape[axis]
-            width = rng.integers(0, int(size * fraction) + 1)
-            start = rng.integers(0, size - width + 1)
+            width = rng.integers(0, most + 1)
+            start = rng.integers(0, mel.shape[axis] - width + 1)
             np.moveaxis(mel, axis, 0)[start : start + width] = mean
     return mel

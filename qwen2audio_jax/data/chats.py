@@ -10,6 +10,7 @@ from qwen2audio_jax.processor import Processor, Wave
 from qwen2audio_jax.prompt import Prompt, parse
 
 AUDIOS, PLACE = "audios", "<audio>"  # ms-swift's clips beside a conversation, and where each goes
+RESPONSE = "rejected_response"  # ms-swift's, beside messages that end with the chosen one
 SOUNDS = ("audio", "audio_url", "input_audio", AUDIOS)  # the names of what is to be heard
 
 
@@ -40,22 +41,23 @@ def from_preference(record: Mapping, processor: Processor) -> Pair:
     """Compiles {"messages": [...], "chosen": ..., "rejected": ...}.
 
     Answers are texts, messages, or lists of messages. TRL's conversational form has the messages
-    under "prompt", or at the head of both lists of answers; a prompt that is a text is a user's
-    turn or, as in UltraFeedback, says once more what stands at their head. Clips are as in
-    `from_messages`.
+    under "prompt", where a text is a user's turn. Where both lists of answers begin with their
+    prompt, as in UltraFeedback, it is theirs, whatever else says it once more. ms-swift's form has
+    the chosen answer at the messages' end: {"messages": [...], "rejected_response": "..."}. Clips
+    are as in `from_messages`.
 
     Raises:
       BadSample: as in `from_messages`; "equal answers" where there is nothing to prefer.
     """
-    chosen, rejected = (_turns(_field(record, name)) for name in ("chosen", "rejected"))
+    given, chosen, rejected = _pair(record)
     clips = _beside(record)
-    given = next((record[key] for key in ("messages", "prompt") if record.get(key)), None)
-    if isinstance(given, str):
-        given = None if _begins(chosen) else [{"role": "user", "content": given}]
-    if given is None:
+    if given is None or (_begins(chosen) and _begins(rejected)):
         chosen, rejected = _placed(chosen, clips), _placed(rejected, clips)
+        _check_twice(given, clips, chosen)
         shared, clips = _shared(chosen, rejected), ()
         given, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    elif isinstance(given, str):
+        given = [{"role": "user", "content": given}]
     messages = _listen(_conversation(given, clips))
     prompt, waves = _compile(processor, messages, learn=False)
     chosen, rejected = (_answer(processor, messages, turns) for turns in (chosen, rejected))
@@ -66,7 +68,8 @@ def from_preference(record: Mapping, processor: Processor) -> Pair:
 
 def is_pair(record: Mapping) -> bool:
     """Whether a row has two answers."""
-    return all(record.get(name) is not None for name in ("chosen", "rejected"))
+    has = lambda *names: all(record.get(name) is not None for name in names)
+    return has("chosen", "rejected") or has("messages", RESPONSE)
 
 
 def is_conversation(record: Mapping) -> bool:
@@ -178,6 +181,31 @@ def _compile(
     except ValueError as error:
         raise BadSample("bad conversation", str(error)) from None
     return prompt, tuple(waves)
+
+
+def _pair(record: Mapping) -> tuple[Any, Any, Any]:
+    """What a row is asked, None where its answers alone say it, and both answers."""
+    if record.get("rejected") is None and record.get(RESPONSE) is not None:
+        messages = _list(_field(record, "messages"), "messages")
+        return messages[:-1], messages[-1:], _turns(record[RESPONSE])
+    chosen, rejected = (_turns(_field(record, name)) for name in ("chosen", "rejected"))
+    given = next((record[key] for key in ("messages", "prompt") if record.get(key)), None)
+    return given, chosen, rejected
+
+
+def _check_twice(given: Any, clips: Sequence, whole: list) -> None:
+    """Refuses messages whose clips are not in what an answer says of them once more."""
+    if given is None or isinstance(given, str):
+        return
+    wanted, got = _clips(_conversation(given, clips)), _clips(_conversation(whole))
+    if got < wanted:
+        where = "in the answers, which begin with their prompt"
+        raise BadSample("bad conversation", f"wanted {wanted} clips {where}, too, got {got}")
+
+
+def _clips(messages: list[dict]) -> int:
+    parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
+    return sum(part["type"] == "audio" for part in parts)
 
 
 def _turns(answer: Any) -> Any:

@@ -104,14 +104,14 @@ def hear(source: Any, longest: float = LONGEST) -> Wave:
         raise BadSample("missing audio", "wanted a clip, got none")
     try:
         scheme = storage.elsewhere(source) if isinstance(source, str) else None
-        wave = sound.load(_stored(source) if scheme and scheme not in HEARD else source)
+        found = _stored(source) if scheme and scheme not in HEARD else source
+        return sound.load(found, longest=longest)
+    except sound.TooLong as error:
+        length = str(error).removeprefix(sound.name(found))  # by the name that it was given
+        raise BadSample("too long", f"{sound.name(source)}{length}") from None
     except sound.AudioError as error:
         absent = any(words in str(error) for words in ABSENT)
         raise BadSample("missing audio" if absent else "corrupt audio", str(error)) from None
-    if (seconds := len(wave) / sound.SAMPLE_RATE) > longest:
-        length = f"wanted at most {longest:g} s, got {seconds:.2f} s"
-        raise BadSample("too long", f"{sound.name(source)}: {length}")
-    return wave
 
 
 def _stored(path: str) -> bytes:

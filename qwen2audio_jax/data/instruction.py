@@ -10,7 +10,8 @@ A slot `[TYPE:field,attribute,key=value]` takes a field of the sample; all else 
     closed_set=a|b|c  the text is one of these; closed_set=FIELD: of the list in the sample's field.
                       Also when it is generated, if the rest of what is measured is closed too
     max_seconds=10    a longer clip is a bad sample; never more than 30
-    words=FIELD       the field with the words that are said in the clip, for CTC to learn from
+    words=FIELD       the field with the words that are said in the clip, for CTC to learn from;
+                      absent or empty where nobody knows them
 
 A backslash makes the next character literal (`\[`, `\->`, `\,`, `\|`, `\\`, and `\ ` where white
 space would be dropped); `\n` and `\t` are a new line and a tab. White space directly behind a clip
@@ -41,7 +42,7 @@ TASKS = ("transcribe", "translate", "caption", "keyword", "question")  # that ha
 
 @slot_type("AUDIO", attributes=["max_seconds", "words"], heard=True)
 def fill_audio(value: Any, slot: Slot, sample: Mapping) -> Filled:
-    words = "" if slot.words is None else _text(_field(slot.words, sample), slot.words)
+    words = "" if slot.words is None else _text(sample.get(slot.words), slot.words)
     waves = (hear(value, slot.max_seconds),)
     return Filled(f"{AUDIO_BOS}{AUDIO}{AUDIO_EOS}", waves, (words,))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import numbers
 import re
 import traceback
 import zlib
@@ -218,7 +219,7 @@ def _make(
         with in_hand(part.name, row):
             record, made = part.read(row), _processor(processor)
             example = part.compile(record, made)
-            timed = record.get("timed") is True
+            timed = part.augmented > 0 and (_timed(record) or _tells_times(example, made))
             sample = draw(
                 example,
                 buckets,
@@ -226,7 +227,7 @@ def _make(
                 mels=made.mels,
                 augmented=part.augmented,
                 masked=part.masked,
-                timed=timed or (part.augmented > 0 and _tells_times(example, made)),
+                timed=timed,
             )
             reference = _reference(record) if references else ()
     except Exception as error:  # a night's run goes on
@@ -239,6 +240,16 @@ def _make(
             trace="".join(traceback.format_exception(error)) if reason == UNFORESEEN else "",
         )
     return dataclasses.replace(sample, part=part.name, row=row, reference=reference)
+
+
+def _timed(record: Mapping) -> bool:
+    """Whether a row says of itself that its clips have to keep their time."""
+    timed = record.get("timed")
+    if timed is None:
+        return False
+    if not isinstance(timed, numbers.Number | np.bool_) or timed not in (0, 1):
+        raise BadSample("bad row", f"'timed': wanted true or false, got {timed!r}")
+    return bool(timed)
 
 
 def _tells_times(example: Example | Pair, processor: Processor) -> bool:

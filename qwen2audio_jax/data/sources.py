@@ -32,6 +32,7 @@ NAMED = ("audio", "audio_url", "input_audio", "path", "url")  # how a part names
 ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|data:|~|/")
 SUFFIX = ".array_record"
 UNFINISHED = ".unfinished"  # ends the name of a shard that is being written
+PROGRESS = "progress.jsonl"  # beside shards: of which manifest they are, and which are done
 NUMBERED = re.compile(r"(?P<before>.*?)\d+-of-(?P<count>\d+)(?P<after>.*)")
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as PowerShell begins a file with
 FEW = 10  # rows of a manifest that are tried at once: it may be no manifest at all
@@ -315,6 +316,16 @@ def shards(spec: str) -> list[str]:
         folder, pattern = folder.parent, folder.name
     paths = sorted(os.fspath(path) for path in folder.glob(pattern))
     return [path for path in paths if not path.endswith(UNFINISHED)]
+
+
+def manifest_of(folder: str) -> str | None:
+    """What a folder of shards was written from, as `open_source` takes it; None: nobody noted."""
+    try:
+        with open(os.path.join(folder, PROGRESS), encoding="utf-8") as file:
+            noted = json.loads(file.readline())
+    except (OSError, ValueError):
+        return None
+    return noted.get("path", noted.get("manifest")) if isinstance(noted, dict) else None
 
 
 def _complete(paths: Sequence[str]) -> None:

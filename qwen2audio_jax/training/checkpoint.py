@@ -65,7 +65,7 @@ class Checkpoints:
         self._saving: int | None = None
         self._late: dict[int, dict[str, float]] = {}  # by step: measured, and not written yet
         self._check_scores()
-        self._orbax = self._open()
+        self._orbax: ocp.training.Checkpointer | None = self._open()
 
     def _open(self, *, clear: bool = True) -> ocp.training.Checkpointer:
         policies = ocp.training.preservation_policies
@@ -210,11 +210,17 @@ class Checkpoints:
 
     def _failure(self, error: Exception) -> OSError:
         step, self._saving = self._saving, None
-        with contextlib.suppress(Exception), quietly():  # the same one again
-            self._orbax.close()
-        self._free()
-        self._orbax = self._open(clear=False)
-        last = f"step {self.steps[-1]} is still there" if self.steps else "there is none before it"
+        if hosts.joined():  # the others are amid this save: whatever asked them now would wait
+            self._orbax = None
+        else:
+            with contextlib.suppress(Exception), quietly():  # the same one again
+                self._orbax.close()
+            self._free()
+            self._orbax = self._open(clear=False)
+        steps = []
+        with contextlib.suppress(OSError):  # the disk may be gone
+            steps = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
+        last = f"step {max(steps)} is still there" if steps else "there is none before it"
         return OSError(f"cannot save step {step} to {self.folder}: {_line(error)}; {last}")
 
     def _free(self) -> None:
@@ -234,6 +240,8 @@ class Checkpoints:
         Of several hosts one may come here alone, after an error: what was measured late, which all
         have to agree on, is then only written by a `wait` before.
         """
+        if self._orbax is None:  # a save has failed here, which ends all
+            return
         if jax.process_count() > 1:
             self._late.clear()
         self.wait()

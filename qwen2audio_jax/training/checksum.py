@@ -19,7 +19,9 @@ def sums(arrays: dict[str, Any]) -> dict[str, Any]:
 def of(tree: Any) -> str:
     """Eight letters for a whole tree; likewise."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    found = jax.device_get(sums({name_of(path): leaf for path, leaf in leaves}))
+    # runs that began when names had no "value" in them are known by those
+    name = lambda path: ".".join(word for word in name_of(path).split(".") if word != "value")
+    found = jax.device_get(sums({name(path): leaf for path, leaf in leaves}))
     return f"{zlib.crc32(repr(sorted((k, int(x)) for k, x in found.items())).encode()):08x}"
 
 

@@ -12,7 +12,7 @@ import tyro
 
 from qwen2audio_jax.data.instruction import STYLES
 from qwen2audio_jax.data.pack import Bucket
-from qwen2audio_jax.data.sources import SUFFIX, shards
+from qwen2audio_jax.data.sources import SUFFIX, manifest_of, shards
 from qwen2audio_jax.training.run import MAY_CHANGE
 
 # Begin the names of sources that are made, and of those that tfds prepared.
@@ -68,8 +68,8 @@ class DataConfig:
     """The part of the clips that is moved to other rooms, microphones, noises, speeds, levels: of
     all, or of each source. Clips keep their speed and beginning in rows with "timed": true, and
     beside texts that state times, `<|0.50|>`; answers about loudness want 0."""
-    masked: float = 0.0
-    """The part of the clips that loses bands and spans (SpecAugment)."""
+    masked: float | tuple[float, ...] = 0.0
+    """The part of the clips that loses bands and spans (SpecAugment): of all, or of each source."""
     workers: int = field(default=1, metadata=MAY_CHANGE)
     """Processes of each host that read, decode and draw: its feeds share them, and have at least
     one each; 0: a thread for each feed."""
@@ -86,6 +86,7 @@ class DataConfig:
         if self.style != "tags" and (self.tags or self.held_out_tags):
             raise ValueError(f"tags are of the style tags: wanted it beside them, got {self.style}")
         each_of(self.train, self.augmented_each, "augmented")
+        each_of(self.train, self.masked_each, "masked")
         self._each_held_out("held_out_tasks", self.tasks)
         self._each_held_out("held_out_tags", self.tags)
         if self.train and len(self.weights) not in (0, len(self.train)):
@@ -100,18 +101,22 @@ class DataConfig:
                     raise ValueError(
                         f"held_out {source} is learned, too: train has {learned}; name splits"
                     )
-        shares = [*(("augmented", share) for share in self.augmented_each), ("masked", self.masked)]
-        for name, share in shares:
-            if not 0 <= share <= 1:
-                raise ValueError(f"wanted {name} from 0 to 1, got {share}")
+        for name in ("augmented", "masked"):
+            for share in getattr(self, f"{name}_each"):
+                if not 0 <= share <= 1:
+                    raise ValueError(f"wanted {name} from 0 to 1, got {share}")
         if self.workers < 0:
             raise ValueError(f"wanted workers from 0, got {self.workers}")
 
     @property
     def augmented_each(self) -> tuple[float, ...]:
         """Of each source, or one for all; 0 where nothing is said."""
-        shares = self.augmented if isinstance(self.augmented, tuple) else (self.augmented,)
-        return shares or (0.0,)
+        return _shares(self.augmented)
+
+    @property
+    def masked_each(self) -> tuple[float, ...]:
+        """Likewise."""
+        return _shares(self.masked)
 
     @property
     def lines_held_out(self) -> tuple[str, ...]:
@@ -135,10 +140,16 @@ class DataConfig:
         return tuple(_words_of(source, known, name) for source in self.held_out)
 
 
+def _shares(said: float | tuple[float, ...]) -> tuple[float, ...]:
+    return (said if isinstance(said, tuple) else (said,)) or (0.0,)
+
+
 def _share_rows(one: str, other: str) -> bool:
     """Whether two sources are of the same file, and one of them is all of it or both one split."""
     if one.startswith(WORLD) or other.startswith(WORLD):
         return one == other
+    if _folder(one) != _folder(other):  # shards of one folder are told apart by their names
+        one, other = _written(one), _written(other)
     (file, split), (other_file, other_split) = map(_file_and_split, (one, other))
     if _files(file).isdisjoint(_files(other_file)):
         return False
@@ -149,9 +160,24 @@ def _share_rows(one: str, other: str) -> bool:
 
 def _files(source: str) -> set[str]:
     """What a source is of, however it is written; of shards on this disk each."""
+    return {os.path.abspath(path) for path in _shards(source) or [source]}
+
+
+def _shards(source: str) -> list[str]:
+    """The shards on this disk that a source is of; none, if it is something else."""
     of_shards = SUFFIX in source or os.path.isdir(source)
-    found = shards(source) if of_shards and "://" not in source else []
-    return {os.path.abspath(path) for path in found or [source]}
+    return [*map(os.path.abspath, shards(source))] if of_shards and "://" not in source else []
+
+
+def _folder(source: str) -> str:
+    """Where shards are; "" of what is something else."""
+    return next(map(os.path.dirname, _shards(source)), "")
+
+
+def _written(source: str) -> str:
+    """What shards were written from, or the source."""
+    folder = _folder(source)
+    return (manifest_of(folder) if folder else None) or source
 
 
 def _file_and_split(source: str) -> tuple[str, str]:
@@ -182,8 +208,8 @@ def _words_of(source: str, known: Sequence[tuple[str, str]], name: str) -> str:
         return ""
     words = {each for _, each in known}
     if len(words) > 1:  # a wrong prompt would be measured in silence
-        files = _files(_file_and_split(source)[0])
-        of_file = lambda other: not files.isdisjoint(_files(_file_and_split(other)[0]))
+        files_of = lambda source: _files(_file_and_split(_written(source))[0])
+        of_file = lambda other: not files_of(source).isdisjoint(files_of(other))
         words = {each for other, each in known if of_file(other)}
     if len(words) > 1 or (known and not words):
         kind, which = name.removeprefix("held_out_"), "several are" if words else "none is"

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from qwen2audio_jax.training.settings import HostsConfig
 
 STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # by srun, by mpirun: how many
-MEETING = 300  # seconds that the first process waits for the last
 BLOCK = 4096  # bytes that what they tell each other is a multiple of
 PARCEL = 2**26  # bytes of it at a time
 BEAT = 2  # seconds between signs of life
@@ -56,7 +55,7 @@ def join(config: "HostsConfig") -> None:
             process_id=config.number,
             # jax may take half of it; the watch, which names the lost one, has to be first
             heartbeat_timeout_seconds=2 * (config.timeout + SLACK),
-            initialization_timeout=MEETING,
+            initialization_timeout=config.meeting,
             **_mpi(config),
         )
     except ValueError as error:
@@ -72,10 +71,10 @@ def join(config: "HostsConfig") -> None:
     watch.start()
     if jax.process_index():
         client = distributed.global_state.client
-        first = client.blocking_key_value_get(f"{NAMES}/0", MEETING * 1000)
+        first = client.blocking_key_value_get(f"{NAMES}/0", config.meeting * 1000)
         _say_when_aborted(first, watch)
     atexit.register(watch.leave)  # before jax, which leaves the service
-    _share_programs()
+    _share_programs(config.meeting)
 
 
 def _mpi(config: "HostsConfig") -> dict[str, Any]:
@@ -92,7 +91,7 @@ def _mpi(config: "HostsConfig") -> dict[str, Any]:
     return {"local_device_ids": ids, "cluster_detection_method": "deactivate"}
 
 
-def _share_programs() -> None:
+def _share_programs(meeting: int) -> None:
     """Has jax keep programs only where all processes find those of the first, which alone writes.
 
     Else that one would find a program, and the others compile it. On GPUs processes tune what they
@@ -104,9 +103,9 @@ def _share_programs() -> None:
         mark = compilation_cache.mark()
         _tell(MARK, mark)
     else:
-        mark = client.blocking_key_value_get(f"{MARK}/0", MEETING * 1000)
+        mark = client.blocking_key_value_get(f"{MARK}/0", meeting * 1000)
     _tell(SEES, str(int(compilation_cache.sees(mark))))
-    client.wait_at_barrier(SEES, MEETING * 1000)
+    client.wait_at_barrier(SEES, meeting * 1000)
     folder = compilation_cache.kept()
     if first:
         compilation_cache.unmark(mark)

@@ -83,17 +83,19 @@ def training(data: DataConfig, *, pairs: bool = False, words: bool = False) -> t
         )
     weights = data.weights or [1.0] * len(data.train)
     found, said = [], False
-    given = (each_of(data.train, each) for each in (data.tasks, data.tags, data.augmented_each))
-    for spec, line, tags, augmented, weight in zip(data.train, *given, weights, strict=True):
+    shares = data.augmented_each, data.masked_each
+    given = (each_of(data.train, each) for each in (data.tasks, data.tags, *shares))
+    each = zip(data.train, *given, weights, strict=True)
+    for spec, line, tags, augmented, masked, weight in each:
         parts = [each.part for each in _open(spec, line, tags, data, pairs)]
-        said = said or (words and _says_words(spec, line, parts[0]))
+        said = (words and _says_words(spec, line, parts[0])) or said  # each is looked at
         share = weight / sum(part.weight for part in parts)
         found += [
             dataclasses.replace(
                 part,
                 weight=part.weight * share,
                 augmented=augmented * part.augmented,
-                masked=data.masked,
+                masked=masked,
             )
             for part in parts
         ]
@@ -143,17 +145,28 @@ def _check_kind(part: Part, pairs: bool) -> None:
     if not rows or any(map(is_pair if pairs else is_conversation, rows)):
         return
     if pairs:
-        wanted = "pairs of answers ('chosen' and 'rejected')"
+        wanted = "pairs of answers ('chosen' and 'rejected', or 'rejected_response')"
     else:
         wanted = "conversations ('messages' with an answer at their end), or a line in --data.tasks"
     raise ValueError(f"{part.name}: wanted {wanted}, got rows of {', '.join(rows[0]) or 'nothing'}")
 
 
 def _says_words(spec: str, line: str, part: Part) -> bool:
-    """Whether a source says what is said in its clips, as the made ones do."""
+    """Whether a source says what is said in its clips, as the made ones do.
+
+    Raises:
+      ValueError: its line names a field for it that no row has.
+    """
     if spec.startswith(WORLD):
         return True
-    return bool(Task.parse(line).words) if line else any(map(says_words, _some(part)))
+    rows = _some(part)
+    if not line:
+        return any(map(says_words, rows))
+    named, known = Task.parse(line).words, {name: None for row in rows for name in row}
+    for name in named if rows else ():  # a row may lack it, whose words nobody knows; not all do
+        if name not in known:
+            raise ValueError(f"{spec}: wanted words={name} of its fields, got {', '.join(known)}")
+    return bool(named)
 
 
 def _some(part: Part) -> list[Mapping]:

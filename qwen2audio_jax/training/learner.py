@@ -38,6 +38,7 @@ class Learner:
 
     Attributes:
       state: all that a step changes; a checkpoint holds it.
+      dtype: as it was given.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Learner:
             model = nnx.merge(graph, placement.put(whole, sharding.shardings(whole, mesh)))
         self.config, self.optimizer = model.config, optimizer
         self.adapters, self.mesh, self.accumulate = adapters, mesh, accumulate
-        self.reference, self._dtype, self._seed = reference, dtype, seed
+        self.reference, self.dtype, self._seed = reference, dtype, seed
         self._drawn = drawn if adapters is None else start is None
         optimizer.check(by_name(nnx.state(model)))
         if adapters is None:
@@ -81,8 +82,10 @@ class Learner:
     def _fresh(
         self, model: Qwen2Audio, config: lora.LoraConfig, start: lora.Adapters | None
     ) -> dict[str, Any]:
-        init = lambda: lora.init(config, model, key=jax.random.key(self._seed))
-        params = start or (jax.eval_shape(init) if placement.is_abstract(model) else init())
+        graph, base = nnx.split(model)
+        key = jax.random.key(self._seed)
+        init = lambda base: lora.init(config, nnx.merge(graph, base), key=key)
+        params = start or jax.eval_shape(init, base)
         adapted = {part_of(name) for name in by_name(params)}
         for part in PARTS:
             name = f"{part}_learning_rate"
@@ -96,11 +99,10 @@ class Learner:
                 f"target_modules name {still[0].rpartition('.')[0]}, or modules_to_save do, "
                 "whose learning rate is 0 or which is frozen"
             )
-        return (
-            params
-            if self.mesh is None
-            else placement.put(params, lora.shardings(params, self.mesh))
-        )
+        places = None if self.mesh is None else lora.shardings(params, self.mesh)
+        if start is None and not placement.is_abstract(base):
+            return jax.jit(init, out_shardings=places)(base)  # each is made where it belongs
+        return placement.put(params, places)
 
     def _adapted(self, loss: Callable[..., Sums]) -> Callable[..., Sums]:
         """The loss as a function of adapters: the base is what stays, and the reference."""
@@ -117,7 +119,7 @@ class Learner:
                     how["reference"] = lora.apply(model, began, config) if began else model
                 return loss(lora.apply(model, adapters, config, key=key), batch, **how)
 
-            return step.bind(of_base, self._graph, dtype=self._dtype)(base, batch, rest)
+            return step.bind(of_base, self._graph, dtype=self.dtype)(base, batch, rest)
 
         return of_adapters
 
@@ -190,7 +192,7 @@ class Learner:
 
     def model_of(self, params: Any, fixed: tuple) -> Qwen2Audio:
         """The model that the loss sees, in its arithmetic's dtype."""
-        cast = lambda state: step.cast(state, self._dtype)
+        cast = lambda state: step.cast(state, self.dtype)
         if self.adapters is None:
             return nnx.merge(self._graph, cast(params), cast(fixed[0]))
         return lora.apply(nnx.merge(self._graph, *map(cast, fixed[:2])), params, self.adapters)

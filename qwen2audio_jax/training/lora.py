@@ -207,8 +207,9 @@ def targets(config: LoraConfig, model: Qwen2Audio) -> list[table.Entry]:
         matching = {name for name in modules if _matches(pattern, name, isinstance(wanted, str))}
         if not matching:
             ends = sorted({name.rpartition(".")[2] for name in linear})
+            how = ", a regex for whole names," if isinstance(wanted, str) else ""
             raise ValueError(
-                f"target_modules: {pattern!r} matches no module; there are {', '.join(ends)}"
+                f"target_modules: {pattern!r}{how} matches no module; there are {', '.join(ends)}"
             )
         if others := matching - linear.keys():
             raise ValueError(

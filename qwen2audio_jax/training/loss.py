@@ -242,8 +242,11 @@ def _backward(size, saved, cotangents):
         dx, dtable = out
         at = jax.lax.dynamic_slice_in_dim(order, i * size, size, axis=1)
         some, wanted = _shared(_take(x, at, 0), "B tokens D", table), _take(labels, at, IGNORED)
-        chances = jnp.exp(_logits(some, table) - _take(norms, at, 0)[..., None])
-        slopes = jnp.where(wanted != IGNORED, _take(cotangents[0], at, 0), 0)
+        kept = wanted != IGNORED
+        # Where nothing is learned no norm is known, and whatever overflows there times 0 is NaN.
+        norm = jnp.where(kept, _take(norms, at, 0), jnp.inf)
+        chances = jnp.exp(_logits(some, table) - norm[..., None])
+        slopes = jnp.where(kept, _take(cotangents[0], at, 0), 0)
         dlogits = ((_is(wanted, table) - chances) * slopes[..., None]).astype(table.dtype)
         product = partial(jnp.einsum, preferred_element_type=jnp.float32)
         slope = product("BLV,VD->BLD", dlogits, table).astype(x.dtype)

@@ -322,5 +322,7 @@ def by_path(params, f):
 
 def name_of(path: Iterable[Any]) -> str:
     """A path of pytree's or nnx's keys as `encoder.conv1.kernel`."""
-    keys = (getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in path)
-    return ".".join(str(k) for k in keys if k not in ("value", None))
+    keys = [getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in path]
+    if keys[-1:] == ["value"]:  # a parameter's own; attention has a projection that is called so
+        keys.pop()
+    return ".".join(str(k) for k in keys if k is not None)

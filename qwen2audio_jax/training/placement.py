@@ -1,5 +1,6 @@
 """Which device has what: a batch's rows, moments beside their parameters, and how much that is."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen2audio_jax import sharding
+from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.processor import IGNORED
 from qwen2audio_jax.spread import ROWS
 from qwen2audio_jax.training.optimizer import name_of
@@ -56,7 +58,7 @@ def place(
     if mesh is None:
         return batch
     group, count = (0, 1) if shared else share(mesh)
-    devices, axis = math.prod(mesh.shape[axis] for axis in ROWS) // count, int(parts > 1)
+    devices, axis = _places(mesh) // count, int(parts > 1)
 
     def put(name, x):
         x = _filled(name, x, devices, axis=axis)
@@ -69,6 +71,28 @@ def place(
         return jax.make_array_from_callback(shape, where, _part(x, shape, group, axis=axis))
 
     return {name: put(name, x) for name, x in batch.items()}
+
+
+def widened(buckets: Iterable[Bucket], mesh: Mesh | None) -> tuple[Bucket, ...]:
+    """Shapes of batches that all hosts share, with rows for all devices, as those of all feeds."""
+    places = _places(mesh)
+
+    def wide(bucket: Bucket) -> Bucket:
+        times = max(1, places // bucket.rows)
+        return dataclasses.replace(bucket, rows=times * bucket.rows, clips=times * bucket.clips)
+
+    return tuple(map(wide, buckets))
+
+
+def empty_rows(bucket: Bucket, feeds: int, mesh: Mesh) -> int:
+    """How many of a batch's rows are there only to make them divide by the devices."""
+    parts = len(groups(mesh))
+    return parts * (-(bucket.rows * feeds // parts) % (_places(mesh) // parts))
+
+
+def _places(mesh: Mesh | None) -> int:
+    """Devices that have rows of their own."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def _part(
@@ -141,12 +165,21 @@ def is_abstract(tree: Any) -> bool:
 
 def put(tree: Any, places: Any) -> Any:
     """Arrays on their devices; shapes with the places that they would have."""
-    if not is_abstract(tree):
-        return jax.device_put(tree, places)
     if places is None:
         return tree
-    at = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-    return jax.tree.map(at, tree, places)
+    if is_abstract(tree):
+        at = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        return jax.tree.map(at, tree, places)
+    return jax.tree.map(_put, tree, places)
+
+
+def _put(x: Any, place: NamedSharding) -> jax.Array:
+    """Each device takes its part of what every host has; `jax.device_put` would first gather that
+    from all hosts, to see that it is the same."""
+    if jax.process_count() == 1 or not getattr(x, "is_fully_addressable", True):
+        return jax.device_put(x, place)
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, place, whole.__getitem__)
 
 
 def copied(tree: Any) -> Any:

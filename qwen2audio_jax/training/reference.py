@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Bool, Float, Int, UInt32
 
+from qwen2audio_jax.data import reading
 from qwen2audio_jax.data.chats import from_preference
 from qwen2audio_jax.data.example import UNFORESEEN, BadSample, Pair, why
 from qwen2audio_jax.data.mixture import Mixture, Part
@@ -72,6 +73,15 @@ class _Some:
 
     def where(self, index: int) -> str:
         return where(self.source, int(self.rows[index]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _How:
+    """What answers depend on beside the rows."""
+
+    model: str
+    dtype: str  # of the arithmetic
+    shapes: str  # of batches: what fits none has no answer
 
 
 def settle(settings: PreferenceSettings, parts: Sequence[Part]) -> PreferenceSettings:
@@ -140,7 +150,11 @@ def precompute(
         or the run that goes on began with another model.
     """
     known = []
-    model = _identity(learner)  # all hosts add it up together
+    how = _How(
+        model=_identity(learner),  # all hosts add it up together
+        dtype=str(learner.dtype),
+        shapes=" ".join(map(str, mixture.buckets)),
+    )
     for part, answered in zip(parts, _answered(parts), strict=True):
         if part.augmented or part.masked:
             raise ValueError(
@@ -154,7 +168,7 @@ def precompute(
         if isinstance(part.source, Made):
             raise ValueError(f"precompute_ref_log_probs wants pairs in a file, got {part.name}")
         path = folder / FOLDER / f"{zlib.crc32(part.name.encode()):08x}.npz"
-        source = WithReference(part.source, _compute(learner, mixture, part, path, model))
+        source = WithReference(part.source, _compute(learner, mixture, part, path, how))
         known.append(dataclasses.replace(part, source=source, compile=compile))
         if jax.process_index() == 0:
             words = re.sub(r"\W+", "-", part.name.replace(".jsonl", ""))[-50:].strip("-")
@@ -165,7 +179,7 @@ def precompute(
 
 
 def _compute(
-    learner: Learner, mixture: Mixture, part: Part, path: pathlib.Path, model: str
+    learner: Learner, mixture: Mixture, part: Part, path: pathlib.Path, how: _How
 ) -> Float[np.ndarray, "rows 2"]:
     """Asks for what the file does not have yet, and writes it every so often.
 
@@ -174,7 +188,7 @@ def _compute(
     first = jax.process_index() == 0
     rows = _fingerprints(part.source) if first else np.zeros(len(part.source), np.uint32)
     # All ask for the same: together.
-    logps, (asked, unheard) = hosts.by_first(lambda: _read(path, model, rows)) or (
+    logps, (asked, unheard) = hosts.by_first(lambda: _read(path, how, rows)) or (
         np.full((len(part.source), len(REFERENCE)), np.nan, np.float32),
         np.zeros((2, len(part.source)), bool),
     )
@@ -185,7 +199,7 @@ def _compute(
     again = bool((asked | unheard).all())
     which = np.flatnonzero(~asked) if again else np.arange(len(asked))
     bad: list[Bad] = []
-    before, saved = [asked.copy(), unheard.copy()], time.monotonic()
+    before, saved, told = [asked.copy(), unheard.copy()], time.monotonic(), 0
     with Progress(len(which), desc="reference", unit=" pairs", shown=first) as progress:
         some = dataclasses.replace(part, source=_Some(part.source, which)) if again else part
         for batch in hosts.each_by_first(_batches(some, mixture, bad, again)):
@@ -197,15 +211,17 @@ def _compute(
                 both = np.stack([known[name][: len(used)][used] for name in REFERENCE], axis=1)
                 logps[pairs[new]], asked[pairs] = both[new], True
                 if first and time.monotonic() - saved >= SAVE_EVERY:
-                    _write(path, model, rows, logps, asked, unheard)
+                    _write(path, how, rows, logps, asked, unheard)
                     saved = time.monotonic()
-            progress.update(int(used.sum()))
+            progress.update(int(used.sum()) + len(bad) - told)
+            told = len(bad)
+        progress.update(len(bad) - told)
     for each in hosts.by_first(lambda: bad):
         unheard[which[each.row]] = each.reason in PASSING
         asked[which[each.row]] = each.reason not in PASSING
     unheard &= ~asked
     if first and not np.array_equal(before, [asked, unheard]):
-        _write(path, model, rows, logps, asked, unheard)
+        _write(path, how, rows, logps, asked, unheard)
     return logps
 
 
@@ -224,15 +240,20 @@ def _batches(
 def _fingerprints(source: RandomAccess) -> UInt32[np.ndarray, " rows"]:
     """Of each row a number that changes with what it says, with its clips' names or samples and,
     of files on a disk, with their sizes and times."""
-    return np.array([_fingerprint(source, index) for index in range(len(source))], np.uint32)
+    found = reading.each(_Fingerprints(source), range(len(source)), "looking for changed pairs")
+    return np.fromiter(found, np.uint32, len(source))
 
 
-def _fingerprint(source: RandomAccess, index: int) -> int:
-    try:
-        row = each_clip(dict(source[index]), AUDIO, _stamped)
-    except Exception as error:  # of a row that cannot be read
-        row = why(error)
-    return zlib.crc32(json.dumps(row, default=_number, skipkeys=True).encode())
+@dataclasses.dataclass(frozen=True)
+class _Fingerprints:
+    source: RandomAccess
+
+    def __getitem__(self, index: int) -> int:
+        try:
+            row = each_clip(dict(self.source[index]), AUDIO, _stamped)
+        except Exception as error:  # of a row that cannot be read
+            row = why(error)
+        return zlib.crc32(json.dumps(row, default=_number, skipkeys=True).encode())
 
 
 def _stamped(clip: Any) -> Any:
@@ -262,29 +283,35 @@ def _identity(learner: Learner) -> str:
 
 
 def _read(
-    path: pathlib.Path, model: str, rows: UInt32[np.ndarray, " rows"]
+    path: pathlib.Path, how: _How, rows: UInt32[np.ndarray, " rows"]
 ) -> tuple[Float[np.ndarray, "rows 2"], Bool[np.ndarray, "2 rows"]] | None:
     """What is known, and of which rows it was asked or could not be, for want of sound; None:
     nothing, of this model and source."""
     if not path.exists():
         return None
     with np.load(path) as file:
-        same = str(file["model"]) == model
-        if not same and run.holds_checkpoint(path.parent.parent):
+        goes_on = run.holds_checkpoint(path.parent.parent)
+        known = lambda name: str(file[name]) if name in file else getattr(how, name)
+        same = known("model") == how.model
+        if not same and goes_on:
             raise ValueError(
                 f"{path.parent.parent} holds a run whose reference is another model than --model"
             )
+        same &= goes_on or known("dtype") == how.dtype
         # Of an older version's file nobody can say what it was asked of.
         if not same or "rows" not in file or len(file["rows"]) != len(rows):
             return None
         same = file["rows"] == rows
         unheard = file["unheard"] if "unheard" in file else np.zeros_like(same)
-        return file["logps"], np.stack([file["asked"], unheard]) & same
+        logps, asked = file["logps"], file["asked"]
+        if known("shapes") != how.shapes:  # what fitted none of those may fit these
+            asked = asked & np.isfinite(logps).all(axis=1)
+        return logps, np.stack([asked, unheard]) & same
 
 
 def _write(
     path: pathlib.Path,
-    model: str,
+    how: _How,
     rows: UInt32[np.ndarray, " rows"],
     logps: Float[np.ndarray, "rows 2"],
     asked: Bool[np.ndarray, " rows"],
@@ -292,7 +319,8 @@ def _write(
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
-    np.savez(partial, model=model, rows=rows, logps=logps, asked=asked, unheard=unheard)
+    known = {"rows": rows, "logps": logps, "asked": asked, "unheard": unheard}
+    np.savez(partial, **dataclasses.asdict(how), **known)
     os.replace(partial, path)
 
 

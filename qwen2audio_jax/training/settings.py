@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import re
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Literal
@@ -88,6 +89,8 @@ class HostsConfig:
     """Which of them this is, from 0."""
     timeout: int = 60
     """Seconds without a sign of life after which a process counts as dead, and all end."""
+    meeting: int = 300
+    """Seconds that the first process waits for the last to come."""
 
     def __post_init__(self):
         told = (self.coordinator, self.count, self.number)
@@ -99,6 +102,8 @@ class HostsConfig:
             raise ValueError(
                 f"wanted a hosts.timeout of at least {SHORTEST_TIMEOUT} s, got {self.timeout}"
             )
+        if self.meeting < 1:
+            raise ValueError(f"wanted a hosts.meeting of at least 1 s, got {self.meeting}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,8 +175,8 @@ class Lora(LoraConfig):
     lora_alpha: int | None = None
     """What the adapters add is scaled by lora_alpha / r; without, that of --lora.start, or 32."""
     target_modules: str | tuple[str, ...] | None = None
-    """Ends of transformers' module names, or a regex for whole names, or "all-linear"; without,
-    those of --lora.start, or all linear layers of the decoder."""
+    """Ends of transformers' module names, as q_proj, or a regex for whole names, or "all-linear";
+    without, those of --lora.start, or all linear layers of the decoder."""
     modules_to_save: tuple[str, ...] | None = None
     """Ends of transformers' names of modules that train whole beside the adapters, outside of the
     blocks: multi_modal_projector; without, those of --lora.start, or none."""
@@ -180,6 +185,9 @@ class Lora(LoraConfig):
     lora_alpha, target_modules and modules_to_save has to agree."""
 
     def __post_init__(self):
+        word = self.target_modules
+        if isinstance(word, str) and re.fullmatch(r"\w+", word):  # to PEFT a regex of no module
+            object.__setattr__(self, "target_modules", (word,))
         if not self.r and self.start is None and self.lora_dropout:
             raise ValueError("lora.lora_dropout is of no adapters: wanted lora.r too, got 0")
         if self.start is None:

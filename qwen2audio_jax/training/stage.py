@@ -75,16 +75,16 @@ def train(settings: Settings) -> int | None:
     placement.check((bucket.tokens for bucket in settings.data.buckets), mesh)
     parts = inputs.training(settings.data, pairs=pairs, words=settings.ctc > 0)
     kept = inputs.held_out(settings.data, settings.evaluation.samples, pairs=pairs)
-    sizes = model_settings.read(_apart(settings))
-    processor = Processor.from_pretrained(settings.model)
+    start = _apart(settings)
+    sizes, processor = model_settings.read(start), Processor.from_pretrained(start)
     if run.begin(settings.out, settings, model=sizes, processor=processor):
         settings.optimizer.check_change(run.begun(settings.out).get("optimizer", {}))
         processor = Processor.from_pretrained(settings.out)
     settled = settle(settings, [*parts, *(each.part for each in kept)]) if pairs else settings
-    trainee = _learner(settled, sizes, mesh)
+    trainee = _learner(settled, sizes, mesh, start)
     mixture = Mixture(
         parts=parts,
-        processor=str(settings.out.absolute()),  # "tiny" would be another one
+        processor=str(processor.folder.absolute()),
         buckets=settings.data.buckets,
         seed=settings.seed,
         pack=settings.data.pack,
@@ -94,9 +94,9 @@ def train(settings: Settings) -> int | None:
         workers=settings.data.workers,
         fatal=settings.data.fatal,
     )
-    _tell_rows(mixture)
+    _tell_rows(mixture, mesh)
     if pairs and settled.precompute_ref_log_probs and settings.preference.wants_reference:
-        known = partial(precompute, trainee, mixture, folder=settings.out)
+        known = partial(precompute, trainee, _shared(mixture, mesh), folder=settings.out)
         with flash.using(settings.attention):
             # by their rows, which a run may go on with otherwise
             kept_parts = known([dataclasses.replace(each.part, name=each.rows) for each in kept])
@@ -115,9 +115,10 @@ def _apart(settings: Settings) -> pathlib.Path:
       ValueError: the run would write over it, or over the adapter that it begins with.
     """
     fetch = partial(locate, settings.model, huggingface.PATTERNS)
-    if hosts.joined():
-        hosts.by_first(lambda: str(fetch()))  # where all see one disk, the others find it there
-    folder, out = fetch(), settings.out
+    folder, names = hosts.by_first(lambda: _listed(fetch()))
+    if not all((folder / name).exists() for name in names):  # it is on no disk that all see
+        folder = fetch()
+    out = settings.out
     given = [("--model", folder)]
     if settings.lora.start is not None:
         given.append(("--lora.start", pathlib.Path(settings.lora.start)))
@@ -129,13 +130,32 @@ def _apart(settings: Settings) -> pathlib.Path:
     return folder
 
 
-def _tell_rows(mixture: Mixture) -> None:
-    """Says how large a step is, where that is not what --data.buckets say."""
+def _listed(folder: pathlib.Path) -> tuple[pathlib.Path, list[str]]:
+    return folder, [path.name for path in folder.iterdir()]
+
+
+def _tell_rows(mixture: Mixture, mesh: Mesh) -> None:
+    """Says how large a step is, where that is not what --data.buckets say, and what it wastes."""
+    if jax.process_index():
+        return
     times = mixture.hosts * mixture.accumulate
-    if times > 1 and jax.process_index() == 0:
+    if times > 1:
         each = dict.fromkeys(f"{bucket.rows * times}x{bucket.tokens}" for bucket in mixture.buckets)
         feeds = f"feeds {mixture.hosts}, batches of each {mixture.accumulate}"
         print(f"rows and tokens of a step: {', '.join(each)} ({feeds})", flush=True)
+    for bucket in mixture.buckets:
+        if empty := placement.empty_rows(bucket, mixture.hosts, mesh):
+            rows = bucket.rows * mixture.hosts
+            print(
+                f"--data.buckets {bucket}: {rows} rows do not divide by the devices, which compute "
+                f"{empty} empty ones beside them",
+                flush=True,
+            )
+
+
+def _shared(mixture: Mixture, mesh: Mesh) -> Mixture:
+    """The mixture in shapes of batches that all hosts share."""
+    return dataclasses.replace(mixture, buckets=placement.widened(mixture.buckets, mesh))
 
 
 def _with_start(settings: Settings) -> Settings:
@@ -146,14 +166,14 @@ def _with_start(settings: Settings) -> Settings:
     return dataclasses.replace(settings, lora=settings.lora.like(theirs))
 
 
-def _learner(settings: Settings, sizes: Config, mesh: Mesh) -> Learner:
+def _learner(settings: Settings, sizes: Config, mesh: Mesh, start: pathlib.Path) -> Learner:
     how = {"dtype": settings.weight_dtype, "scan_layers": settings.scan_layers}
     sharding.check(sizes, mesh)
     if settings.from_scratch:
         model = learner.fresh(sizes, mesh, seed=settings.seed, **how)
     else:
         model = Qwen2Audio.from_pretrained(
-            settings.model, mesh=mesh, progress=jax.process_index() == 0, **how
+            start, mesh=mesh, progress=jax.process_index() == 0, **how
         )
     trainee = trainee_of(settings, model, mesh, start=_adapters(settings, model))
     if settings.mesh.show and jax.process_index() == 0:
@@ -232,7 +252,7 @@ def _evaluate(
     processor: Processor,
     kept: list[inputs.HeldOut],
 ) -> dict[str, float]:
-    scores = held_out.losses(kept, mixture, trainee.measure)
+    scores = held_out.losses(kept, _shared(mixture, trainee.mesh), trainee.measure)
     how = settings.evaluation
     with trainee.on_mesh(), flash.using(settings.attention):
         answers, bad = held_out.answers(

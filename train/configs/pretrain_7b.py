@@ -12,8 +12,9 @@ Its projector has learned nothing yet: the loss begins high, and 20 000 steps ar
 
 The report gives no learning rate, batch size or schedule; these are what is usual at this size:
 a global batch of some 64 rows of 4096 tokens, packed, a peak of 2e-5, SpecAugment as Qwen-Audio
-had. Expected: on tasks that the model knows, recognition of LibriSpeech among them, a loss that
-stays level; with --from-scratch nothing useful in so few steps.
+had. The rows are of eight hosts with eight devices; docs/hosts.md has those for others. Expected:
+on tasks that the model knows, recognition of LibriSpeech among them, a loss that stays level; with
+--from-scratch nothing useful in so few steps.
 """
 
 import pathlib

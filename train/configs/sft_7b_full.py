@@ -2,9 +2,10 @@
 
     python -m train.sft 7b-full --data.train chats.jsonl:train --data.held-out chats.jsonl:test
 
-5e-6 at 32 rows of 4096 tokens a step, as Megatron-Bridge has it: of one host, with four batches a
-step; on four hosts say --gradient-accumulation-steps 1. Expected: as LoRA's preset, with more to
-gain from more data, and more to lose from less.
+5e-6 at 32 rows of 4096 tokens a step, as Megatron-Bridge has it: of one host of eight devices, with
+four batches a step; on four such hosts say --gradient-accumulation-steps 1. v5e has room for a row
+on each chip: docs/hosts.md has the command. Expected: as LoRA's preset, with more to gain from more
+data, and more to lose from less.
 """
 
 import dataclasses
