@@ -24,6 +24,8 @@ FOUND = {
     "limit": "links",
     "compile_s": 100.0,
     "process_peak_bytes": 3 * GIB,
+    "by": "a jax, a libtpu",
+    "at": "2026-11-30 abc",
 }
 
 
@@ -38,11 +40,13 @@ def asked(monkeypatch):
 def test_every_step_is_compiled_once(asked, tmp_path, monkeypatch):
     out = tmp_path / "docs" / "pods.md"
     assert pods.main(pods.Options(out)) == 0
-    assert len(asked) == len(set(asked)) == len(out.read_text("utf-8").splitlines()) - 2
+    *table, _, by = out.read_text("utf-8").splitlines()
+    assert len(asked) == len(set(asked)) == len(table) - 2
+    assert by == "Compiled by a jax, a libtpu."
     assert set(asked) == set(json.loads(out.with_suffix(".json").read_text("utf-8")))
     assert (
         "| pretrain, sft | v5e:4x4 | `--batch 16 --tokens 4096 --clips 5` | 15.00 of 15.75 GiB "
-        "| 1.300 | links, 500 ms | 60% | 1000 ms, 30% | 100 s | 3.0 GiB |"
+        "| 1.300 | links, 500 ms | 60% | 1000 ms, 30% | 100 s | 3.0 GiB | 2026-11-30 abc |"
     ) in out.read_text("utf-8")
     assert "**" not in out.read_text("utf-8")
     assert out.with_suffix(".png").stat().st_size > 10_000

@@ -25,6 +25,7 @@ import tyro
 from qwen2audio_jax.training.chips import CHIPS, GIB
 from train import command
 
+COMMIT = ("git", "rev-parse", "--short", "HEAD")
 MOST_AGAIN = 1.35  # operations over the model's own, with full remat
 LONGEST, LARGEST = 120, 6  # to compile: seconds on two cores, GiB of the process
 
@@ -121,8 +122,8 @@ SOUND_GROWS = (
 )
 HEAD = (
     "| stage | chips | | memory | operations / model's | bound by | MFU at most | one by one | "
-    "compiled in | with |",
-    "|---|---|---|---|---|---|---|---|---|---|",
+    "compiled in | with | at |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
 )
 MARKS = {"compute": "o", "memory": "s", "links": "^", "host": "v"}  # by what takes longest
 
@@ -169,13 +170,15 @@ def compiled(step: Step) -> dict[str, Any]:
         print(said[-1], file=sys.stderr, flush=True)
         return {"error": said[-1].removeprefix("train.compile: error: ")}
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "libtpu"))
-    return json.loads(done.stdout) | {"by": f"{versions}, {datetime.date.today()}"}
+    commit = subprocess.run(COMMIT, capture_output=True, text=True).stdout.strip()
+    return json.loads(done.stdout) | {"by": versions, "at": f"{datetime.date.today()} {commit}"}
 
 
 def line(step: Step, found: dict[str, Any]) -> str:
     """A row of the table."""
     chips = f"{step.slices} x {step.chips}" if step.slices > 1 else step.chips
-    cells = [step.name or step.stage, chips, f"`{step.told}`", *_figures(step, found)]
+    figures = [*_figures(step, found), found.get("at", "")]
+    cells = [step.name or step.stage, chips, f"`{step.told}`", *figures]
     return f"| {' | '.join(cells)} |"
 
 
