@@ -288,6 +288,56 @@ def test_collectives_that_were_combined_count_together():
     assert gather.bytes == (64 * 4 + 64 * 2) * 7 / 8
 
 
+def carried(kind, target, work=""):
+    """A program in which hosts carry a megabyte to other slices, beside other work or not."""
+    told = (
+        "is_host_transfer=true, frontend_attributes={"
+        '_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        '_xla_host_transfer_rendezvous="x_0",'
+        f'_xla_megascale_target={target},_xla_megascale_transfer_type="{kind}"}}\n'
+    )
+    many = "bf16[64,8,1024]{2,1,0}"
+    return (
+        f"ENTRY %main (a: {many}) -> {many} {{\n"
+        f"  %a = {many} parameter(0)\n  %t = token[] after-all()\n"
+        f"  %s = ({many}, u32[], token[]) send(%a, %t), channel_id=2, {told}"
+        f"  %r = ({many}, u32[], token[]) recv(%t), channel_id=1, {told}"
+        f"{work}"
+        f"  %sd = token[] send-done(%s), channel_id=2, {told}"
+        f"  %rd = ({many}, token[]) recv-done(%r), channel_id=1, {told}"
+        f"  ROOT %o = {many} get-tuple-element(%rd), index=0\n}}\n"
+    )
+
+
+FOUR_SLICES = '"{1,2,3,4}x{0:255}"'
+DEVICES = "{{100000,100001,200000,200001},{100002,100003,200002,200003}}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "name", "moved"),
+    [
+        ("ALL_REDUCE", FOUR_SLICES, "all-reduce", 1.5),
+        ("REDUCE_SCATTER", FOUR_SLICES, "reduce-scatter", 0.75),
+        ("ALL_GATHER", DEVICES, "all-gather", 1),
+        ("ALL_TO_ALL", DEVICES, "all-to-all", 0.5),
+        ("ONE_TO_ONE", "{{100000->200000},{100001->200001}}", "collective-permute", 1),
+    ],
+)
+def test_what_hosts_carry_between_slices_counts(kind, target, name, moved):
+    """Once, though sent and received: as the compiler for TPUs leaves what several slices do."""
+    (found,) = hlo.Program(carried(kind, target), devices=8).costs().collectives
+    assert found.kind == f"{name} between slices" and found.network and found.exposed
+    assert found.bytes == moved * 2**20
+    beside = "  %w = f32[8,8]{1,0} custom-call(%t)\n"
+    (hidden,) = hlo.Program(carried(kind, target, beside), devices=8).costs().collectives
+    assert not hidden.exposed
+
+
+def test_what_hosts_carry_in_a_way_that_is_unknown_is_refused():
+    with pytest.raises(ValueError, match=r"wanted an exchange of ALL_REDUCE, .*, got BROADCAST"):
+        hlo.Program(carried("BROADCAST", DEVICES), devices=8).costs()
+
+
 @pytest.mark.parametrize("rows", [(), (1,), (2,)])
 def test_flash_attention_costs_queries_times_keys(rows):
     """On a device that has a quarter of a row's queries, and all of its keys."""

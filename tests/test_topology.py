@@ -109,6 +109,22 @@ def test_what_crosses_the_network_depends_on_the_kind(kind, crossing, near):
     assert exchange(found, devices, (4, 1)) == pytest.approx(seconds)
 
 
+def test_what_hosts_carry_takes_as_long_as_their_network():
+    found = collectives.Collective(
+        kind="all-reduce between slices",
+        bytes=1e9,
+        shape="",
+        group=(),
+        pairs=(),
+        times=3.0,
+        where="",
+        channel=None,
+        exposed=True,
+        network=True,
+    )
+    assert exchange(found, chips(2, 4), (4, 1)) == pytest.approx(3e9 / 3.125e9)
+
+
 def test_of_three_slices_more_crosses():
     """Twelve chips, four on each slice: of the eleven others' parts, eight are of other slices; and
     four cross the middle of a line."""

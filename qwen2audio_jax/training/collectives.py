@@ -14,6 +14,16 @@ KINDS = (
     *("collective-permute", "collective-broadcast"),
 )
 TO_ALL = ("all-to-all", "ragged-all-to-all")
+# What hosts carry between slices, as the compiler calls it, and what of `size` bytes that each
+# device sends it takes in, of n slices.
+NETWORK = {
+    "ALL_REDUCE": ("all-reduce", lambda size, n: 2 * size * (n - 1) / n),
+    "ALL_GATHER": ("all-gather", lambda size, n: size * (n - 1)),
+    "REDUCE_SCATTER": ("reduce-scatter", lambda size, n: size * (n - 1) / n),
+    "ALL_TO_ALL": ("all-to-all", lambda size, n: size * (n - 1) / n),
+    "ONE_TO_ONE": ("collective-permute", lambda size, n: size),
+}
+FIRST = 100_000  # a slice's first device in what they carry: its number times this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +38,7 @@ class Collective:
       times: how often it happens.
       channel: what the compiler knows it by, in each part of the program that works on it.
       exposed: whether devices do nothing else meanwhile.
+      network: whether hosts carry it, between slices; then it has no group.
     """
 
     kind: str
@@ -39,6 +50,7 @@ class Collective:
     where: str
     channel: str | None
     exposed: bool
+    network: bool = False
 
 
 def read(
@@ -74,6 +86,36 @@ def read(
         where=where[1] if where else "",
         channel=channel and channel[1],
         exposed=exposed,
+    )
+
+
+def between_slices(result: str, text: str, *, times: float, exposed: bool) -> Collective | None:
+    """What a `send` has the hosts carry to other slices; None: it is of something else.
+
+    Raises:
+      ValueError: it is of a kind that is not known.
+    """
+    if (found := re.search(r'_xla_megascale_transfer_type="(\w+)"', text)) is None:
+        return None
+    if found[1] not in NETWORK:
+        raise ValueError(f"wanted an exchange of {', '.join(NETWORK)}, got {found[1]}")
+    kind, takes = NETWORK[found[1]]
+    first = re.search(r'_xla_megascale_target="?\{+([^}]*)\}(x?)', text)
+    numbers = [int(number) for number in re.findall(r"\d+", first[1])]
+    # slices, each with the same devices: {1,2}x{0:255}; or devices: {{100000,100001,200000,200001}}
+    slices = {*numbers} if first[2] else {number // FIRST for number in numbers}
+    channel = re.search(r"channel_id=(\d+)", text)
+    return Collective(
+        kind=f"{kind} between slices",
+        bytes=takes(arrays.size(arrays.each(result)[0]), len(slices)),
+        shape=result,
+        group=(),
+        pairs=(),
+        times=times,
+        where="",
+        channel=channel and channel[1],
+        exposed=exposed,
+        network=True,
     )
 
 

@@ -180,6 +180,9 @@ def _exchange(found: Iterable[Collective], lowered: Lowered, topology: Topology)
     groups, loads = 0.0, Counter()
     for each in found:
         moved = each.times * each.bytes * chip.cores
+        if each.network:
+            groups += moved / chip.dcn
+            continue
         for start, end in each.pairs:
             if parts[start] != parts[end]:
                 loads[start] += moved / chip.dcn

@@ -20,6 +20,7 @@ _FLOATING = re.compile(r"b?f\d+\[")
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
 _ALIASED = re.compile(r"output_to_operand_aliasing=\{(.*?\))\}(?:,|$)")
 _SCOPES = re.compile(r'op_name="([^"]*)"')
+_MEETING = re.compile(r'_xla_host_transfer_rendezvous="[^"]*"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 # what moves nothing by itself
@@ -149,6 +150,11 @@ class Program:
                         exposed=not hidden and _exposed(each, body),
                     )
                 )
+            elif each.op in ("send", "recv"):
+                # What is received is told by what is sent for it.
+                told = {"times": times, "exposed": not hidden and _exposed(each, body)}
+                found = collectives.between_slices(each.type, each.rest, **told)
+                costs.collectives += [found] if found and each.op == "send" else []
             elif not fused and each.op not in _FREE and not each.op.endswith("-done"):
                 costs.bytes += times * self._bytes(each, body)
                 costs.host += times * _to_host(each, body)
@@ -266,11 +272,14 @@ class Program:
 def _exposed(each: Instruction, body: dict[str, Instruction]) -> bool:
     """Whether a device waits for an exchange: it has no beginning and end of their own, or nothing
     that takes time lies between these."""
-    if not each.op.endswith("-start"):
+    begins = {each.name}
+    if mark := _MEETING.search(each.rest):  # hosts carry it: it ends as what they bring is there
+        begins = {x.name for x in body.values() if x.op == "recv" and mark[0] in x.rest}
+    elif not each.op.endswith("-start"):
         return True
     after = list(body.values())[list(body).index(each.name) + 1 :]
     for number, other in enumerate(after):
-        if each.name in other.operands and other.op.endswith("-done"):
+        if begins.intersection(other.operands) and other.op.endswith("-done"):
             return not any(between.op in _WORK for between in after[:number])
     return False
 
