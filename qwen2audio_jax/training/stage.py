@@ -218,7 +218,8 @@ def _run(
         settings=run.as_json(settings),
     )
     checkpoints = Checkpoints(folder, keep=config.keep, best=config.best, mode=config.mode)
-    evaluate = partial(_evaluate, settings, trainee, mixture, processor, kept) if kept else None
+    shared = _shared(mixture, trainee.mesh)
+    evaluate = partial(_evaluate, settings, trainee, shared, processor, kept) if kept else None
     with (
         contextlib.closing(checkpoints),
         contextlib.closing(log),
@@ -252,7 +253,7 @@ def _evaluate(
     processor: Processor,
     kept: list[inputs.HeldOut],
 ) -> dict[str, float]:
-    scores = held_out.losses(kept, _shared(mixture, trainee.mesh), trainee.measure)
+    scores = held_out.losses(kept, mixture, trainee.measure)
     how = settings.evaluation
     with trainee.on_mesh(), flash.using(settings.attention):
         answers, bad = held_out.answers(
