@@ -30,6 +30,7 @@ def merge(
     state = jnp.clip(rank - (ends - counts)[clip], 0, states.shape[1] - 1)
     # A row's clips may be on any device: columns of all states are looked up, then brought to the
     # rows, for no device has room for all states of a pod.
+    # First by clips: else the product that makes them would gather what is heard by all.
     columns = ("data", "fsdp", "context")
     states = spread.constrain(states.astype(text.dtype), "C A D")
     states = spread.constrain(states, "clips A D", D=columns)

@@ -155,7 +155,8 @@ def main(options: Options) -> int:
     done = [step for step in steps if step.command in known]
     lines = [line(step, known[step.command]) for step in done]
     by = sorted({known[step.command].get("by", "") for step in done} - {""})
-    out.write_text("\n".join([*HEAD, *lines, "", *(f"Compiled by {each}." for each in by), ""]))
+    told = [f"Compiled by {each}." for each in by]
+    out.write_text("\n".join([*HEAD, *lines, "", *told, ""]), "utf-8")
     draw(known, out.with_suffix(".png"))
     return int(any("error" in known[step.command] for step in done))
 

@@ -27,7 +27,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"),
     *("conditional", "call", "partition-id", "replica-id", "async-start", "async-update"),
-    *("optimization-barrier", "domain"),
+    *("optimization-barrier", "domain", "recv"),
 }
 _CALLS = ("while", "fusion", "call", "conditional", "async-start", "custom-call")
 # what takes a device long enough to hide an exchange
@@ -150,11 +150,10 @@ class Program:
                         exposed=not hidden and _exposed(each, body),
                     )
                 )
-            elif each.op in ("send", "recv"):
-                # What is received is told by what is sent for it.
+            elif each.op == "send":  # what is received is told by what is sent for it
                 told = {"times": times, "exposed": not hidden and _exposed(each, body)}
                 found = collectives.between_slices(each.type, each.rest, **told)
-                costs.collectives += [found] if found and each.op == "send" else []
+                costs.collectives += [found] if found else []
             elif not fused and each.op not in _FREE and not each.op.endswith("-done"):
                 costs.bytes += times * self._bytes(each, body)
                 costs.host += times * _to_host(each, body)
