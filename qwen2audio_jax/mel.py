@@ -16,6 +16,7 @@ FRAMES = 3000  # frames in the 30 s that the reference pads every clip to
 LONGEST = FRAMES * HOP  # samples
 FLOOR = 1e-10  # power that counts as none
 RANGE = 8.0  # log10 below the clip's peak: 80 dB
+EXACT = jax.lax.Precision.HIGHEST  # else TPUs multiply in bfloat16
 
 Integers = TypeVar("Integers", int, np.integer, np.ndarray, Array)
 
@@ -114,14 +115,24 @@ def log_mel_jax(waves: Float[Array, "B S"], *, mels: int = 128) -> Float[Array, 
     cosine, sine = _dft()
     ahead, behind = windows[..., 1 : N_FFT // 2], windows[..., : N_FFT // 2 : -1]
     even = jnp.concatenate([windows[..., :1], ahead + behind, windows[..., N_FFT // 2, None]], -1)
-    exact = jax.lax.Precision.HIGHEST  # else TPUs multiply in bfloat16
-    real = jnp.einsum("BTn,nF->BTF", even, cosine, precision=exact)
-    imaginary = jnp.einsum("BTn,nF->BTF", ahead - behind, sine, precision=exact)
-    power = jnp.square(real) + jnp.square(imaginary)
-    bands = jnp.einsum("MF,BTF->BMT", filters(mels).astype(np.float32), power, precision=exact)
+    power = jnp.square(_sums(even, cosine)) + jnp.square(_sums(ahead - behind, sine))
+    bands = jnp.einsum("MF,BTF->BMT", filters(mels).astype(np.float32), power, precision=EXACT)
     log = jnp.log10(jnp.maximum(bands, FLOOR))
     log = jnp.maximum(log, log.max(axis=(1, 2), keepdims=True) - RANGE)
     return (log + 4) / 4
+
+
+def _sums(windows: Float[Array, "B T n"], waves: Float[np.ndarray, "n F"]) -> Float[Array, "B T F"]:
+    """Their product, in which every fourth sample has a sum of its own.
+
+    Some CPUs add all 200 one after the other; where a loud tone's sums run far above what a quiet
+    band ends with, the picture was up to 1.7e-4 away from float64's (like this: 4e-5).
+    """
+    parts = [
+        jnp.einsum("BTn,nF->BTF", windows[..., i::4], waves[i::4], precision=EXACT)
+        for i in range(4)
+    ]
+    return parts[0] + parts[1] + parts[2] + parts[3]
 
 
 def _windows(waves: Float[Array, "B S"]) -> Float[Array, "B T n_fft"]:

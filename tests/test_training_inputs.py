@@ -428,7 +428,7 @@ ANSWERED = [*ASKED, {"role": "assistant", "content": "yes"}]
     ("row", "line", "pairs", "told"),
     [
         ({"speech": "0.wav"}, ASR, True, ": wanted pairs of answers, which have no task, got '[A"),
-        ({"messages": ANSWERED}, "", True, "'chosen' and 'rejected'), got rows of messages"),
+        ({"messages": ANSWERED}, "", True, "or 'rejected_response'), got rows of messages"),
         ({"prompt": ASKED, **PAIR}, "", False, "--data.tasks, got rows of prompt, chosen, reject"),
         ({"messages": ASKED, **PAIR}, "", False, "--data.tasks, got rows of messages, chosen"),
         ({"speech": "0.wav", "text": "yes"}, "", False, ": wanted conversations ('messages' with"),
