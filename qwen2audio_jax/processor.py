@@ -88,9 +88,7 @@ class Processor:
         self.folder = folder
         self.tokenizer = Tokenizer(folder / "tokenizer.json")
         self.template = read_template(folder)
-        # transformers 5 writes the second file, and reads it first.
-        features = read_json(folder / "processor_config.json").get("feature_extractor")
-        features = features or read_json(folder / "preprocessor_config.json")
+        features = _features(folder)
         for key, ours in FEATURES.items():
             if features.get(key, ours) != ours:
                 raise ValueError(f"{folder}: wanted {key} {ours}, got {features[key]}")
@@ -129,9 +127,15 @@ class Processor:
         if self._lacks_features:
             settings = PREPROCESSOR_CONFIG | {"feature_size": self.mels}
             _write_json(folder / "preprocessor_config.json", settings)
-        if window is not None:
-            path = folder / "preprocessor_config.json"
-            _write_json(path, read_json(path) | {WINDOW_SECONDS: window})
+        if window not in (None, self.window):
+            path = folder / "processor_config.json"
+            settings = read_json(path)
+            if settings.get("feature_extractor"):  # where it will be looked for
+                settings["feature_extractor"] |= {WINDOW_SECONDS: window}
+            else:
+                path = folder / "preprocessor_config.json"
+                settings = read_json(path) | {WINDOW_SECONDS: window}
+            _write_json(path, settings)
 
     def __call__(
         self,
@@ -334,6 +338,12 @@ class Processor:
             stacklevel=2,
         )
         return np.split(wave, cuts)
+
+
+def _features(folder: pathlib.Path) -> dict:
+    """The features' settings; transformers 5 writes the first file, and reads it first."""
+    features = read_json(folder / "processor_config.json").get("feature_extractor")
+    return features or read_json(folder / "preprocessor_config.json")
 
 
 def count_tokens(wave: Wave) -> int:

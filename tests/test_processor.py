@@ -400,6 +400,21 @@ def test_a_sources_files_are_copied_byte_for_byte(made, tmp_path):
     assert Processor.from_pretrained(copy).mels == 80
 
 
+@pytest.mark.parametrize("theirs", [True, False])
+def test_a_window_is_read_where_it_was_written(made, tmp_path, theirs):
+    """Also where transformers has written the settings, which has a file of its own for them."""
+    origin, copy = tmp_path / "origin", tmp_path / "copy"
+    processor = words.reference_processor(made) if theirs else Processor(made)
+    processor.save_pretrained(origin)
+    before = {path.name for path in origin.iterdir()}
+    Processor(origin).save_pretrained(copy, window=4.0)
+    assert {path.name for path in copy.iterdir()} == before
+    Processor(copy).save_pretrained(copy, window=6.5)
+    assert Processor(copy).window == 6.5
+    loaded = Qwen2AudioProcessor.from_pretrained(copy)
+    assert loaded.feature_extractor.feature_size == 128
+
+
 def test_a_checkpoint_that_hears_differently_is_refused(tmp_path):
     words.made_tokenizer(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"hop_length": 320}')

@@ -346,6 +346,63 @@ def test_mistakes_are_one_line(run, tmp_path, monkeypatch, capsys, stage, args, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "config.json",
+            {"text_config": {"vocab_size": 511}},
+            r"tokens below its vocabulary of 511, got '.+' of number 511 in its tokenizer$",
+        ),
+        (
+            "config.json",
+            {"audio_token_index": 4},
+            r"<\|AUDIO\|> as its audio_token 4, got number 3 in its tokenizer$",
+        ),
+        (
+            "config.json",
+            {"audio_config": {"max_source_positions": 29}},
+            "--data.buckets 8x160,24x60: wanted at most the 58 frames that .* hears, got 60$",
+        ),
+        (
+            "preprocessor_config.json",
+            {"feature_size": 80},
+            "128 mel bands, which it hears, got 80 in its feature settings$",
+        ),
+    ],
+)
+def test_words_and_clips_that_the_model_does_not_take_are_refused(
+    run, tmp_path, base, capsys, file, change, message
+):
+    """Before anything is written: it would learn nothing, or hear nothing, and not say so."""
+    model = shutil.copytree(base, tmp_path / "model")
+    told = json.loads((model / file).read_text())
+    for name, value in change.items():
+        told[name] = told[name] | value if isinstance(value, dict) else value
+    (model / file).write_text(json.dumps(told))
+    assert run("sft", "chats", tmp_path / "out", "--model", model) == 2
+    assert re.search(message, capsys.readouterr().err.strip().splitlines()[-1])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_comes_out_has_windows_of_what_it_has_learned(base, tmp_path, monkeypatch):
+    """In the run or before it; from nothing, in the run alone."""
+    monkeypatch.setattr(weights, "save", lambda *_: None)
+    Processor.from_pretrained(base).save_pretrained(tmp_path, window=2.0)
+    start = Processor.from_pretrained(tmp_path)
+
+    def window(*frames, clips=1, **how):
+        buckets = tuple(Bucket(rows=1, tokens=9, clips=clips, frames=each) for each in frames)
+        data = DataConfig(buckets=buckets)
+        settings = dataclasses.replace(SETTINGS, out=tmp_path / "run", data=data, **how)
+        stage._export(settings, Mock(spec=Learner), start)
+        return Processor.from_pretrained(tmp_path / "run" / "model").window
+
+    assert (window(504, 1004, 104), window(3000), window(104)) == (10.0, 30.0, 2.0)
+    assert (window(154, from_scratch=True), window(60, from_scratch=True)) == (1.5, 1.0)
+    assert window(1004, clips=0) == 2.0
+
+
 def test_a_run_does_not_write_over_what_it_begins_with(run, tmp_path, base, capsys, monkeypatch):
     """Neither in its folder nor in those that it makes at its end. What it could not log to is
     told as early."""

@@ -31,6 +31,7 @@ from qwen2audio_jax.data.sources import on_disk
 from qwen2audio_jax.evaluation import held_out
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
+from qwen2audio_jax.prompt import AUDIO
 from qwen2audio_jax.training import (
     hosts,
     inputs,
@@ -77,6 +78,7 @@ def train(settings: Settings) -> int | None:
     kept = inputs.held_out(settings.data, settings.evaluation.samples, pairs=pairs)
     start = _apart(settings)
     sizes, processor = model_settings.read(start), Processor.from_pretrained(start)
+    _check_fit(sizes, processor, settings)
     if run.begin(settings.out, settings, model=sizes, processor=processor):
         settings.optimizer.check_change(run.begun(settings.out).get("optimizer", {}))
         processor = Processor.from_pretrained(settings.out)
@@ -128,6 +130,31 @@ def _apart(settings: Settings) -> pathlib.Path:
         if path.resolve() in written:
             raise ValueError(f"wanted another --out than {out}, which would write over {flag}")
     return folder
+
+
+def _check_fit(sizes: Config, processor: Processor, settings: Settings) -> None:
+    """Refuses words and clips that a model of such sizes takes otherwise, or not at all.
+
+    Raises:
+      ValueError: its steps would give NaN, or it would hear nothing, without a word.
+    """
+    words, of_model = processor.tokenizer, f"--model {settings.model}: wanted"
+    most, ids = sizes.decoder.vocabulary, words.core.get_vocab()
+    last = max(ids, key=ids.get)
+    if ids[last] >= most:
+        got = f"{last!r} of number {ids[last]} in its tokenizer"
+        raise ValueError(f"{of_model} tokens below its vocabulary of {most}, got {got}")
+    if sizes.audio_token != words.audio_id:
+        got = f"number {words.audio_id} in its tokenizer"
+        raise ValueError(f"{of_model} {AUDIO} as its audio_token {sizes.audio_token}, got {got}")
+    if sizes.encoder.mels != processor.mels:
+        wanted = f"{sizes.encoder.mels} mel bands, which it hears"
+        raise ValueError(f"{of_model} {wanted}, got {processor.mels} in its feature settings")
+    most = 2 * sizes.encoder.positions
+    for bucket in settings.data.buckets:
+        if bucket.clips and bucket.frames > most:
+            wanted = f"at most the {most} frames that --model {settings.model} hears"
+            raise ValueError(f"--data.buckets {bucket}: wanted {wanted}, got {bucket.frames}")
 
 
 def _listed(folder: pathlib.Path) -> tuple[pathlib.Path, list[str]]:
@@ -277,7 +304,17 @@ def _export(settings: Settings, trainee: Learner, processor: Processor, which: s
     folder = settings.out / f"{MODEL}{which}"
     weights.save(jax.tree.map(lambda x: x.astype(settings.dtype), trainee.merged()), folder)
     if jax.process_index() == 0:
-        processor.save_pretrained(folder)
+        processor.save_pretrained(folder, window=_window(settings, processor))
+
+
+def _window(settings: Settings, processor: Processor) -> float:
+    """Seconds of the longest clips that the model has learned from, here or before."""
+    before = 0.0 if settings.from_scratch else processor.window
+    frames = max((bucket.frames for bucket in settings.data.buckets if bucket.clips), default=0)
+    if not frames:
+        return processor.window
+    here = 30.0 if frames == 3000 else (frames - 4) / 100  # 4 stand behind a clip's own
+    return max(before, here, 1.0)  # what transcription takes
 
 
 def _export_best(
