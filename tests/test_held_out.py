@@ -14,6 +14,7 @@ pytest.importorskip("grain")
 from qwen2audio_jax import Processor, Qwen2Audio, mel
 from qwen2audio_jax.data.chats import from_messages
 from qwen2audio_jax.data.example import Example
+from qwen2audio_jax.data.instruction import Task
 from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.data.sources import open_source
@@ -124,6 +125,25 @@ def test_what_cannot_be_answered_is_told_by_reason(model, processor, asked, capl
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 4 and told[0].startswith("kept: 2 missing audio, the last: row 5: ")
     assert any("row 4: TypeError: " in line for line in told)
+
+
+def test_plain_text_has_nothing_to_answer(model, processor, asked, folder, caplog):
+    """A task without a prompt: it is measured by its loss alone, which is said."""
+    line = "-> [TEXT:text]"
+    part = Part(name="plain", source=[{"text": "yes no"}] * 2, compile=Task.parse(line).compile)
+    parts = [HeldOut(part=part, choices=Task.parse(line).choices), kept([conversation("no")])]
+    answers, bad = held_out.answers(model, processor, parts, rows=2, max_new_tokens=4)
+    assert [each.part for each in answers] == ["kept"] and not bad and len(asked) == 1
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told == "plain: 2 without a prompt are measured, not answered"
+    mixture, seen = Mixture(parts=(part,), processor=folder, buckets=(BUCKET,)), []
+
+    class One:
+        def means(self):
+            return {"loss": 2.0}
+
+    assert held_out.losses(parts[:1], mixture, lambda b: seen.append(b) or One()) == {"loss": 2.0}
+    assert (seen[0]["labels"] >= 0).any()
 
 
 def test_answers_that_will_be_cut_are_told(model, processor, asked, caplog):

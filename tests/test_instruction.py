@@ -11,9 +11,9 @@ import pytest
 import words
 
 from qwen2audio_jax import Processor, audio, prompt
-from qwen2audio_jax.data.example import BadSample
+from qwen2audio_jax.data.example import BadSample, hear
 from qwen2audio_jax.data.instruction import Task, hierarchical_tags
-from qwen2audio_jax.data.slots import TYPES, slot_type
+from qwen2audio_jax.data.slots import TYPES, Filled, slot_type
 
 ASR = "[AUDIO:speech] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"
 TAG = "<|audio_bos|><|AUDIO|><|audio_eos|>"
@@ -327,6 +327,14 @@ def test_a_new_type_is_a_function(processor, new_types):
         Task.parse("-> [CODES:c,x=2]")
     task = Task.parse("-> [CODES:c,rate=2]")
     assert pickle.loads(pickle.dumps(task)) == task and hash(task) == hash(task)
+
+
+def test_a_new_type_that_is_heard_need_not_say_words(processor, chirp, new_types):
+    """Its clips stand beside those of which they are known."""
+    slot_type("NOISE", heard=True)(lambda value, slot, sample: Filled(TAG, (hear(value),)))
+    sample = {name: (chirp(0.3), 16_000) for name in "ab"} | {"said": "yes no"}
+    task = Task.parse("[NOISE:a][AUDIO:b,words=said] Which? -> one")
+    assert task.compile(sample, processor).words == ([], processor.tokenizer.encode("yes no"))
 
 
 def test_attributes_that_nothing_reads_are_refused_at_once():

@@ -412,6 +412,24 @@ def test_a_mistake_in_a_line_says_in_which(rows):
         inputs.training(DataConfig(train=(path, path), tasks=(ASR, wrong)))
 
 
+@pytest.mark.parametrize(
+    ("line", "end"),
+    [
+        ("-> [TEXT:text,closed_set=yes|no]<|im_end|>", "<|im_end|>"),
+        (r"What? -> [TEXT:text,closed_set=yes<\|endoftext\|>|no]", "<|endoftext|>"),
+    ],
+)
+def test_closed_answers_that_nothing_could_choose_are_refused_at_once(rows, line, end):
+    """To be measured; they are learned, as open ones are measured, too."""
+    path = rows({"text": "yes"})
+    assert inputs.training(DataConfig(train=(path,), tasks=(line,)))
+    told = re.escape(f"held_out {path}: wanted closed answers without {end}, ")
+    with pytest.raises(ValueError, match=told):
+        inputs.held_out(DataConfig(held_out=(path,), held_out_tasks=(line,)), 5)
+    lines = ("-> [TEXT:text]<|im_end|>",)
+    assert inputs.held_out(DataConfig(held_out=(path,), held_out_tasks=lines), 5)
+
+
 def test_a_style_that_nothing_has_is_refused(rows):
     """Conversations have no hints at a task that could be put otherwise."""
     path = rows({"messages": ANSWERED})
@@ -466,12 +484,10 @@ def test_every_stage_says_which_rows_it_takes(rows, row, line, pairs, told):
     ],
 )
 def test_what_is_made_is_for_one_stage(source, pairs, wanted):
-    for call in (
-        lambda: inputs.training(DataConfig(train=(source,)), pairs=pairs),
-        lambda: inputs.held_out(DataConfig(held_out=(source,)), 5, pairs=pairs),
-    ):
-        with pytest.raises(ValueError, match=f"^{wanted}{source}$"):
-            call()
+    with pytest.raises(ValueError, match=f"^{wanted}{source}$"):
+        inputs.training(DataConfig(train=(source,)), pairs=pairs)
+    with pytest.raises(ValueError, match=f"^{wanted}{source}:test$"):
+        inputs.held_out(DataConfig(held_out=(f"{source}:test",)), 5, pairs=pairs)
 
 
 def test_words_are_wanted_where_ctc_learns_from_them(rows):
@@ -493,6 +509,36 @@ def test_words_are_wanted_where_ctc_learns_from_them(rows):
     talk = lambda parts: {"messages": [{"role": "user", "content": parts}, ANSWERED[1]]}
     rows(talk(clip), talk(said), {"messages": "broken"})
     assert len(inputs.training(of(""), words=True)) == 1
+
+
+def test_words_that_few_rows_have_are_found(rows, monkeypatch, caplog):
+    """In a manifest wherever they are; what is dear to read may have some that were not looked at,
+    which is told."""
+    named = ASR.replace("speech", "speech,words=said")
+    talk = lambda **words: {
+        "messages": [{"role": "user", "content": [{"audio": "0.wav", **words}]}, ANSWERED[1]]
+    }
+    of = lambda path, line: DataConfig(train=(path,), tasks=(line,))
+    row = {"speech": "0.wav", "text": "yes"}
+    for line, few, many in ((named, row | {"said": "yes"}, row), ("", talk(words="yes"), talk())):
+        monkeypatch.undo()
+        drawn = inputs.Drawn(range(300), inputs.LOOKED)._rows
+        place = next(i for i in range(300) if i not in drawn)
+        written = [few if i == place else many for i in range(300)]
+        path = rows(*written)
+        assert len(inputs.training(of(path, line), words=True)) == 1
+        path = rows(*[many] * 300)
+        with pytest.raises(ValueError, match=r"words=said of its fields, got|^ctc: wanted words"):
+            inputs.training(of(path, line), words=True)
+        monkeypatch.setattr(inputs, "Manifest", ())  # as shards, which have the clips in them
+        with pytest.raises(ValueError, match=r"words=said of its fields, got|^ctc: wanted words"):
+            inputs.training(of(path, line), words=True)
+        assert not caplog.records
+        monkeypatch.setattr(inputs, "SEARCHED", 200)
+        assert len(inputs.training(of(path, line), words=True)) == 1
+        (told,) = [record.getMessage() for record in caplog.records]
+        assert told.startswith(f"{path}: none of 200 of its 300 rows has words")
+        caplog.clear()
 
 
 @pytest.mark.parametrize("name", ["augmented", "masked"])

@@ -118,6 +118,15 @@ def test_splits_are_told_apart():
     DataConfig(train=("tfds:words:train[1%:]",), held_out=("tfds:words:train[:1%]",))
 
 
+@pytest.mark.parametrize("source", ["world:small/gender", "world:small/tasks:train"])
+def test_what_is_made_is_held_out_by_its_test_split(source):
+    """Of the other one all kinds may be learned, by whatever name."""
+    told = rf"^wanted held_out {source.removesuffix(':train')}:test, .*, got {source}$"
+    for train in ((), ("world:small/tasks",), ("a.jsonl",)):
+        with pytest.raises(ValueError, match=told):
+            DataConfig(train=train, held_out=(source,))
+
+
 def test_lines_and_weights_are_counted_by_name():
     sources = ("a.jsonl", "b.jsonl")
     with pytest.raises(ValueError, match="wanted weights for 2 sources, got 1"):

@@ -91,9 +91,7 @@ class Task:
         """
         given, answer = parts_of(line, arrows=1)
         task = cls(_styled(given, tags, style), tuple(answer))
-        own = lambda part: isinstance(part, Slot) and isinstance(part.closed_set, str)
-        listed = [_texts(part, {}) for part in task._closed({}) or () if not own(part)]
-        if too_many := _too_many(listed):
+        if too_many := _too_many(task.stated):
             raise ValueError(too_many)
         return task
 
@@ -101,6 +99,13 @@ class Task:
     def clips(self) -> tuple[str, ...]:
         """The fields that name clips."""
         return tuple(part.field for part in (*self.given, *self.answer) if heard(part))
+
+    @property
+    def stated(self) -> list[list[str]]:
+        """What the line itself has of the answers, if these are closed: texts, and the sets that
+        no sample brings."""
+        own = lambda part: isinstance(part, Slot) and isinstance(part.closed_set, str)
+        return [_texts(part, {}) for part in self._closed({}) or () if not own(part)]
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -123,7 +128,9 @@ class Task:
             for _, run in itertools.groupby(answer, key=lambda each: each.learned):
                 said, more = _compile(list(run), processor, first=len(waves))
                 prompt, waves = prompt + said, waves + more
-        words = [text for each in (*given, *answer) for text in each.words]
+        # a type of slot that says no words has none of them for each of its clips
+        said = (each.words or ("",) * len(each.waves) for each in (*given, *answer))
+        words = [text for texts in said for text in texts]
         return Example(prompt, waves, tuple(map(processor.tokenizer.encode, words)))
 
     def choices(self, sample: Mapping) -> list[str] | None:

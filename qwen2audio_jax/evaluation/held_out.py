@@ -100,13 +100,16 @@ def _samples(
 ) -> tuple[list[tuple[Example, Answer, list[str] | None]], collections.Counter]:
     """What can be answered, of prompts that leave room for an answer, or for the longest choice of
     the part; the rest is told, and counted by reason. What cannot be answered in full is told."""
-    found, told = [], collections.defaultdict(list)
+    found, mute, told = [], 0, collections.defaultdict(list)
     for row in range(len(each.part.source)):
         try:
             sample = each.part.read(row)
             example = each.part.compile(sample, processor)
             choices = each.choices(sample)
             given, wanted = inputs.prompt_and_answer(example, processor)
+            if not given.prompt:  # plain text: there is nothing to answer, and a loss to measure
+                mute += 1
+                continue
         except Exception as error:  # as when it is trained on
             reason, message = why(error)
             told[reason].append(f"{where(each.part.source, row)}: {message}")
@@ -126,6 +129,8 @@ def _samples(
             told["too long"].append(f"{where(each.part.source, row)}: {message}")
         else:
             fitting.append((given, answer, choices))
+    if mute:
+        _log.warning(f"{each.part.name}: {mute} without a prompt are measured, not answered")
     for reason, messages in told.items():
         _log.warning(f"{each.part.name}: {len(messages)} {reason}, the last: {messages[-1]}")
     lengths = [

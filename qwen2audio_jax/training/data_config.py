@@ -101,6 +101,9 @@ class DataConfig:
                     raise ValueError(
                         f"held_out {source} is learned, too: train has {learned}; name splits"
                     )
+            if source.startswith(WORLD) and not source.endswith(":test"):
+                made = ":".join(source.split(":")[:2])
+                raise ValueError(f"wanted held_out {made}:test, which nothing learns, got {source}")
         for name in ("augmented", "masked"):
             for share in getattr(self, f"{name}_each"):
                 if not 0 <= share <= 1:

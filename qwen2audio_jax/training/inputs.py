@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,13 +22,16 @@ from qwen2audio_jax.data.example import Example, Pair, why
 from qwen2audio_jax.data.instruction import Task
 from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.pack import Bad
-from qwen2audio_jax.data.sources import RandomAccess, open_source, where
+from qwen2audio_jax.data.sources import Manifest, RandomAccess, open_source, where
 from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.prompt import IM_END, PAD
 from qwen2audio_jax.training.data_config import TFDS, WORLD, DataConfig, each_of
 
 MADE = 10**6  # samples that a made world tells apart
 LOOKED = 50  # rows of a source that tell what all are
+SEARCHED = 1000  # rows with clips in them that are read for one of a kind
+
+_log = logging.getLogger(__name__)
 
 Choices = Callable[[Mapping], list[str] | None]
 
@@ -111,6 +115,7 @@ def held_out(data: DataConfig, samples: int, *, pairs: bool = False) -> list[Hel
     given = (data.lines_held_out, data.tags_held_out)
     for spec, line, tags in zip(data.held_out, *given, strict=True):
         for each in _open(spec, line, tags, data, pairs):
+            _check_ends(spec, line)
             source = Drawn(each.part.source, samples)
             part = dataclasses.replace(each.part, source=source, weight=1.0, augmented=0.0)
             rows = f"{len(source)} of {len(source.source)} of {spec}"
@@ -139,6 +144,15 @@ def _open(spec: str, line: str, tags: str, data: DataConfig, pairs: bool) -> lis
     return [HeldOut(part=part, choices=task.choices)]
 
 
+def _check_ends(spec: str, line: str) -> None:
+    """Refuses closed answers with what ends one in them: none of them could be chosen."""
+    texts = [text for each in Task.parse(line).stated for text in each] if line else []
+    for end in (PAD, IM_END):
+        if any(end in text for text in texts):
+            wanted = f"closed answers without {end}, which follows them by itself"
+            raise ValueError(f"held_out {spec}: wanted {wanted}, got {line!r}")
+
+
 def _check_kind(part: Part, pairs: bool) -> None:
     """Refuses rows of which none is what is learned from; single ones are bad samples."""
     rows = _some(part)
@@ -159,25 +173,48 @@ def _says_words(spec: str, line: str, part: Part) -> bool:
     """
     if spec.startswith(WORLD):
         return True
-    rows = _some(part)
     if not line:
-        return any(map(says_words, rows))
-    named, known = Task.parse(line).words, {name: None for row in rows for name in row}
-    for name in named if rows else ():  # a row may lack it, whose words nobody knows; not all do
-        if name not in known:
+        return _any(part, says_words, "words beside a clip")
+    named = Task.parse(line).words
+    for name in named:  # a row may lack it, whose words nobody knows; not all do
+        if _any(part, lambda row, name=name: name in row, f"words={name}"):
+            continue
+        if known := {field: None for row in _some(part) for field in row}:
             raise ValueError(f"{spec}: wanted words={name} of its fields, got {', '.join(known)}")
     return bool(named)
 
 
+def _any(part: Part, wanted: Callable[[Mapping], bool], what: str) -> bool:
+    """Whether a row of a part is as wanted.
+
+    Few may be: where none of some is, all of a manifest are looked at, and many of what has clips
+    in it, as reading those takes long; that others may be is told then.
+    """
+    size = len(part.source)
+    for count in (LOOKED, size if isinstance(part.source, Manifest) else SEARCHED):
+        if any(map(wanted, _rows(part, count))):
+            return True
+    if count < size:
+        _log.warning(f"{part.name}: none of {count} of its {size} rows has {what}")
+    return count < size
+
+
 def _some(part: Part) -> list[Mapping]:
-    """Rows of a part, of those that can be read."""
-    drawn, rows = dataclasses.replace(part, source=Drawn(part.source, LOOKED)), []
+    return list(_rows(part, LOOKED))
+
+
+def _rows(part: Part, count: int) -> Iterator[Mapping]:
+    """Rows of a part, at most so many, of those that can be read."""
+    drawn = part
+    if count < len(part.source):
+        drawn = dataclasses.replace(part, source=Drawn(part.source, count))
     for index in range(len(drawn.source)):
         try:
-            rows.append(drawn.read(index))
+            row = drawn.read(index)
         except Exception as error:  # counted when it is drawn to be learned
             why(error)
-    return rows
+        else:
+            yield row
 
 
 def _made(spec: str, style: str, pairs: bool) -> list[HeldOut]:
