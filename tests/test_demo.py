@@ -110,6 +110,31 @@ def test_a_score_is_of_the_recordings_that_there_are(tmp_path, monkeypatch):
     assert score(6, "one", "six") == (1 / 4, 2)
 
 
+def test_longer_recordings_have_batches_of_their_own(tmp_path, chirp):
+    """Of clips, whether on this disk or within the manifest; of what is too long for all there is
+    none. Without any, the batches are those of what is made."""
+    manifest = tmp_path / "rows.jsonl"
+
+    def sizes(*seconds, split="train"):
+        rows = [{"audio": "absent.wav", "text": "one", "split": split}]
+        for number, length in enumerate(seconds):
+            path = tmp_path / f"{number}.wav"
+            soundfile.write(path, chirp(length, number), 16_000)
+            clip = {"bytes": None, "path": path.name} if number % 2 else path.name
+            rows.append({"audio": clip, "text": "one", "split": split})
+        manifest.write_text("\n".join(map(json.dumps, rows)))
+        made = demo.Demo(manifest=(manifest,), out=tmp_path / "out")
+        pretraining, conversations, _ = demo.plan(made)
+        frames = [bucket.frames for bucket in pretraining.data.buckets]
+        assert [bucket.frames for bucket in conversations.data.buckets] == frames[1:]
+        return frames
+
+    usual = [*demo.SIZES["small"]]
+    assert sizes(1, 3) == sizes(12, 12, split="test") == usual
+    assert sizes(1, 4) == sizes(4) == [*usual, 1004]
+    assert sizes(4, 12) == sizes(12) == sizes(29.99, 31) == [*usual, 1004, 3000]
+
+
 def demonstrate(out, *args):
     command = [sys.executable, "-m", "train.demo", "--clips=2", f"--out={out}", *args]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -22,16 +22,19 @@ import sys
 from typing import Any, Literal
 
 import jax
+import soundfile
 from flax import nnx
 
-from qwen2audio_jax import Processor, Qwen2Audio, draw, preset, weights
+from qwen2audio_jax import Processor, Qwen2Audio, draw, mel, preset, weights
+from qwen2audio_jax.audio import SAMPLE_RATE
 from qwen2audio_jax.data import dialogue, sources, synth
-from qwen2audio_jax.data.example import BadSample, hear
+from qwen2audio_jax.data.example import LONGEST, BadSample, hear
 from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.data.world import MODES, World
 from qwen2audio_jax.evaluation import recognition
 from qwen2audio_jax.evaluation import world as evaluation
 from qwen2audio_jax.evaluation.world import Row
+from qwen2audio_jax.processor import needed_frames
 from qwen2audio_jax.training import log, run
 from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.optimizer import OptimizerConfig
@@ -47,6 +50,7 @@ STEPS = {"small": (640, 420, 60), "full": (16_000, 4500, 200)}
 # Learning rates: a high one forgets what a longer pretraining has learned.
 PEAKS = {"small": (1e-3, 7e-4, 2e-4), "full": (1e-3, 4e-4, 5e-5)}
 SIZES = {"small": (100, 190, 340), "full": (100, 160, 220, 340, 600)}  # mel frames of a batch
+LONGER = (1004, 3000)  # where recordings need them
 # The part of pretraining's and SFT's clips that is augmented, and masked: who hears so few of them
 # has yet to learn what they have in common.
 CHANGED = {"small": (0.15, 0.1), "full": (0.4, 0.3)}
@@ -67,8 +71,8 @@ class Demo:
     out: pathlib.Path = pathlib.Path("runs/demo")
     """The folder to write, or to go on with."""
     manifest: tuple[pathlib.Path, ...] = ()
-    """JSONL files of recordings (audio, text): rows of split "train" are learned, those of split
-    "test" are kept for the score; where no row has a split, all are learned."""
+    """JSONL files of recordings (audio, text) of at most 30 s: rows of split "train" are learned,
+    those of split "test" are kept for the score; where no row has a split, all are learned."""
     steps: tuple[int, int, int] | None = None
     """Of pretraining, SFT and DPO; None: what the world takes."""
     seed: int = 0
@@ -132,7 +136,7 @@ def _pretraining(demo: Demo, recorded: tuple[str, ...]) -> Settings:
             train=(f"{made}/tasks", f"{made}/recognise en", *recorded),
             tasks=("", "", *[RECORDED] * len(recorded)),
             weights=(0.7, 0.3, *(0.15 / len(recorded) for _ in recorded)),
-            buckets=laptop(*SIZES[demo.world]),
+            buckets=laptop(*_sizes(demo)),
             augmented=CHANGED[demo.world][0],
             masked=CHANGED[demo.world][0],
         ),
@@ -152,7 +156,7 @@ def _conversations(demo: Demo, recorded: tuple[str, ...]) -> Settings:
             ),
             tasks=("", "", "", "", *[RECORDED] * len(recorded)),
             weights=(0.35, 0.35, KEPT[demo.world], 0.1, *(0.1 / len(recorded) for _ in recorded)),
-            buckets=laptop(*SIZES[demo.world][1:]),
+            buckets=laptop(*_sizes(demo)[1:]),
             augmented=CHANGED[demo.world][1],
             masked=CHANGED[demo.world][1],
         ),
@@ -195,6 +199,28 @@ def _shared(demo: Demo, number: int) -> dict[str, Any]:
 def _recorded(demo: Demo) -> tuple[str, ...]:
     """The manifests' rows that are learned, as sources."""
     return tuple(f"{path}:train" if _splits(_rows(path)) else str(path) for path in demo.manifest)
+
+
+def _sizes(demo: Demo) -> tuple[int, ...]:
+    """Mel frames of the batches: those of what is made, and more for recordings that need more."""
+    sizes = SIZES[demo.world]
+    seconds = [_seconds(row["audio"]) for row in recordings(demo, "train")]
+    heard = [round(s * SAMPLE_RATE) for s in seconds if s <= LONGEST]
+    needed = max((needed_frames(mel.frames(samples)) for samples in heard), default=0)
+    for more in LONGER:
+        sizes += (more,) * (needed > sizes[-1])
+    return sizes
+
+
+def _seconds(clip: Any) -> float:
+    """How long a recording is; 0 of what cannot be heard, which is told when it is drawn."""
+    try:
+        return soundfile.info(clip).duration
+    except (RuntimeError, TypeError):  # it is no file on this disk, or of a format that is decoded
+        try:
+            return len(hear(clip)) / SAMPLE_RATE
+        except BadSample:
+            return 0.0
 
 
 def load(folder: pathlib.Path) -> tuple[Qwen2Audio, Processor]:
