@@ -12,8 +12,9 @@ from qwen2audio_jax.processor import Processor
 Choices = Sequence[str] | Sequence[Sequence[str]]
 
 ENDED = 0  # the node behind every answer's end
-SMALLEST = (64, 16)  # nodes and branches: few sizes, so that new choices rarely compile anything
-NOTHING = np.iinfo(np.int32).max  # fills a node's row; beyond any vocabulary
+# Nodes, edges and branches: few sizes, so that new choices rarely compile anything.
+SMALLEST = (64, 128, 16)
+NOTHING = np.iinfo(np.int32).max  # what stands for no token; beyond any vocabulary
 
 
 @flax.struct.dataclass
@@ -21,24 +22,37 @@ class Trie:
     """A tree of tokens; sets that several rows share are in it once.
 
     Attributes:
-      tokens: what may follow each node.
+      first: where each node's edges begin; they end where the next one's do.
+      tokens: what may follow, edge by edge.
       following: the node that each of them leads to.
+      branch: 0, 1, ... for as many edges as a node has at most. A row for each node would be as
+        long as the widest one's, of thousands where these are names of places, say.
     """
 
-    tokens: Int[Array, "nodes branches"]
-    following: Int[Array, "nodes branches"]
+    first: Int[Array, " nodes_and_end"]
+    tokens: Int[Array, " edges"]
+    following: Int[Array, " edges"]
+    branch: Int[Array, " branches"]
 
     def allow(self, scores: Float[Array, "B V"], nodes: Int[Array, " B"]) -> Float[Array, "B V"]:
         """Makes what no answer continues with impossible."""
         rows = jnp.arange(len(scores))[:, None]
         allowed = jnp.zeros(scores.shape, bool)
-        allowed = allowed.at[rows, self.tokens[nodes]].set(True, mode="drop")
+        allowed = allowed.at[rows, self._edges(nodes)[0]].set(True, mode="drop")
         return jnp.where(allowed, scores, -jnp.inf)
 
     def advance(self, nodes: Int[Array, " B"], tokens: Int[Array, " B"]) -> Int[Array, " B"]:
         """The nodes that `tokens`, which were allowed, lead to."""
-        chosen = self.tokens[nodes] == tokens[:, None]
-        return jnp.where(chosen, self.following[nodes], 0).sum(axis=1)
+        follow, leads = self._edges(nodes)
+        return jnp.where(follow == tokens[:, None], leads, 0).sum(axis=1)
+
+    def _edges(
+        self, nodes: Int[Array, " B"]
+    ) -> tuple[Int[Array, "B branches"], Int[Array, "B branches"]]:
+        """The nodes' tokens, NOTHING behind them, and where these lead to."""
+        edges = self.first[nodes][:, None] + self.branch
+        there = edges < self.first[nodes + 1][:, None]
+        return jnp.where(there, self.tokens[edges], NOTHING), self.following[edges]
 
 
 def build(
@@ -121,14 +135,16 @@ def _grow(
 
 
 def _arrays(children: list[dict[int, int]]) -> Trie:
-    nodes = _bucket(len(children), SMALLEST[0])
-    branches = _bucket(max(map(len, children)), SMALLEST[1])
-    tokens = np.full((nodes, branches), NOTHING, np.int32)
-    following = np.zeros((nodes, branches), np.int32)
-    for node, edges in enumerate(children):
-        tokens[node, : len(edges)] = list(edges)
-        following[node, : len(edges)] = list(edges.values())
-    return Trie(jnp.asarray(tokens), jnp.asarray(following))
+    counts = [len(edges) for edges in children]
+    sizes = len(children), sum(counts), max(counts)
+    nodes, edges, branches = map(_bucket, sizes, SMALLEST)
+    first = np.full(nodes + 1, sizes[1], np.int32)
+    first[: sizes[0]] = np.cumsum([0, *counts[:-1]])
+    tokens, following = np.full(edges, NOTHING, np.int32), np.zeros(edges, np.int32)
+    tokens[: sizes[1]] = [token for each in children for token in each]
+    following[: sizes[1]] = [node for each in children for node in each.values()]
+    arrays = first, tokens, following, np.arange(branches, dtype=np.int32)
+    return Trie(*map(jnp.asarray, arrays))
 
 
 def _bucket(size: int, smallest: int) -> int:

@@ -91,6 +91,20 @@ def test_a_trie_allows_what_continues_an_answer(processor):
             assert int(node[0]) == constraint.ENDED
 
 
+def test_a_trie_takes_the_room_of_its_answers(processor):
+    """Not of as many rows as there are nodes, each as wide as the widest: of thousands of names."""
+    letters = [chr(ord("a") + i) for i in range(26)] + [chr(ord("一") + i) for i in range(99)]
+    names = [f"{a}{b}{c}" for a in letters for b in "ein" for c in letters[:20]]
+    trie, nodes = build(names, processor)
+    tokens = sum(len(processor.tokenizer.encode(name)) + 2 for name in names)
+    assert sum(each.nbytes for each in jax.tree.leaves(trie)) < 40 * tokens
+    node = jnp.array(nodes)
+    for token in [*processor.tokenizer.encode(names[-1]), 2]:
+        assert np.isfinite(trie.allow(jnp.zeros((1, 999)), node)[0, token])
+        node = trie.advance(node, jnp.array([token]))
+    assert int(node[0]) == constraint.ENDED
+
+
 def test_greedy_answers_are_those_of_brute_force(model, processor, inputs):
     """Sets of their own per prompt, in a batch, through the cache and the compiled loop."""
     for choices in ([SOUNDS, CODES, SOUNDS[3:]], [["a", "a dog"]] * 3):
