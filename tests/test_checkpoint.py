@@ -101,7 +101,9 @@ def test_every_bit_comes_back(tmp_path):
     state = fresh()
     for i, wer in enumerate([0.5, 0.1, float("nan"), 0.3, 0.2], 1):
         state = step(state)
-        checkpoints.save(i, state, bytes([i, 255]), None if i == 4 else {"wer": wer})
+        checkpoints.save(i, state, {"seen": [i, 255]})
+        if i != 4:
+            checkpoints.add_scores(i, {"wer": wer})
         for _ in range(10):
             state = step(state)
         state = after(i)
@@ -111,12 +113,12 @@ def test_every_bit_comes_back(tmp_path):
     assert checkpoints.steps == [2, 4, 5] and checkpoints.best == 2
     for i in checkpoints.steps:
         restored = checkpoints.restore(abstract(fresh()), i)
-        assert restored.step == i and restored.data == [bytes([i, 255])]
+        assert restored.step == i and restored.data == [{"seen": [i, 255]}]
         assert_same_bits(restored.state, after(i))
     assert checkpoints.restore(abstract(fresh())).step == 5
-    checkpoints.save(5, state, b"what is there already stays")
+    checkpoints.save(5, state, {"seen": "what is there already stays"})
     checkpoints.close()
-    assert Checkpoints(tmp_path).restore(abstract(fresh())).data == [bytes([5, 255])]
+    assert Checkpoints(tmp_path).restore(abstract(fresh())).data == [{"seen": [5, 255]}]
 
 
 def test_the_first_host_says_what_there_is(run, tmp_path, monkeypatch):
@@ -187,34 +189,42 @@ def bytes_of(folder, number):
     return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
 
 
+def add_scores(checkpoints, number, wer):
+    """Says what was measured, and waits until that is beside the checkpoint."""
+    checkpoints.add_scores(number, {"wer": wer})
+    checkpoints.wait()
+
+
 def test_late_scores_leave_the_checkpoint_alone(copy):
     """Nor do they need its room; those of a disk without any can be put there later."""
     before = bytes_of(copy, 2)
     with contextlib.closing(Checkpoints(copy, keep=1, best="wer")) as checkpoints:
         with small_files(0), pytest.raises(OSError) as caught:
-            checkpoints.save(2, after(2), None, {"wer": 0.5})
+            add_scores(checkpoints, 2, 0.5)
         message = str(caught.value)
         assert message.startswith(f"cannot save what was measured to {checkpoints.folder}/2/")
         assert "File too large" in message and message.endswith("; step 2 is still there")
         assert not checkpoints.measured(2) and checkpoints.best is None
         with small_files(1000):
-            checkpoints.save(2, after(2), None, {"wer": 0.5})
+            add_scores(checkpoints, 2, 0.5)
         assert checkpoints.measured(2) and checkpoints.best == 2
     assert bytes_of(copy, 2) == before
     assert_same_bits(Checkpoints(copy).restore(abstract(fresh())).state, after(2))
 
 
-def test_late_scores_are_as_good_as_others(tmp_path):
-    """The best by them stays, one that they surpass does not; also when the folder is reopened."""
+def test_scores_of_an_earlier_start_are_surpassed(tmp_path):
+    """The best stays, another one does not; what is known is not measured again."""
     open_ = lambda: contextlib.closing(Checkpoints(tmp_path, keep=1, best="wer"))
     with open_() as checkpoints:
-        checkpoints.save(1, after(1), None, {"wer": 0.5})
+        checkpoints.save(1, after(1), None)
+        add_scores(checkpoints, 1, 0.5)
         checkpoints.save(2, after(2), None)
     with open_() as checkpoints:
-        checkpoints.save(2, after(2), None, {"wer": 0.1})
+        add_scores(checkpoints, 2, 0.1)
         assert (checkpoints.steps, checkpoints.best) == ([1, 2], 2)
-        checkpoints.save(2, after(2), None, {"wer": 0.9})  # it is known
-        checkpoints.save(3, after(3), None, {"wer": 0.3})
+        add_scores(checkpoints, 2, 0.9)  # it is known
+        checkpoints.save(3, after(3), None)
+        add_scores(checkpoints, 3, 0.3)
     with open_() as checkpoints:
         assert (checkpoints.steps, checkpoints.best) == ([2, 3], 2)
         assert_same_bits(checkpoints.restore(abstract(fresh()), 2).state, after(2))
@@ -244,7 +254,7 @@ def killed_late(folder):
     checkpoints = Checkpoints(folder)
     kill = lambda *paths, **how: os.kill(os.getpid(), signal.SIGKILL)
     os.replace = os.rename = kill
-    checkpoints.save(2, after(2), {"seen": "again"}, {"wer": 0.5})
+    add_scores(checkpoints, 2, 0.5)
     checkpoints.close()
 
 
@@ -257,7 +267,7 @@ def test_a_process_killed_while_it_adds_scores_loses_nothing(spawn, copy):
     assert bytes_of(copy, 2) == before
     with contextlib.closing(Checkpoints(copy, best="wer")) as checkpoints:
         assert checkpoints.steps == [1, 2] and not checkpoints.measured(2)
-        checkpoints.save(2, after(2), None, {"wer": 0.5})
+        add_scores(checkpoints, 2, 0.5)
         assert checkpoints.best == 2
         assert_same_bits(checkpoints.restore(abstract(fresh())).state, after(2))
 
@@ -266,14 +276,14 @@ def test_a_process_killed_while_it_adds_scores_loses_nothing(spawn, copy):
 def test_damaged_scores_are_no_damaged_checkpoint(copy, caplog, content):
     """They are named and set aside, so that it can be measured anew."""
     with contextlib.closing(Checkpoints(copy)) as checkpoints:
-        checkpoints.save(2, after(2), None, {"wer": 0.5})
+        add_scores(checkpoints, 2, 0.5)
     scores = copy / CHECKPOINTS / "2" / SCORES
     scores.write_bytes(content)
     with contextlib.closing(Checkpoints(copy, best="wer")) as checkpoints:
         assert f"{scores} is damaged, now called metrics.damaged: " in caplog.text
         assert checkpoints.steps == [1, 2] and not checkpoints.measured(2)
         assert checkpoints.restore(abstract(fresh())).step == 2
-        checkpoints.save(2, after(2), None, {"wer": 0.4})
+        add_scores(checkpoints, 2, 0.4)
         assert checkpoints.best == 2
 
 

@@ -48,7 +48,7 @@ class Checkpoints:
     Args:
       folder: the run's.
       keep: how many of the latest stay.
-      best: a metric of `save`; the checkpoint that is best in it stays too.
+      best: a metric of `add_scores`; the checkpoint that is best in it stays too.
       mode: whether the least or the greatest is best.
     """
 
@@ -115,27 +115,20 @@ class Checkpoints:
             lambda: any(info.step == step and info.metrics for info in self._orbax.checkpoints)
         )
 
-    def save(
-        self, step: int, state: Any, data: Any, metrics: Mapping[str, float] | None = None
-    ) -> None:
+    def save(self, step: int, state: Any, data: Any) -> None:
         """Starts to save; when this returns, `state` may be donated to the next step.
 
-        A step that is there already stays as it is; what was not measured then and now is, is put
-        beside it.
+        A step that is there already stays as it is.
 
         Args:
           state: a pytree of arrays.
-          data: what this host's data iterator has to know: bytes, or what JSON can hold.
-          metrics: measured at this step.
+          data: what this host's data iterator has to know, as JSON can hold it.
 
         Raises:
           OSError: this or the last save failed; what was saved before it is still there.
         """
         self.wait()
-        scores = None if metrics is None else _floats(metrics)
         if step in self.agreed():
-            if scores is not None:
-                self._add_scores(step, scores)
             return
         arrays = _flat(state)
         leaves = _describe(arrays, jax.device_get(checksum.sums(arrays)))
@@ -145,7 +138,6 @@ class Checkpoints:
                 step,
                 {"state": arrays, "data": _HostFiles(data)},
                 force=True,  # when to save is the loop's business
-                metrics=scores,
                 custom_metadata={
                     "leaves": leaves,
                     "crc32": _crc(leaves),
@@ -156,12 +148,13 @@ class Checkpoints:
             raise self._failure(error) from error
 
     def add_scores(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Puts beside a checkpoint what was measured after `save`, without waiting for that.
+        """Puts beside a checkpoint what was measured, without waiting for its `save`.
 
-        The next `save` or `wait` writes it. Of a process that is killed before, nobody knows that
-        the step was measured; of a step that is not saved, nobody needs to.
+        The next `save` or `wait` writes it, where nothing is known yet. Of a process that is killed
+        before, nobody knows that the step was measured; of a step that is not saved, nobody needs
+        to.
         """
-        self._late[step] = _floats(metrics)
+        self._late[step] = {name: float(value) for name, value in metrics.items()}
 
     def _add_scores(self, step: int, scores: Mapping[str, float]) -> None:
         """Saves what was measured late; to save all anew would be to delete all first."""
@@ -345,9 +338,8 @@ class _HostFiles:
     """
 
     def __init__(self, content: Any = None):
-        raw = isinstance(content, bytes)
-        body = content if raw else json.dumps(content).encode()
-        self._content = f"{'bytes' if raw else 'json'} {zlib.crc32(body):08x}\n".encode() + body
+        body = json.dumps(content).encode()
+        self._content = b"json %08x\n" % zlib.crc32(body) + body
         self._read: dict[int, bytes] = {}
 
     def data(self, hosts: int) -> list[Any]:
@@ -357,10 +349,9 @@ class _HostFiles:
 
     def _parse(self, content: bytes) -> Any:
         head, _, body = content.partition(b"\n")
-        kind, _, crc = head.partition(b" ")
-        if crc != b"%08x" % zlib.crc32(body):
+        if head != b"json %08x" % zlib.crc32(body):
             raise ValueError("the data iterator's state does not match its checksum")
-        return body if kind == b"bytes" else json.loads(body)
+        return json.loads(body)
 
     async def save(self, directory: Any) -> Any:
         async def write() -> None:
@@ -384,10 +375,6 @@ def put(path: epath.Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(content)
     partial.replace(path)
-
-
-def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items()}
 
 
 def _flat(tree: Any) -> dict[str, Any]:
