@@ -152,3 +152,18 @@ def test_what_takes_long_to_read_is_shown(monkeypatch, capsys):
     monkeypatch.setattr(reading, "LONG", -1.0)
     assert list(reading.each("abc", [2, 0, 1], "reading")) == ["c", "a", "b"]
     assert "reading: 3/3 samples" in capsys.readouterr().err
+
+
+def test_of_many_keys_few_are_taken_up_at_a_time():
+    """A million would fill memory before the first sample came."""
+    taken = []
+
+    class Keys(list):
+        def __iter__(self):
+            for key in super().__iter__():
+                taken.append(key)
+                yield key
+
+    read = reading.each(range(1000), Keys(range(1000)), "reading")
+    assert next(read) == 0 and len(taken) <= reading.AHEAD
+    assert [*read] == [*range(1, 1000)]

@@ -2,13 +2,14 @@
 
 import base64
 import io
+import pickle
 
 import fsspec
 import numpy as np
 import pytest
 import soundfile
 
-from qwen2audio_jax.data.example import BadSample, hear
+from qwen2audio_jax.data.example import BadSample, hear, why
 
 
 def test_clips_come_from_anywhere(chirp, tmp_path):
@@ -57,3 +58,12 @@ def test_what_is_no_clip_is_a_bad_sample(clip, told, tmp_path):
     """Whatever a row has in its place."""
     with pytest.raises(BadSample, match=f"^{told}"):
         hear(str(tmp_path) if clip == "HERE" else clip)
+
+
+def test_a_name_that_no_log_could_hold_is_spelt_out(tmp_path):
+    """Bytes that are no UTF-8, as file names have them, whatever is wrong with the file."""
+    with pytest.raises(BadSample) as caught:
+        hear(f"{tmp_path}/caf\udce9.wav")
+    for error in (caught.value, pickle.loads(pickle.dumps(caught.value)), OSError("caf\udce9.wav")):
+        _, message = why(error)
+        assert r"caf\udce9.wav" in message and message.encode("utf-8")

@@ -145,6 +145,15 @@ def test_a_split_is_found_without_its_clips(tmp_path, monkeypatch):
     assert source[1]["audio"] == str(tmp_path / "3.wav")
 
 
+def test_a_split_may_be_a_number(tmp_path):
+    """As a fold is; what is named on the command line is a text."""
+    rows = [{"text": f"{i}", "split": i % 2} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [row["text"] for row in open_source(f"{tmp_path}/rows.jsonl:1")] == ["1", "3"]
+    with pytest.raises(ValueError, match="no rows with split '2'; splits in it: 0, 1"):
+        open_source(f"{tmp_path}/rows.jsonl:2")
+
+
 def test_a_broken_row_is_a_bad_sample_with_its_line(manifest):
     """It is met when asked for, so that it can be counted; nobody can tell of which split it is."""
     source = open_source(manifest)
@@ -532,6 +541,22 @@ def test_killed_while_writing_shards(many, tmp_path, monkeypatch, capsys):
         shard.main(settings)
 
 
+def test_a_shard_of_nothing_but_bad_rows_is_read_as_none(many, tmp_path):
+    """It holds no record, and is one of the folder's shards all the same."""
+    pytest.importorskip("grain")
+    from train import shard
+
+    lines = many.read_text().splitlines()
+    many.write_text("\n".join(lines[i] for i in (0, 1, 5, 6, 3, 4, 8)))
+    settings = shard.Settings(manifest=str(many), out=tmp_path / "out", rows=2, workers=0)
+    shard.main(settings)
+    assert len(list(settings.out.glob("*-of-00004.array_record"))) == 4
+    source = open_source(settings.out)
+    assert [row["text"] for row in (source[i] for i in range(len(source)))] == [*"0123"]
+    shard.main(settings)  # nothing is left to do
+    assert len(open_source(f"{settings.out}/*.array_record")) == 4
+
+
 def killed_by_the_system(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -582,7 +607,8 @@ def made(tmp_path_factory, chirp):
 
     def row(i):
         wave = np.round(32767 * chirp(0.1, i)).astype(np.int64)
-        return {"speech": wave, "text": f"wörd {i}", "gender": i % 2}
+        heard = [[], ["dog"], ["rain", "dog"]][i % 3]
+        return {"speech": wave, "text": f"wörd {i}", "gender": i % 2, "heard": heard}
 
     folder = tmp_path_factory.mktemp("tfds")
     builder = prepared.write(
@@ -592,6 +618,7 @@ def made(tmp_path_factory, chirp):
             "speech": tfds.features.Tensor(shape=(None,), dtype=np.int64),
             "text": tfds.features.Text(),
             "gender": tfds.features.ClassLabel(names=["male", "female"]),
+            "heard": tfds.features.Sequence(tfds.features.ClassLabel(names=["dog", "rain"])),
         },
         audio="speech",
         sampleRate="8000",
@@ -612,6 +639,7 @@ def test_tfds_without_tensorflow(made, monkeypatch):
         np.testing.assert_array_equal(samples, theirs["speech"])
         assert ours["text"] == theirs["text"].decode()
         assert ours["gender"] == ("male", "female")[theirs["gender"]]
+        assert ours["heard"] == ", ".join(("dog", "rain")[each] for each in theirs["heard"])
         assert len(hear(ours["speech"])) == 2 * len(samples)
     assert len(open_source("tfds:made_speech/en:train[:50%]")) == 3
     assert "tensorflow" not in sys.modules

@@ -42,7 +42,7 @@ class BadSample(ValueError):
     """
 
     def __init__(self, reason: str, message: str):
-        super().__init__(reason, message)  # both, or worker processes could not pass it on
+        super().__init__(reason, _whole(message))  # both, or workers could not pass it on
         self.reason = reason
 
     def __str__(self) -> str:
@@ -59,7 +59,12 @@ def why(error: Exception) -> tuple[str, str]:
         raise error
     if isinstance(error, BadSample):
         return error.reason, str(error)
-    return UNFORESEEN, f"{type(error).__name__}: {error}"
+    return UNFORESEEN, _whole(f"{type(error).__name__}: {error}")
+
+
+def _whole(text: str) -> str:
+    """The text with halves of letters spelt out, as in file names, which no log could hold."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -52,7 +52,8 @@ def _info(folder: epath.Path) -> dict[str, Any]:
 
 
 class Prepared:
-    """One split: audio is (samples, rate) or a file's bytes, text is text, a class its name.
+    """One split: audio is (samples, rate) or a file's bytes, text is text, a class its name; names
+    of several are one text, "dog, rain".
 
     `tfds.data_source` reads without TensorFlow, except for audio: merely to declare an Audio
     feature it imports TensorFlow. Audio is stored as a plain tensor of samples, or as a sound
@@ -83,8 +84,9 @@ class Prepared:
     def _plain(self, name: str, value: Any) -> Any:
         if name in self._audio:
             return self._sound(value, self._audio[name])
-        if hasattr(self._features[name], "int2str"):
-            return self._features[name].int2str(value) if value >= 0 else None
+        if hasattr(self._features[name], "int2str"):  # a sequence passes on what its feature has
+            called = [self._features[name].int2str(n) for n in np.ravel(value).tolist() if n >= 0]
+            return ", ".join(called) if np.ndim(value) else next(iter(called), None)
         return value.decode("utf-8") if isinstance(value, bytes) else value
 
     def _sound(self, value: Any, told: dict[str, Any]) -> Any:

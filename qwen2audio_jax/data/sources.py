@@ -176,13 +176,14 @@ class Manifest:
 
         def of(index: int) -> Any:
             try:
-                return self._written(index).get("split")
+                found = self._written(index).get("split")
+                return found if found is None else str(found)  # on the command line all are texts
             except BadSample:
                 return nobody_knows
 
         splits = [of(i) for i in range(len(self))]
         if split not in splits:
-            known = {str(each) for each in splits if each not in (None, nobody_knows)}
+            known = {each for each in splits if each not in (None, nobody_knows)}
             there = ", ".join(sorted(known)) or "none"
             raise ValueError(f"{self.path}: no rows with split {split!r}; splits in it: {there}")
         return [each in (split, nobody_knows) for each in splits]
