@@ -116,6 +116,17 @@ def test_shorter_rows_still_hold_what_they_hear(given, wanted):
         dataclasses.replace(given, **less).arrays(preset(given.model), given.stage)
 
 
+def test_a_mesh_that_is_advised_is_one():
+    """Where all its sizes were told; of copies alone, too."""
+    told = MeshConfig(ici_fsdp_parallelism=8)
+    said = flags(Compile(batch=8, mesh=told), report(), fsdp=8)
+    assert "--mesh.ici-context-parallelism 2 --mesh.ici-fsdp-parallelism -1 --batch 4" in said
+    told = MeshConfig(ici_data_parallelism=8, ici_fsdp_parallelism=1)
+    said = flags(Compile(batch=8, mesh=told), report(), data=8)
+    assert "--mesh.ici-data-parallelism 1 --mesh.ici-fsdp-parallelism -1" in said
+    assert "--mesh.ici-context-parallelism 2 --mesh.ici-data-parallelism 4 --batch 4" in said
+
+
 def test_an_object_says_what_it_is_of():
     """Also where it fits, and then there is nothing to advise."""
     given, mesh = Compile(batch=8, mesh=MeshConfig()), sharding.mesh(fsdp=8)

@@ -118,6 +118,30 @@ def test_so_does_a_slice_within_a_fusion_of_a_fusion():
     assert found.flops == 2 * 8**3
 
 
+RESHAPED = """
+%inner (a: f32[32,8]) -> f32[8,32] {
+  %a = f32[32,8] parameter(0)
+  ROOT %flat = f32[8,32] bitcast(%a)
+}
+%outer (b: f32[32,8], w: f32[8,8]) -> f32[8,32] {
+  %b = f32[32,8] parameter(0)
+  %w = f32[8,8] parameter(1)
+  %x = f32[8,32] fusion(%b), kind=kLoop, calls=%inner
+  ROOT %y = f32[8,32] dot(%w, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+ENTRY %main (c: f32[32,8], v: f32[8,8]) -> f32[8,32] {
+  %c = f32[32,8] parameter(0)
+  %v = f32[8,8] parameter(1)
+  ROOT %z = f32[8,32] fusion(%c, %v), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_what_a_fusion_only_shapes_anew_is_read_by_the_one_around_it():
+    """As the compiler for TPUs has it of a product's weights: both operands and the result."""
+    assert hlo.Program(RESHAPED, devices=1).costs().bytes == (2 * 32 + 8) * 8 * 4
+
+
 def test_convolutions_count_what_meets_an_input():
     """As XLA's own count has it: padding is no work."""
     conv = lambda x, w: jax.lax.conv_general_dilated(
@@ -355,3 +379,16 @@ def test_the_slowest_of_those_who_share_a_row_is_counted(shards, seen):
     shapes = [(4, length // shards, 64), (4, length, 64), (4, length, 64)]
     wanted = 2 * 2 * 4 * (length // shards) * length * 64 * seen
     assert operations.kernel("splash_mha_fwd", text, shapes) == pytest.approx(wanted, rel=0.01)
+
+
+@pytest.mark.parametrize(("causal", "seen"), [("whole", 1), ("causal", 1 - 7 / 16)])
+def test_flash_attention_reads_keys_for_each_block_of_queries(causal, seen):
+    """Eight blocks of 512; two heads share keys. Backward it is the queries' that come again."""
+    text = f'custom_call_target="tpu_custom_call", metadata={{op_name="{causal}/splash_mha"}}'
+    shapes = [(4, 4096, 64), (2, 4096, 64), (2, 4096, 64)]
+    read = lambda name, sizes: operations.read_again(name, text, shapes, sizes)
+    assert read("splash_mha_fwd", [8.0, 4.0, 4.0]) == pytest.approx((2 * 8 * seen - 1) * 8)
+    assert read("splash_mha_dkv", [8.0, 4.0, 4.0, 1.0, 8.0]) == pytest.approx((8 * seen - 1) * 17)
+    short = [(4, 128, 64), (4, 128, 64), (4, 128, 64)]
+    assert operations.read_again("splash_mha_fwd", text, short, [1.0, 1.0, 1.0]) == 0
+    assert operations.read_again("fwd", text.replace("splash", "other"), shapes, [1.0] * 3) == 0

@@ -206,6 +206,31 @@ def test_under_open_mpi_each_process_has_a_gpu(monkeypatch):
     assert "cluster_detection_method" not in given
 
 
+def test_under_slurm_no_gpu_is_idle(monkeypatch):
+    """A task has one GPU, its only one where it sees no other; more of them are refused."""
+    config = HostsConfig()
+    monkeypatch.delenv("JAX_LOCAL_DEVICE_IDS", raising=False)
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert hosts._gpus(config) == {}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # srun --gpus-per-task 1
+    assert hosts._gpus(config) == {"local_device_ids": [0]}
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "8(x2),1")
+    hosts._all_used()  # there are no GPUs here
+    monkeypatch.setattr(hosts.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(hosts.jax, "local_device_count", lambda: 1)
+    for node in "01":
+        monkeypatch.setenv("SLURM_NODEID", node)
+        hosts._all_used()
+    monkeypatch.setenv("SLURM_NODEID", "2")
+    with pytest.raises(ValueError, match=r"8 GPUs for 1 tasks, which would use 1: .*=0,1,2,3,4,5,"):
+        hosts._all_used()
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "0,1,2,3,4,5,6,7")
+    hosts._all_used()
+    assert hosts._gpus(config) == {}
+
+
 JOINS = """
 import sys, jax
 from qwen2audio_jax import compilation_cache

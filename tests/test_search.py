@@ -2,7 +2,9 @@
 
 import dataclasses
 import types
+from unittest import mock
 
+import jax
 import pytest
 
 from qwen2audio_jax.training.search import search
@@ -129,3 +131,14 @@ def test_where_nothing_fits_or_divides_there_is_no_answer():
     trials = list(search(Given(), pod(70, width=0.5)[0], 4))
     copies = [trial.given.mesh.ici_data_parallelism for trial in trials]
     assert {trial.report for trial in trials} == {None} and copies == [1, 2, 4]
+
+
+def test_sizes_that_others_leave_become_numbers():
+    """So that each of them can be varied; fsdp is what the varied ones leave."""
+    devices = [mock.create_autospec(jax.Device, slice_index=i // 8) for i in range(16)]
+    told = MeshConfig(ici_data_parallelism=-1, ici_fsdp_parallelism=2, dcn_data_parallelism=-1)
+    settled = told.settled(devices)
+    assert (settled.ici_data_parallelism, settled.ici_fsdp_parallelism) == (4, 2)
+    assert settled.dcn_data_parallelism == 2
+    usual = MeshConfig(dcn_data_parallelism=2, ici_tensor_parallelism=2)
+    assert usual.settled(devices) == usual

@@ -129,6 +129,10 @@ def test_a_table_says_what_each_device_holds():
     told = placement.table({"trained": {"up": x}}).splitlines()
     assert told[1].split() == ["trained", "up", "64/fsdp", "x", "96/tensor", "float32", "3,072"]
     assert told[2].split() == ["trained", "all", "24,576", "bytes", "in", "all", "3,072"]
+    told = placement.activations(mesh).splitlines()
+    assert told[1].split() == ["rows", "fsdp"]
+    assert ["vocabulary", "tensor"] in [line.split() for line in told]
+    assert placement.activations(sharding.mesh(fsdp=8)).endswith("clips                     fsdp")
 
 
 @dataclasses.dataclass(frozen=True)

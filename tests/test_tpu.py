@@ -1,5 +1,6 @@
 """What is said of TPUs is what their compiler says; skipped where that is not installed."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen2audio_jax import config, sharding
 from qwen2audio_jax.mel import audio_tokens
-from qwen2audio_jax.training import compiled, topology
+from qwen2audio_jax.training import compiled, placement, topology
 from qwen2audio_jax.training.chips import CHIPS, GIB
 from train import pods
 from train.compile import Compile
@@ -48,3 +50,20 @@ def test_a_chip_has_as_much_memory_as_the_compiler_allows(name):
         jax.jit(lambda x: x[::-1] + 1).lower(much).compile()
     _, room, _ = compiled._refusal(str(refused.value))
     assert room == int(CHIPS[name].hbm * GIB)
+
+
+def test_a_token_reads_weights_and_cache_once():
+    """And makes the products of both; what a call of many tokens begins and ends with is shared."""
+    whole = config.preset("qwen2-audio-7b")
+    sizes = dataclasses.replace(whole, decoder=dataclasses.replace(whole.decoder, layers=2))
+    there = describe("v5e:1x2")
+    mesh = sharding.mesh(devices=there.devices, tensor=2)
+    work = topology.Work(batch=32, tokens=2048)
+    lowered = topology.lower("decode", sizes, work, topology.settings_of("decode"), mesh)
+    report, _ = compiled.compile(lowered, there)
+    decoder = placement.by_name({"decoder": nnx.state(lowered.held["model"]["decoder"])})
+    read = [x for name, x in decoder.items() if "embed" not in name]
+    each = compiled._bytes(read) + report.held["cache"]
+    assert each < report.hbm_bytes < 1.2 * each
+    assert report.flops_ratio == pytest.approx(1, abs=0.02)
+    assert report.ahead_bytes == 0 and report.limit == "memory"

@@ -26,7 +26,7 @@ from qwen2audio_jax.training import compiled, saved, topology
 from qwen2audio_jax.training.advice import advice, given_of
 from qwen2audio_jax.training.chips import GIB
 from qwen2audio_jax.training.optimizer import OptimizerConfig
-from qwen2audio_jax.training.placement import table
+from qwen2audio_jax.training.placement import activations, table
 from qwen2audio_jax.training.search import Trial, search
 from qwen2audio_jax.training.settings import Lora, MeshConfig
 from train import command
@@ -90,7 +90,7 @@ class Compile(topology.Work):
 def main(given: Compile) -> None:
     where = topology.describe(given.topology, slices=given.slices)
     if given.search:
-        trials = []
+        given, trials = dataclasses.replace(given, mesh=given.mesh.settled(where.devices)), []
         measure = lambda one: compiled.compile(lower(one, where), where, one.compiler_options)[0]
         for trial in search(given, measure, len(where.devices)):
             print(line(trial), file=sys.stderr, flush=True)
@@ -103,7 +103,7 @@ def main(given: Compile) -> None:
     else:
         lowered = lower(given, where)
         if given.mesh.show:
-            print(table(lowered.held), file=sys.stderr)
+            print(table(lowered.held), activations(lowered.mesh), sep="\n", file=sys.stderr)
         with compilation_cache.anew() if given.save else contextlib.nullcontext():
             report, program = compiled.compile(lowered, where, given.compiler_options)
         mesh = lowered.mesh
@@ -180,6 +180,7 @@ def told(given: Compile, report: compiled.Report, mesh: Mesh) -> list[str]:
             f"  lacks        {gib(report.hbm_peak_bytes - report.hbm_chip_bytes)}",
             *(f"  largest      {each}" for each in report.largest),
             *(f"  held         {gib(size)}: {what}" for what, size in report.held.items()),
+            f"  ahead        {gib(report.ahead_bytes)}: the next step's batch",
             *(f"  try          {each}" for each in advice(given, report, mesh)),
         ]
     lines += [

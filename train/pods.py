@@ -1,7 +1,8 @@
 """What the 7b preset needs of pods, as a table and a picture: every program is compiled, here.
 
-    python -m train.pods docs/pods.md                 # two hours of processors
+    python -m train.pods docs/pods.md                 # what is not there yet
     python -m train.pods docs/pods.md --only v5e      # those again; the others stay
+    python -m train.pods docs/pods.md --only=--stage  # all: an hour and a half of two cores
 
 The picture, docs/pods.png, shows how time and memory grow with the chips, 16 to 1024 of them, each
 of which has as much to do, and with the sound in a row. What was compiled goes to docs/pods.json as
@@ -89,9 +90,11 @@ TABLE = (
     _sft("v6e:4x4", 32, WHOLE, mfu=0.6),
     _sft("v5e:4x4", 32, GUIDE),
     Step("sft", "v5e:4x4", f"--batch 32 --tokens 4096 --clips 30 --frames 504{GUIDE}", sound=151.2),
-    Step("dpo", "v5e:4x8", "--batch 32"),
-    Step("dpo-precomputed", "v5e:4x8", "--batch 32"),
-    Step("lora-sft", "v5e:2x4", "--batch 8 --tokens 4096 --clips 5", sound=150.0),
+    _sft("v4:2x2x4", 32),
+    _sft("7x:2x2x2", 64),
+    Step("dpo", "v5e:4x8", "--batch 128"),
+    Step("dpo-precomputed", "v5e:4x8", "--batch 128"),
+    Step("lora-sft", "v5e:2x4", "--batch 32 --tokens 4096 --clips 5", sound=150.0),
     Step("prefill", "v5e:1x2", "--batch 1 --mesh.ici-tensor-parallelism 2"),
     Step("decode", "v5e:1x2", "--batch 4 --tokens 2048 --mesh.ici-tensor-parallelism 2"),
     Step("prefill", "v5p:1x1x1", "--batch 8"),

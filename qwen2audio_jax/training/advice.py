@@ -61,11 +61,10 @@ def _of_rows(given: Asked, report: Report, mesh: Mesh) -> Iterator[str]:
         yield f"--batch {places * parts * fewer}: the same, in steps of fewer rows"
     else:
         wider = 2 * sizes["context"]
-        if places % 2 == 0 and given.tokens % wider == 0:
-            yield (
-                f"--mesh.ici-context-parallelism {wider} --batch {max(given.batch // 2, 1)}: "
-                f"{given.tokens // wider} of a row's {given.tokens} tokens on a device"
-            )
+        divides = places % 2 == 0 and given.tokens % wider == 0
+        if divides and (flags := _meshed(given, mesh, "context", wider)):
+            part = f"{given.tokens // wider} of a row's {given.tokens} tokens on a device"
+            yield f"{flags} --batch {max(given.batch // 2, 1)}: {part}"
         if (shorter := _shorter(given)) and given.tokens // 2 % sizes["context"] == 0:
             yield f"{shorter}: each device has one row already"
     if given.attention == "dot_product":
@@ -104,9 +103,10 @@ def _of_state(given: Asked, report: Report, mesh: Mesh) -> Iterator[str]:
     elif adam and given.optimizer.nu_dtype == "float32" and moments > GIB / 10:
         saved = f"{moments / 3 / GIB:.2f} GiB less"  # a half of two thirds
         yield f"--optimizer.nu-dtype bfloat16: second moments in half the bytes, {saved}"
-    if sizes["data"] > 1 and given.mesh.ici_data_parallelism != 1:  # else it is that of slices
+    copies = sizes["data"] > 1 and given.mesh.ici_data_parallelism != 1  # else slices have them
+    if copies and (flags := _meshed(given, mesh, "data", 1)):
         more = f"more than {sizes['fsdp']} devices"
-        yield f"--mesh.ici-data-parallelism 1: each copy of the model is spread over {more}"
+        yield f"{flags}: each copy of the model is spread over {more}"
     if given.stage == "dpo":
         yield "--stage dpo-precomputed: the reference answers beforehand, and is not held"
     if given.stage in ("pretrain", "sft") and trained + moments > report.hbm_chip_bytes / 2:
@@ -134,22 +134,29 @@ def _of_generation(given: Asked, report: Report, mesh: Mesh) -> Iterator[str]:
     if shorter:
         yield f"{shorter}: what is read, and the cache, are half as long"
     wider = 2 * sizes["tensor"]
-    if places > 1 and _spreads(given, mesh, wider):
-        yield f"--mesh.ici-tensor-parallelism {wider}: {wider} devices share each row's cache"
+    if places > 1 and (flags := _meshed(given, mesh, "tensor", wider)):
+        yield f"{flags}: {wider} devices share each row's cache"
 
 
-def _spreads(given: Asked, mesh: Mesh, tensor: int) -> bool:
-    """Whether the model's heads divide by so many devices."""
-    wanted = dataclasses.replace(given.mesh, ici_tensor_parallelism=tensor)
-    try:
-        sharding.check(config.preset(given.model), wanted.make(list(mesh.devices.flat)))
-    except ValueError:
-        return False
-    return True
+def _meshed(given: Asked, mesh: Mesh, axis: str, size: int) -> str | None:
+    """Flags of a mesh of so many devices on an axis, which fewer on others make up for; None: there
+    is none that divides the model."""
+    fewer = max(given.mesh.ici_data_parallelism // 2, 1)
+    for others in ({}, {"fsdp": -1}, {"data": fewer}):
+        changed = {f"ici_{name}_parallelism": n for name, n in {axis: size, **others}.items()}
+        wanted = dataclasses.replace(given.mesh, **changed)
+        try:
+            sharding.check(config.preset(given.model), wanted.make(list(mesh.devices.flat)))
+        except ValueError:
+            continue
+        return " ".join(f"--mesh.{name.replace('_', '-')} {n}" for name, n in changed.items())
+    return None
 
 
 def given_of(given: Any, mesh: Mesh) -> dict[str, Any]:
-    """What a report is of, for those who read it elsewhere."""
-    names = ("stage", "model", "topology", "slices", "batch", "tokens", "clips", "frames")
-    names += ("remat_policy", "attention", "gradient_accumulation_steps", "compiler_options")
-    return {name: getattr(given, name) for name in names} | {"mesh": dict(mesh.shape)}
+    """What a report is of, for those who read it elsewhere: the mesh, and all that was told, of
+    which `parallelism` made it."""
+    told = dataclasses.asdict(given)
+    for name in ("search", "json", "hlo", "save"):
+        del told[name]
+    return told | {"parallelism": told["mesh"], "mesh": dict(mesh.shape)}

@@ -22,11 +22,12 @@ class Report:
     """What a program needs; of one device, if nothing else is said.
 
     Attributes:
-      fits: whether the compiler found room for it.
+      fits: whether there is room for it, as the compiler finds, and for the next step's batch.
       hbm_peak_bytes: the most memory that is used at the same time; where it does not fit, what
-        would be.
+        would be. The next step's batch, which comes while this one is worked on, included.
       hbm_chip_bytes: what there is of it for a program.
       argument_bytes: of it, what is held between two steps, and the batch.
+      ahead_bytes: of it, the next step's batch.
       held: of that, bytes by what they are.
       hbm_bytes: read from and written to memory.
       host_bytes: that go to the host's memory and come from it, where something is offloaded.
@@ -52,6 +53,7 @@ class Report:
     hbm_peak_bytes: int
     hbm_chip_bytes: int
     argument_bytes: int
+    ahead_bytes: int = 0
     held: dict[str, int]
     hbm_bytes: float | None = None
     host_bytes: float | None = None
@@ -103,6 +105,7 @@ def compile(
         "model_flops": lowered.flops / number,
         "hbm_chip_bytes": int(topology.chip.hbm * GIB),
         "held": held,
+        "ahead_bytes": _bytes(lowered.ahead),
         "compile_s": round(time.perf_counter() - start, 1),
         "compile_cpu_s": round(time.process_time() - cpu, 1),
         "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -110,7 +113,7 @@ def compile(
     if program is None:
         used, known["hbm_chip_bytes"], largest = refused
         known |= {"argument_bytes": sum(held.values()), "largest": largest}
-        return Report(fits=False, hbm_peak_bytes=used, **known), None
+        return Report(fits=False, hbm_peak_bytes=used + known["ahead_bytes"], **known), None
     return _report(program, lowered, topology, known), program
 
 
@@ -121,12 +124,14 @@ def _bytes(tree: Any) -> int:
 
 
 def _report(program: jax.stages.Compiled, lowered: Lowered, topology: Topology, known) -> Report:
-    costs = hlo.Program(
+    read = hlo.Program(
         program.as_text(),
         devices=len(topology.devices),
         unknown=lowered.loops,
         scopes=lowered.scopes,
-    ).costs()
+    )
+    costs = read.costs().of_each(lowered.steps)
+    costs.flops += lowered.unseen / len(topology.devices)
     memory, chip = program.memory_analysis(), topology.chip
     exchange = lambda those: _exchange(those, lowered, topology)
     seconds = {
@@ -137,9 +142,10 @@ def _report(program: jax.stages.Compiled, lowered: Lowered, topology: Topology, 
     }
     limit, serial = max(seconds, key=lambda name: seconds[name]), sum(seconds.values())
     ideal = known["model_flops"] * chip.cores / chip.flops
+    peak = _peak(memory) + known["ahead_bytes"]
     return Report(
-        fits=True,
-        hbm_peak_bytes=_peak(memory),
+        fits=peak <= known["hbm_chip_bytes"],
+        hbm_peak_bytes=peak,
         argument_bytes=memory.argument_size_in_bytes,
         hbm_bytes=costs.bytes,
         host_bytes=costs.host,

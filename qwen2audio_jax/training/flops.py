@@ -96,8 +96,12 @@ def forward(config: Config, batch: Mapping[str, Any]) -> tuple[tuple[float, floa
 
 def of_token(d: DecoderConfig, past: int) -> float:
     """Operations to say one more token after `past` others."""
-    seen = 2 * d.heads * d.head_width * past
-    return 2.0 * (d.layers * (_weights(d) + seen) + d.width * d.vocabulary)
+    return 2.0 * (d.layers * _weights(d) + d.width * d.vocabulary) + of_past(d, past)
+
+
+def of_past(d: DecoderConfig, past: int) -> float:
+    """Of these, the operations of attention to the others."""
+    return 4.0 * d.layers * d.heads * d.head_width * past
 
 
 def _weights(d: DecoderConfig) -> int:

@@ -74,6 +74,11 @@ class Costs:
             moved[each.kind] += each.times * each.bytes
         return {kind: {"count": number[kind], "bytes": moved[kind]} for kind in sorted(number)}
 
+    def of_each(self, steps: int) -> "Costs":
+        """What each of so many steps costs, that a run takes together."""
+        exchanged = [dataclasses.replace(x, times=x.times / steps) for x in self.collectives]
+        return Costs(self.flops / steps, self.bytes / steps, self.host / steps, exchanged)
+
 
 class Program:
     """A program as `compiled.as_text()` gives it.
@@ -210,8 +215,7 @@ class Program:
             return 2.0 * math.prod(arrays.shape(each.type)) * math.prod(sizes)
         if each.op == "convolution":
             return operations.convolution(each.rest, *shapes[:2], arrays.shape(each.type))
-        floating = [arrays.shape(kind) for kind in operands if _FLOATING.match(kind)]
-        return operations.kernel(each.name, each.rest, floating)
+        return operations.kernel(each.name, each.rest, _floating(operands)[0])
 
     def _bytes(self, each: Instruction, body: dict[str, Instruction]) -> float:
         """Bytes that go from and to memory: of what is sliced or updated, the part alone."""
@@ -223,6 +227,9 @@ class Program:
             return arrays.size(part) * whole + _main(part)
         if each.op == "custom-call" and "tpu_custom_call" not in each.rest:
             return 0.0  # marks for the compiler
+        if each.op == "custom-call":
+            again = operations.read_again(each.name, each.rest, *_floating(operands))
+            return sum(map(_main, operands)) + _main(each.type) + again
         if each.op != "fusion" or not each.called:
             return sum(map(_main, operands)) + _main(each.type)
         inside = self.computations[each.called[0]]
@@ -248,8 +255,11 @@ class Program:
             elif user.op == "fusion" and user.called:
                 within = self.computations[user.called[0]]
                 for number, each in _parameters(within).items():
-                    if user.operands[number] == value.name:
-                        part += self._used(each, within, whole)
+                    if user.operands[number] != value.name:
+                        continue
+                    part += self._used(each, within, whole)
+                    if each is _unchanged(_root(within), within):  # it is read by those behind it
+                        part += self._used(user, inside, whole)
             elif user.op != "tuple" and not (first and user.op == "dynamic-update-slice"):
                 return whole
         return min(part, whole)
@@ -261,8 +271,7 @@ class Program:
             parts = arrays.each(kind)
             if numbers and root.op == "tuple" and len(parts) == len(root.operands):
                 return sum(_main(part) for i, part in enumerate(parts) if i not in numbers)
-        while root.op == "bitcast" and root.operands[0] in inside:
-            root = inside[root.operands[0]]
+        root = _unchanged(root, inside)
         if root.op == "dynamic-update-slice":
             return min(_main(kind), arrays.size(inside[root.operands[1]].type))
         return _main(kind)
@@ -315,12 +324,25 @@ def _parameters(inside: dict[str, Instruction]) -> dict[int, Instruction]:
     }
 
 
+def _floating(kinds: list[str]) -> tuple[list[tuple[int, ...]], list[float]]:
+    """Shapes and bytes of what is of floating point."""
+    those = [kind for kind in kinds if _FLOATING.match(kind)]
+    return list(map(arrays.shape, those)), list(map(arrays.size, those))
+
+
 def _main(kind: str) -> float:
     return arrays.size(kind, "main")
 
 
 def _root(body: dict[str, Instruction]) -> Instruction:
     return next(each for each in body.values() if each.root)
+
+
+def _unchanged(value: Instruction, body: dict[str, Instruction]) -> Instruction:
+    """What a value is of the same bytes as."""
+    while value.op == "bitcast" and value.operands[0] in body:
+        value = body[value.operands[0]]
+    return value
 
 
 def _origin(name: str, body: dict[str, Instruction]) -> Instruction:

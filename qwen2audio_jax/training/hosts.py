@@ -56,7 +56,7 @@ def join(config: "HostsConfig") -> None:
             # jax may take half of it; the watch, which names the lost one, has to be first
             heartbeat_timeout_seconds=2 * (config.timeout + SLACK),
             initialization_timeout=config.meeting,
-            **_mpi(config),
+            **_gpus(config),
         )
     except ValueError as error:
         raise ValueError(
@@ -66,6 +66,7 @@ def join(config: "HostsConfig") -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"distributed: the processes did not meet: {reason}") from error
+    _all_used()
     _tell(NAMES, here())
     watch = Watch(config.timeout)
     watch.start()
@@ -77,18 +78,48 @@ def join(config: "HostsConfig") -> None:
     _share_programs(config.meeting)
 
 
-def _mpi(config: "HostsConfig") -> dict[str, Any]:
-    """What jax is not to look for where the coordinator is told under Open MPI.
+def _gpus(config: "HostsConfig") -> dict[str, Any]:
+    """What jax would not find out about the GPUs of this process.
 
-    Of version 5 it knows none of it (or wants mpi4py), so that each process would have all GPUs of
+    Of Open MPI 5 it knows none of it (or wants mpi4py), so that each process would have all GPUs of
     its machine; within a job of SLURM's it would take what that says of the one process, mpirun.
+    Where SLURM shows each task its own GPU alone, it would look for as many as there are tasks.
     """
-    local = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK")
-    if config.coordinator is None or local is None:
-        return {}
     told = "JAX_LOCAL_DEVICE_IDS" in os.environ  # jax reads that itself
-    ids = None if told else [int(local)]  # of GPUs; others are not shared out so
-    return {"local_device_ids": ids, "cluster_detection_method": "deactivate"}
+    local = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK")
+    if config.coordinator is not None and local is not None:
+        ids = None if told else [int(local)]  # of GPUs; others are not shared out so
+        return {"local_device_ids": ids, "cluster_detection_method": "deactivate"}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if "SLURM_LOCALID" in os.environ and not told and visible and "," not in visible:
+        return {"local_device_ids": [0]}
+    return {}
+
+
+def _all_used() -> None:
+    """Refuses to leave GPUs idle that SLURM has given this machine's tasks: jax takes one a task.
+
+    Raises:
+      ValueError: the message says how many there are, and what to ask for.
+    """
+    given = os.environ.get("SLURM_GPUS_ON_NODE")
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE")  # as 8(x2) or 4,3
+    told = "JAX_LOCAL_DEVICE_IDS" in os.environ
+    if not given or not tasks or told or jax.default_backend() != "gpu":
+        return
+    each = [
+        int(count)
+        for part in tasks.split(",")
+        for count, _, times in [part.rstrip(")").partition("(x")]
+        for _ in range(int(times or 1))
+    ]
+    here = each[min(int(os.environ.get("SLURM_NODEID") or 0), len(each) - 1)]
+    if (used := here * jax.local_device_count()) < int(given):
+        raise ValueError(
+            f"distributed: {platform.node()} has {given} GPUs for {here} tasks, which would use "
+            f"{used}: wanted a task for each (srun --ntasks-per-node {given}), or "
+            f"JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(int(given))))}"
+        )
 
 
 def _share_programs(meeting: int) -> None:

@@ -168,6 +168,7 @@ class Learner:
         return {"trained": self.state.params, "optimizer": self.state.opt_state, **fixed}
 
     def _given(self, batch: Mapping[str, Any], number: int) -> dict[str, Any]:
+        batch = {name: x for name, x in batch.items() if name != "rows"}  # which pairs they are
         placed = dict(placement.place(batch, self.mesh, parts=self.accumulate))
         if self.adapters is not None and self.adapters.lora_dropout:
             draws = number * self.accumulate + np.arange(self.accumulate, dtype=np.int32)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qwen2audio_jax import sharding
 from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.processor import IGNORED
-from qwen2audio_jax.spread import ROWS
+from qwen2audio_jax.spread import ROWS, RULES
 from qwen2audio_jax.training.optimizer import name_of
 
 TOKENS = {  # of each row, where other arrays are of its clips or of pairs
@@ -215,3 +215,25 @@ def table(held: Mapping[str, Any]) -> str:
         for i, (cell, width) in enumerate(zip(row, widths, strict=True))
     )
     return "\n".join(show(row).rstrip() for row in rows)
+
+
+LETTERS = {
+    "B": "rows",
+    "C": "clips",
+    "V": "vocabulary",
+    "F": "hidden units",
+    "N": "heads",
+    "K": "heads of keys and values",
+    "L": "tokens of a row",
+    "P": "positions of a clip",
+}
+
+
+def activations(mesh: Mesh) -> str:
+    """How a mesh splits what is computed, a line a letter: by axes that divide it, each once."""
+    split = {
+        letter: "+".join(axis for axis in axes if mesh.shape[axis] > 1) for letter, axes in RULES
+    }
+    lines = [f"  {LETTERS[letter]:26}{axes}" for letter, axes in split.items() if axes]
+    head = "activations, over what divides them, no axis twice:" if lines else "activations whole"
+    return "\n".join([head, *lines])

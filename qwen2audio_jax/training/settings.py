@@ -63,6 +63,20 @@ class MeshConfig:
             devices=devices, dcn=dcn, **self._filled("ici", len(devices) // slices)
         )
 
+    def settled(self, devices: Sequence[jax.Device]) -> "MeshConfig":
+        """The same for these devices, with numbers in the place of -1; fsdp may stay so."""
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+        dcn = self._filled("dcn", slices)
+        ici = self._filled("ici", len(devices) // math.prod(dcn.values()))
+        if self.ici_fsdp_parallelism == -1:
+            ici["fsdp"] = -1
+        sizes = {
+            f"{kind}_{axis}_parallelism": n
+            for kind, each in (("dcn", dcn), ("ici", ici))
+            for axis, n in each.items()
+        }
+        return dataclasses.replace(self, **sizes)
+
     def _filled(self, kind: str, devices: int) -> dict[str, int]:
         """Sizes by axis; the -1 among them is what the others leave of so many devices."""
         sizes = {axis: getattr(self, f"{kind}_{axis}_parallelism") for axis in sharding.AXES}

@@ -162,9 +162,13 @@ def _listed(folder: pathlib.Path) -> tuple[pathlib.Path, list[str]]:
 
 
 def _tell_rows(mixture: Mixture, mesh: Mesh) -> None:
-    """Says how large a step is, where that is not what --data.buckets say, and what it wastes."""
+    """Says on what, and how large a step is, where that is not what --data.buckets say, and what
+    it wastes."""
     if jax.process_index():
         return
+    if mesh.size > 1:
+        axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+        print(f"{mesh.size} devices: {axes}", flush=True)
     times = mixture.hosts * mixture.accumulate
     if times > 1:
         each = dict.fromkeys(f"{bucket.rows * times}x{bucket.tokens}" for bucket in mixture.buckets)
@@ -205,6 +209,7 @@ def _learner(settings: Settings, sizes: Config, mesh: Mesh, start: pathlib.Path)
     trainee = trainee_of(settings, model, mesh, start=_adapters(settings, model))
     if settings.mesh.show and jax.process_index() == 0:
         print(placement.table(trainee.held()), flush=True)
+        print(placement.activations(trainee.mesh), flush=True)
     return trainee
 
 

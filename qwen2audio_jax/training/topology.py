@@ -192,6 +192,9 @@ class Lowered:
       loops: how often a loop goes round whose rounds depend on data.
       mesh: what it is for; its devices are the program's, in its order.
       scopes: how often it does within a `jax.named_scope`, by its name.
+      ahead: what is put on devices while the program runs: the next step's batch.
+      steps: that the program takes at a call; a report is of one of them.
+      unseen: operations of a step, of all devices, that are no product in the compiled program.
     """
 
     program: jax.stages.Lowered
@@ -200,6 +203,9 @@ class Lowered:
     loops: int
     mesh: Mesh
     scopes: dict[str, int] = dataclasses.field(default_factory=dict)
+    ahead: Any = None
+    steps: int = 1
+    unseen: float = 0.0
 
 
 def lower(
@@ -229,10 +235,12 @@ def lower(
     learned = work.tokens - work.clips * audio_tokens(work.frames)
     sides = 2 if stage.startswith("dpo") else 1
     states, clips = audio_tokens(work.frames), rows * work.clips
+    placed = dict(placement.place(shapes, mesh, parts=parts))
     return Lowered(
         program=trainee.lower(shapes),
         flops=trainee.flops(batch),
-        held=trainee.held() | {"batch": dict(placement.place(shapes, mesh, parts=parts))},
+        held=trainee.held() | {"batch": placed},
+        ahead=placed,
         loops=-(-learned // chunk_size(sides * rows, work.tokens, mesh.size)),
         mesh=mesh,
         scopes={SPELT: -(-states // chunk_size(clips, states, mesh.size))},
@@ -272,7 +280,8 @@ def _reading(sizes, work, settings, mesh) -> Lowered:
 
 
 def _saying(sizes, work, settings, mesh) -> Lowered:
-    """One more token for every row, its past filling the cache."""
+    """One more token for every row, its past filling the cache; of a call that makes as many as one
+    makes, as what begins and ends it is theirs together."""
     model = _shapes(sizes, settings.dtype, mesh, scan_layers=False)
     d, rows = sizes.decoder, work.batch
     rules = rules_for(sizes, GREEDY, min_new_tokens=0, end_tokens=None)
@@ -284,6 +293,14 @@ def _saying(sizes, work, settings, mesh) -> Lowered:
     begin = lambda logits, cache: programs.begin(logits, cache, None, draws, None, ended, rules)[0]
     state = jax.eval_shape(begin, logits, cache).replace(cache=cache)
     with jax.set_mesh(mesh):
-        program = programs.decode.lower(model, state, draws, rules, 1)
-    needed = rows * flops.of_token(d, work.tokens)
-    return Lowered(program, needed, {"model": nnx.state(model), "cache": cache}, 1, mesh)
+        program = programs.decode.lower(model, state, draws, rules, programs.CHUNK)
+    return Lowered(
+        program=program,
+        flops=rows * flops.of_token(d, work.tokens),
+        held={"model": nnx.state(model), "cache": cache},
+        loops=programs.CHUNK,
+        mesh=mesh,
+        steps=programs.CHUNK,
+        # one query's attention becomes multiplications and sums
+        unseen=rows * flops.of_past(d, work.tokens),
+    )
