@@ -56,7 +56,7 @@ def test_every_step_is_compiled_once(asked, tmp_path, monkeypatch):
     assert len(asked) == everything and out.read_text("utf-8") == before
     pods.main(pods.Options(out, only="lora"))
     assert asked[everything:] == [
-        "--stage lora-sft --topology v5e:2x4 --batch 8 --tokens 4096 --clips 5"
+        "--stage lora-sft --topology v5e:2x4 --batch 32 --tokens 4096 --clips 5"
     ]
 
 
@@ -98,7 +98,7 @@ def test_what_cannot_be_compiled_has_a_row_and_is_tried_again(asked, tmp_path, m
     before = len(asked)
     monkeypatch.setattr(pods, "compiled", knows)
     assert pods.main(pods.Options(out)) == 0
-    assert asked[before:] == ["--stage dpo --topology v5e:4x8 --batch 32"]
+    assert asked[before:] == ["--stage dpo --topology v5e:4x8 --batch 128"]
     assert "no such pod" not in out.read_text("utf-8")
 
 

@@ -79,6 +79,7 @@ def _sft(chips: str, rows: int, more: str = "", *, mfu: float = 0.0, **how: Any)
 # much faster than it reads and writes, links cost less than those sums.
 WHOLE = " --compiler-options xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
 # As docs/hosts.md has it: the preset's optimizer, and two batches a step.
+ROWS = "--batch 32 --tokens 4096"
 GUIDE = (
     " --gradient-accumulation-steps 2 --optimizer.encoder-learning-rate 0.0 --optimizer.b2 0.95"
     " --optimizer.weight-decay 0.0"
@@ -89,7 +90,8 @@ TABLE = (
     _sft("v5p:2x2x2", 32),
     _sft("v6e:4x4", 32, WHOLE, mfu=0.6),
     _sft("v5e:4x4", 32, GUIDE),
-    Step("sft", "v5e:4x4", f"--batch 32 --tokens 4096 --clips 30 --frames 504{GUIDE}", sound=151.2),
+    Step("sft", "v5e:4x4", f"{ROWS} --clips 15 --frames 1004{GUIDE}", sound=150.6),
+    Step("sft", "v5e:4x4", f"{ROWS} --clips 30 --frames 504{GUIDE}", sound=151.2),
     _sft("v4:2x2x4", 32),
     _sft("7x:2x2x2", 64),
     Step("dpo", "v5e:4x8", "--batch 128"),
