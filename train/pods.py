@@ -93,7 +93,7 @@ TABLE = (
     Step("sft", "v5e:4x4", f"{ROWS} --clips 15 --frames 1004{GUIDE}", sound=150.6),
     Step("sft", "v5e:4x4", f"{ROWS} --clips 30 --frames 504{GUIDE}", sound=151.2),
     _sft("v4:2x2x4", 32),
-    _sft("7x:2x2x2", 64),
+    _sft("7x:2x2x2", 64, WHOLE),
     Step("dpo", "v5e:4x8", "--batch 128"),
     Step("dpo-precomputed", "v5e:4x8", "--batch 128"),
     Step("lora-sft", "v5e:2x4", "--batch 32 --tokens 4096 --clips 5", sound=150.0),
