@@ -98,7 +98,7 @@ def test_what_cannot_be_compiled_has_a_row_and_is_tried_again(asked, tmp_path, m
     before = len(asked)
     monkeypatch.setattr(pods, "compiled", knows)
     assert pods.main(pods.Options(out)) == 0
-    assert asked[before:] == ["--stage dpo --topology v5e:4x8 --batch 128"]
+    assert asked[before:] == [f"--stage dpo --topology v5e:4x8 --batch 128{pods.WHOLE}"]
     assert "no such pod" not in out.read_text("utf-8")
 
 

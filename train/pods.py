@@ -94,8 +94,8 @@ TABLE = (
     Step("sft", "v5e:4x4", f"{ROWS} --clips 30 --frames 504{GUIDE}", sound=151.2),
     _sft("v4:2x2x4", 32),
     _sft("7x:2x2x2", 64, WHOLE),
-    Step("dpo", "v5e:4x8", "--batch 128"),
-    Step("dpo-precomputed", "v5e:4x8", "--batch 128"),
+    Step("dpo", "v5e:4x8", f"--batch 128{WHOLE}"),
+    Step("dpo-precomputed", "v5e:4x8", f"--batch 128{WHOLE}"),
     Step("lora-sft", "v5e:2x4", "--batch 32 --tokens 4096 --clips 5", sound=150.0),
     Step("prefill", "v5e:1x2", "--batch 1 --mesh.ici-tensor-parallelism 2"),
     Step("decode", "v5e:1x2", "--batch 4 --tokens 2048 --mesh.ici-tensor-parallelism 2"),
@@ -123,7 +123,7 @@ SOUND_GROWS = (
     Step("sft", "v5e:4x4", "--batch 32 --tokens 2048 --clips 2", sound=60),
     _sft("v5e:4x4", 16, mfu=0.6),
     Step("sft", "v5e:4x4", f"--batch 8 --tokens 8192 --clips 10 {SPREAD} 2", sound=300),
-    Step("sft", "v5e:4x4", f"--batch 4 --tokens 16384 --clips 20 {SPREAD} 4", sound=600),
+    Step("sft", "v5e:4x4", f"--batch 4 --tokens 16384 --clips 20 {SPREAD} 4{WHOLE}", sound=600),
 )
 HEAD = (
     "| stage | chips | | memory | operations / model's | bound by | MFU at most | one by one | "
