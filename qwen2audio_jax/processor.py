@@ -88,7 +88,9 @@ class Processor:
         self.folder = folder
         self.tokenizer = Tokenizer(folder / "tokenizer.json")
         self.template = read_template(folder)
-        features = _features(folder)
+        # transformers 5 writes the first file, and reads it first.
+        features = read_json(folder / "processor_config.json").get("feature_extractor")
+        features = features or read_json(folder / "preprocessor_config.json")
         for key, ours in FEATURES.items():
             if features.get(key, ours) != ours:
                 raise ValueError(f"{folder}: wanted {key} {ours}, got {features[key]}")
@@ -338,12 +340,6 @@ class Processor:
             stacklevel=2,
         )
         return np.split(wave, cuts)
-
-
-def _features(folder: pathlib.Path) -> dict:
-    """The features' settings; transformers 5 writes the first file, and reads it first."""
-    features = read_json(folder / "processor_config.json").get("feature_extractor")
-    return features or read_json(folder / "preprocessor_config.json")
 
 
 def count_tokens(wave: Wave) -> int:

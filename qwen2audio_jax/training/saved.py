@@ -52,7 +52,7 @@ def load(path: pathlib.Path, mesh: Mesh | None = None) -> jax.stages.Compiled:
         said = str(error).splitlines()[0]
         raise ValueError(
             f"{path} is for other devices than {devices[0].device_kind}: {said}"
-        ) from (error)
+        ) from error
 
 
 def _versions() -> dict[str, str]:

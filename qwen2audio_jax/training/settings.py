@@ -56,18 +56,12 @@ class MeshConfig:
           ValueError: the sizes do not multiply to their number.
         """
         devices = jax.devices() if devices is None else devices
-        marks = {getattr(device, "slice_index", 0) for device in devices}
-        dcn = self._filled("dcn", len(marks))
-        slices = math.prod(dcn.values())
-        return sharding.mesh(
-            devices=devices, dcn=dcn, **self._filled("ici", len(devices) // slices)
-        )
+        ici, dcn = self._sizes(devices)
+        return sharding.mesh(devices=devices, dcn=dcn, **ici)
 
     def settled(self, devices: Sequence[jax.Device]) -> "MeshConfig":
         """The same for these devices, with numbers in the place of -1; fsdp may stay so."""
-        slices = len({getattr(device, "slice_index", 0) for device in devices})
-        dcn = self._filled("dcn", slices)
-        ici = self._filled("ici", len(devices) // math.prod(dcn.values()))
+        ici, dcn = self._sizes(devices)
         if self.ici_fsdp_parallelism == -1:
             ici["fsdp"] = -1
         sizes = {
@@ -76,6 +70,12 @@ class MeshConfig:
             for axis, n in each.items()
         }
         return dataclasses.replace(self, **sizes)
+
+    def _sizes(self, devices: Sequence[jax.Device]) -> tuple[dict[str, int], dict[str, int]]:
+        """Of the axes within slices, and over them."""
+        slices = {getattr(device, "slice_index", 0) for device in devices}
+        dcn = self._filled("dcn", len(slices))
+        return self._filled("ici", len(devices) // math.prod(dcn.values())), dcn
 
     def _filled(self, kind: str, devices: int) -> dict[str, int]:
         """Sizes by axis; the -1 among them is what the others leave of so many devices."""
