@@ -13,6 +13,7 @@ TEST = [
     *NOTEBOOKS,
     "beartype",
     "hypothesis",
+    "peft==0.21.2",  # whose folders are read and written
     "psutil",
     "pytest",
     "pytest-cov",

@@ -85,9 +85,9 @@ def test_several_clips_texts_and_literals(processor, chirp):
     clips = {"a": (chirp(0.5), 16_000), "b": (chirp(0.9), 16_000)}
     sample = clips | {"what": " a cat\n", "first": 7, "second": b"dogs"}
     left, right, learned = given(line, sample, processor)
-    assert left == f"{TAG}{TAG}Is [it] a cat, a -> b?"
-    assert right == " [7\n-> and \\ dogs -- ]<|endoftext|>"
-    assert learned == right.replace("7", "")
+    assert left == f"{TAG}{TAG}Is [it] a cat, a -> b? [7"
+    assert right == "\n-> and \\ dogs -- ]<|endoftext|>"
+    assert learned == " [" + right
     example = Task.parse(line).compile(sample, processor)
     assert [len(wave) for wave in example.waves] == [8000, 14_400]
     assert [s.clip for s in example.prompt if s.clip is not None] == [0, 1]
@@ -97,8 +97,9 @@ def test_clips_in_the_answer_follow_those_of_the_prompt(processor, chirp):
     """They are heard, and not learned."""
     line = "[AUDIO:a] And -> that: [AUDIO:b,no_loss] a dog"
     sample = {"a": (chirp(0.5), 16_000), "b": (chirp(0.9), 16_000)}
-    assert given(line, sample, processor)[1:] == (
-        f" that: {TAG}a dog<|endoftext|>",
+    assert given(line, sample, processor) == (
+        f"{TAG}And that: {TAG}",
+        "a dog<|endoftext|>",
         " that: a dog<|endoftext|>",
     )
     example = Task.parse(line).compile(sample, processor)
@@ -115,10 +116,10 @@ def test_the_words_of_a_clip_go_with_it(processor, chirp):
     sample = {**clips, "said": "one two", "sung": None}
     wanted = processor.tokenizer.encode("one two")
     assert task.compile(sample, processor).words == (wanted, [], [])
-    assert task.compile(sample, processor, learn=False).words == (wanted, [])
+    assert task.compile(sample, processor, learn=False).words == (wanted, [], [])
     assert Task.parse("[AUDIO:a] -> b").compile(clips, processor).words == ([],)
-    for learn, unknown in ((True, ([], [], [])), (False, ([], []))):
-        assert task.compile(clips, processor, learn=learn).words == unknown
+    for learn in (True, False):
+        assert task.compile(clips, processor, learn=learn).words == ([], [], [])
     with pytest.raises(BadSample, match="'said': wanted a text, got list"):
         task.compile({**sample, "said": ["one"]}, processor)
 
@@ -227,6 +228,7 @@ def test_tags_that_do_not_fit_are_refused():
         hierarchical_tags("caption", instruction="<a>")
 
 
+OWN = "text without special tokens (clips, '[AUDIO:FIELD]', and the end bring their own)"
 WRONG = {
     "[AUDO:x] -> [TEXT:t]": "column 2: wanted a slot type of AUDIO, TEXT, got 'AUDO'",
     "a [AUDIO:x": "column 11: wanted ']' to close the slot of column 3, got the end of the line",
@@ -252,6 +254,9 @@ WRONG = {
     " the line",
     "a -> <|[TEXT:x,no_loss]|> b": "column 8: wanted a tag, <|...|>, that is learned as a whole,"
     " got no_loss in it",
+    "a <|AUDIO|> -> b": f"column 3: wanted {OWN}, got <|AUDIO|>",
+    "-> [TEXT:t]<|im_end|>": f"column 12: wanted {OWN}, got <|im_end|>",
+    r"[TEXT:\\] a <\|im_st\art|> -> b": f"column 13: wanted {OWN}, got <|im_start|>",
     "a -> b\\": "column 7: wanted a character behind '\\', got the end of the line",
     "a -> [TEXT:x\\]": "column 15: wanted ']' to close the slot of column 6, got the end of the"
     " line",

@@ -454,6 +454,42 @@ def test_shards_that_cannot_be_written_leave_nothing(manifest, monkeypatch, how,
     assert {path.name for path in manifest.parent.iterdir()} == {"a.wav", "rows.jsonl"}
 
 
+@pytest.mark.parametrize("field", ["speech", "audio", "a"])
+def test_a_field_that_no_row_has_names_no_clip(manifest, monkeypatch, field, capsys):
+    """As a typing mistake does not; text alone, and a row that lacks a clip, are told."""
+    pytest.importorskip("grain")
+    from train import shard
+
+    path = manifest.parent / "others.jsonl"
+    monkeypatch.chdir(manifest.parent)
+    rows = [{"text": "a", "prompt": "What?"}, {field: "a.wav", "text": "b"}, {field: None}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+    def run(audio):
+        shard.main(shard.Settings(manifest=str(path), out=out, workers=0, audio=audio))
+        return capsys.readouterr().out.splitlines()[1:]
+
+    out = pathlib.Path("out")
+    with pytest.raises(ValueError) as error:
+        run(("audo", field))
+    wanted = f"--audio of its fields (text, prompt, {field}; nothing behind it: no clips)"
+    assert str(error.value) == f"{path}: wanted {wanted}, got audo" and not out.exists()
+    assert run((field,)) == ["2 of them without a clip"]
+    assert open_source(out)[1][field] == (manifest.parent / "a.wav").read_bytes()
+    out = pathlib.Path("text")
+    assert run(()) == ["3 of them without a clip"]
+
+
+def test_conversations_need_no_field_that_names_clips(manifest, monkeypatch, capsys):
+    pytest.importorskip("grain")
+    from train import shard
+
+    manifest.write_text(manifest.read_text().split("\n")[3])
+    monkeypatch.chdir(manifest.parent)
+    shard.main(shard.Settings(manifest=str(manifest), out=pathlib.Path("out"), workers=0))
+    assert capsys.readouterr().out == "1 rows in 1 shards in out\n"
+
+
 @pytest.fixture
 def many(tmp_path, chirp) -> pathlib.Path:
     """A manifest of thirteen rows, four of them bad: two of them no record can hold."""

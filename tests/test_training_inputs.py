@@ -101,6 +101,9 @@ def test_choices_follow_what_is_given(processor, line, sample, prompt, answers):
     given, wanted = inputs.prompt_and_answer(example, processor)
     assert processor.decode([ids_of(given.prompt)], skip_special_tokens=False) == [prompt]
     assert task.choices(sample) == answers
+    unanswered = {name: value for name, value in sample.items() if name != "text"}
+    asked = task.compile(unanswered, processor, learn=False)
+    assert ids_of(asked.prompt) == ids_of(given.prompt)
     if answers:
         end = processor.tokenizer.pad_id
         rest = ids_of(example.prompt[len(given.prompt) :])
@@ -415,19 +418,33 @@ def test_a_mistake_in_a_line_says_in_which(rows):
 @pytest.mark.parametrize(
     ("line", "end"),
     [
-        ("-> [TEXT:text,closed_set=yes|no]<|im_end|>", "<|im_end|>"),
+        (r"-> [TEXT:text,closed_set=yes|no<\|im_end\|>]", "<|im_end|>"),
         (r"What? -> [TEXT:text,closed_set=yes<\|endoftext\|>|no]", "<|endoftext|>"),
     ],
 )
 def test_closed_answers_that_nothing_could_choose_are_refused_at_once(rows, line, end):
-    """To be measured; they are learned, as open ones are measured, too."""
+    """To be measured; they are learned, too."""
     path = rows({"text": "yes"})
     assert inputs.training(DataConfig(train=(path,), tasks=(line,)))
     told = re.escape(f"held_out {path}: wanted closed answers without {end}, ")
     with pytest.raises(ValueError, match=told):
         inputs.held_out(DataConfig(held_out=(path,), held_out_tasks=(line,)), 5)
-    lines = ("-> [TEXT:text]<|im_end|>",)
-    assert inputs.held_out(DataConfig(held_out=(path,), held_out_tasks=lines), 5)
+
+
+def test_tags_that_a_tokenizer_lacks_are_told(processor, tmp_path, caplog):
+    """Once for each task, in whatever style; a tag around a field is the sample's."""
+    given = {"train": ("a.jsonl", "b.jsonl"), "style": "tags"}
+    line = r"[AUDIO:a] <|never|> -> <|[TEXT:l]|>[TEXT:t,closed_set=<\|zh\|>|no] <|e-n|> <||>"
+    data = DataConfig(**given, held_out=("c.jsonl",), tasks=(line,), tags=("<|x|><|a b|>",))
+    inputs.tell_tags(data, processor.tokenizer)
+    how = "convert.from_parts --tokenizer begins with one that has them"
+    told = f"task {line!r}: <|x|>, <|zh|>, <|e-n|> are text to the model's tokenizer, no tags; {how}"
+    assert [record.getMessage() for record in caplog.records] == [told]
+    caplog.clear()
+    known = words.made_tokenizer(tmp_path, [*words.SPECIAL, "<|x|>", "<|zh|>", "<|e-n|>"])
+    inputs.tell_tags(data, Processor(known).tokenizer)
+    inputs.tell_tags(DataConfig(train=("a.jsonl",)), processor.tokenizer)
+    assert not caplog.records
 
 
 def test_a_style_that_nothing_has_is_refused(rows):

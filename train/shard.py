@@ -23,7 +23,8 @@ from typing import Annotated, Any
 import tyro
 
 from qwen2audio_jax.data import sources
-from qwen2audio_jax.data.example import why
+from qwen2audio_jax.data.chats import is_conversation, is_pair
+from qwen2audio_jax.data.example import BadSample, why
 from qwen2audio_jax.data.workers import settle
 from qwen2audio_jax.progress import Progress
 from train import command
@@ -42,7 +43,7 @@ class Settings:
     rows: int = 1000
     """Of the manifest, in a shard."""
     audio: tuple[str, ...] = ("audio",)
-    """The fields that name clips, beside those of conversations."""
+    """The fields that name clips, beside those of conversations; none for text alone."""
     workers: int = os.cpu_count() or 1
     """Processes; 0 to work in this one."""
     fatal: bool = False
@@ -51,11 +52,13 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """A shard that is done: its number, how many rows it holds, and those that were left out."""
+    """A shard that is done: its number, how many rows it holds, those that were left out, and how
+    many of what it holds are without a clip."""
 
     shard: int
     rows: int
     left_out: list[dict]
+    mute: int = 0
 
 
 def main(settings: Settings) -> None:
@@ -65,6 +68,7 @@ def main(settings: Settings) -> None:
     sources.on_disk(settings.out)
     path, split = _split(settings.manifest)
     source = sources.Manifest(path, split=split, audio=settings.audio)
+    _check_fields(source)
     settings.out.mkdir(parents=True, exist_ok=True)
     shards = -(-len(source) // settings.rows)
     done = _resume(settings, source)
@@ -81,6 +85,28 @@ def main(settings: Settings) -> None:
             done[written.shard] = written
             progress.update()
     _tell(settings, [done[shard] for shard in range(shards)])
+
+
+def _check_fields(source: sources.Manifest) -> None:
+    """Refuses fields that no row has: clips of others would stay names of files, without sound.
+
+    Few rows may have one; all are looked at where none has, but those of conversations.
+    """
+    missing, known = dict.fromkeys(source.audio), {}
+    for index in range(len(source) if missing else 0):
+        try:
+            row = source[index]
+        except BadSample:  # left out when it is to be written
+            continue
+        if is_conversation(row) or is_pair(row):
+            return
+        known |= dict.fromkeys(row)
+        missing = {name: None for name in missing if name not in row}
+        if not missing:
+            return
+    if missing and known:
+        wanted = f"wanted --audio of its fields ({', '.join(known)}; nothing behind it: no clips)"
+        raise ValueError(f"{source.path}: {wanted}, got {', '.join(missing)}")
 
 
 def _split(spec: str) -> tuple[str, str | None]:
@@ -143,13 +169,16 @@ def _with_given(call: Callable[..., Written], shard: int) -> Written:
 
 def write(settings: Settings, source: sources.Manifest, shards: int, shard: int) -> Written:
     """Writes one shard: whole, or not at all."""
-    left_out = []
+    left_out, mute = [], 0
 
     def rows():
+        nonlocal mute
         first = shard * settings.rows
         for index in range(first, min(first + settings.rows, len(source))):
             try:
-                yield sources.packed(sources.embed(source[index], settings.audio))
+                row = source[index]
+                yield sources.packed(sources.embed(row, settings.audio))
+                mute += not sources.clips(row, settings.audio)
             except Exception as error:
                 reason, message = why(error)
                 if settings.fatal:
@@ -158,7 +187,7 @@ def write(settings: Settings, source: sources.Manifest, shards: int, shard: int)
                 left_out.append(told)
 
     path = settings.out / f"{shard:05}-of-{shards:05}{sources.SUFFIX}"
-    return Written(shard, sources.write(path, rows()), left_out)
+    return Written(shard, sources.write(path, rows()), left_out, mute)
 
 
 def _tell(settings: Settings, written: list[Written]) -> None:
@@ -166,6 +195,8 @@ def _tell(settings: Settings, written: list[Written]) -> None:
     lines = [json.dumps(row) + "\n" for row in left_out]
     (settings.out / "left_out.jsonl").write_text("".join(lines), "utf-8")
     print(f"{sum(each.rows for each in written)} rows in {len(written)} shards in {settings.out}")
+    if mute := sum(each.mute for each in written):
+        print(f"{mute} of them without a clip")
     for reason, count in collections.Counter(row["reason"] for row in left_out).most_common():
         print(f"{count} left out: {reason}")
 

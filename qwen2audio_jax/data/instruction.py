@@ -35,6 +35,7 @@ from qwen2audio_jax.data.slots import Filled, Part, Slot, heard, parts_of, slot_
 from qwen2audio_jax.processor import Processor, Wave, count_tokens
 from qwen2audio_jax.prompt import AUDIO, AUDIO_BOS, AUDIO_EOS, PAD, Prompt
 
+TAG = re.compile(r"<\|[^\s|<>]+\|>")
 STYLES = ("prompt", "tags", "none")
 MOST = 10_000  # answers that several closed sets allow together: all are written out
 TASKS = ("transcribe", "translate", "caption", "keyword", "question")  # that have a tag
@@ -113,21 +114,32 @@ class Task:
         slots = (part for part in (*self.given, *self.answer) if heard(part))
         return tuple(slot.words for slot in slots if slot.words is not None)
 
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The tags, `<|en|>`, that are the line's own, not a sample's."""
+        own = lambda part: part.closed_set if isinstance(part.closed_set, tuple) else ()
+        texts = (
+            part if isinstance(part, str) else f" {' '.join(own(part))} "
+            for part in (*self.given, *self.answer)
+        )
+        return tuple(dict.fromkeys(TAG.findall("".join(texts))))
+
     def compile(self, sample: Mapping, processor: Processor, *, learn: bool = True) -> Example:
-        """Fills the line with a sample: to learn the answer, or (not `learn`) to give one.
+        """Fills the line with a sample: to learn the answer, or (not `learn`) to give one, behind
+        the answer's last slot that is not learned.
 
         Raises:
           BadSample: "missing field", "missing audio", "corrupt audio", "too long", "empty text",
             "not text", "outside closed set" or "special token in text".
         """
-        given, answer = _fill(self.given, sample, False), []
+        given = _fill(self.given, sample, False)
         prompt, waves = _compile(given, processor)
-        if learn:
-            answer = [*_fill(self.answer, sample, True), Filled(PAD, learned=True)]
-            # Apart, or a token could hold the end of what is given and the beginning of an answer.
-            for _, run in itertools.groupby(answer, key=lambda each: each.learned):
-                said, more = _compile(list(run), processor, first=len(waves))
-                prompt, waves = prompt + said, waves + more
+        parts = self.answer if learn else self.answer[: self._measured_from(sample)]
+        answer = _fill(parts, sample, True) + [Filled(PAD, learned=True)] * learn
+        # Apart, or a token could hold the end of what is given and the beginning of an answer.
+        for _, run in itertools.groupby(answer, key=lambda each: each.learned):
+            said, more = _compile(list(run), processor, first=len(waves))
+            prompt, waves = prompt + said, waves + more
         # a type of slot that says no words has none of them for each of its clips
         said = (each.words or ("",) * len(each.waves) for each in (*given, *answer))
         words = [text for texts in said for text in texts]
@@ -151,14 +163,16 @@ class Task:
 
     def _closed(self, sample: Mapping) -> list[Part] | None:
         """What is learned behind what is given of a sample; None if a slot of it has no end."""
-        given = lambda part: isinstance(part, Slot) and part.no_loss and not _left_out(part, sample)
-        start = max((i for i, part in enumerate(self.answer, 1) if given(part)), default=0)
-        learned = [
-            part for part in self.answer[start:] if isinstance(part, str) or not part.no_loss
-        ]
+        behind = self.answer[self._measured_from(sample) :]
+        learned = [part for part in behind if isinstance(part, str) or not part.no_loss]
         if any(isinstance(part, Slot) and part.closed_set is None for part in learned):
             return None
         return learned
+
+    def _measured_from(self, sample: Mapping) -> int:
+        """How many of the answer's parts are given: up to the last that is said but not learned."""
+        given = lambda part: isinstance(part, Slot) and part.no_loss and not _left_out(part, sample)
+        return max((i for i, part in enumerate(self.answer, 1) if given(part)), default=0)
 
 
 def hierarchical_tags(

@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from qwen2audio_jax.data.example import LONGEST
+from qwen2audio_jax.data.example import CONTROL, LONGEST
 from qwen2audio_jax.processor import Wave
 
 LINE = re.compile(
@@ -112,6 +112,7 @@ def parts_of(line: str, *, arrows: int) -> list[list[Part]]:
     Raises:
       ValueError: the line is wrong; the message says at which column.
     """
+    _refuse_control(line)
     sides: list[list[Part]] = [[]]
     for found in LINE.finditer(line):
         side, column, kind = sides[-1], found.start() + 1, found.lastgroup
@@ -147,6 +148,18 @@ def parts_of(line: str, *, arrows: int) -> list[list[Part]]:
     if said and isinstance(said[-1], Slot) and said[-1].no_loss:
         raise _wrong(len(line) + 1, "what is learned behind no_loss", "the end of the line")
     return sides
+
+
+def _refuse_control(line: str) -> None:
+    """Refuses in literal text what slots of clips and the end bring by themselves."""
+    text, columns = "", []
+    for found in LINE.finditer(line):
+        literal = "\n" if found.lastgroup in ("slot", "arrow") else _unescape(found[0])
+        text += literal
+        columns += range(found.start() + 1, found.start() + 1 + len(literal))
+    if control := CONTROL.search(text):
+        wanted = "text without special tokens (clips, '[AUDIO:FIELD]', and the end bring their own)"
+        raise _wrong(columns[control.start()], wanted, control[0])
 
 
 def _slot(text: str, column: int, *, behind: bool) -> Slot:

@@ -237,6 +237,13 @@ def each_clip(row: dict[str, Any], audio: Sequence[str], change: Callable) -> di
     return row | told
 
 
+def clips(row: dict[str, Any], audio: Sequence[str] = ("audio",)) -> list[Any]:
+    """All clips of a row, as `each_clip` finds them."""
+    found: list[Any] = []
+    each_clip(row, audio, found.append)
+    return found
+
+
 def _in_messages(messages: Any, change: Callable) -> Any:
     if isinstance(messages, list):
         return [_in_messages(message, change) for message in messages]

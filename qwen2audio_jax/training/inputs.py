@@ -24,7 +24,7 @@ from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.pack import Bad
 from qwen2audio_jax.data.sources import Manifest, RandomAccess, open_source, where
 from qwen2audio_jax.processor import Processor
-from qwen2audio_jax.prompt import IM_END, PAD
+from qwen2audio_jax.prompt import IM_END, PAD, Tokenizer
 from qwen2audio_jax.training.data_config import TFDS, WORLD, DataConfig, each_of
 
 MADE = 10**6  # samples that a made world tells apart
@@ -122,6 +122,18 @@ def held_out(data: DataConfig, samples: int, *, pairs: bool = False) -> list[Hel
             found.append(dataclasses.replace(each, part=part, rows=rows))
     parts = _named([each.part for each in found], data.held_out)
     return [dataclasses.replace(e, part=part) for e, part in zip(found, parts, strict=True)]
+
+
+def tell_tags(data: DataConfig, tokenizer: Tokenizer) -> None:
+    """Warns of tags in tasks of which a tokenizer knows nothing: to it they are text."""
+    learned = zip(each_of(data.train, data.tasks), each_of(data.train, data.tags), strict=True)
+    kept = zip(data.lines_held_out, data.tags_held_out, strict=True)
+    for line, tags in dict.fromkeys([*learned, *kept]):
+        own = Task.parse(line, tags=tags or None, style=data.style).tags if line else ()
+        if unknown := [tag for tag in own if len(tokenizer.encode(tag)) > 1]:
+            how = "convert.from_parts --tokenizer begins with one that has them"
+            told = f"{', '.join(unknown)} are text to the model's tokenizer, no tags; {how}"
+            _log.warning(f"task {line!r}: {told}")
 
 
 def _open(spec: str, line: str, tags: str, data: DataConfig, pairs: bool) -> list[HeldOut]:

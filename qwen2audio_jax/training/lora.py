@@ -235,8 +235,7 @@ def saved(config: LoraConfig, model: Qwen2Audio) -> list[table.Entry]:
 
 def _matches(pattern: str, module: str, whole: bool) -> bool:
     """Whether PEFT would find this module, by its name in transformers 4 or 5."""
-    memory, disk = next(names for names in table.IN_MEMORY if module.startswith(names[1]))
-    names = (module, memory + module.removeprefix(disk))
+    names = (module, table.in_memory(module))
     if not whole:
         return any(name == pattern or name.endswith(f".{pattern}") for name in names)
     try:

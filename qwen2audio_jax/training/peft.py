@@ -56,7 +56,8 @@ def save(
     for entry in lora.saved(config, model):
         path, name = whole.split(entry)
         tensor = entry.to_theirs(np.asarray(adapters[path][name], np.float32))
-        tensors[PREFIX + _exported(entry.name)] = np.ascontiguousarray(tensor)
+        # of these PEFT knows no other names than those that are in memory now
+        tensors[PREFIX + table.in_memory(entry.name)] = np.ascontiguousarray(tensor)
     safetensors.numpy.save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     settings = dataclasses.asdict(config) | {
         "peft_type": "LORA",
@@ -70,7 +71,7 @@ def save(
 
 
 def _exported(name: str) -> str:
-    """The name that PEFT finds with as many versions of transformers as can be.
+    """The name of an adapter that PEFT finds with as many versions of transformers as can be.
 
     With transformers 5 it knows the decoder's modules by their names in transformers 4 too, but
     those of the encoder and the projector by their new names alone.

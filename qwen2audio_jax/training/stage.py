@@ -79,6 +79,8 @@ def train(settings: Settings) -> int | None:
     start = _apart(settings)
     sizes, processor = model_settings.read(start), Processor.from_pretrained(start)
     _check_fit(sizes, processor, settings)
+    if not jax.process_index():
+        inputs.tell_tags(settings.data, processor.tokenizer)
     if run.begin(settings.out, settings, model=sizes, processor=processor):
         settings.optimizer.check_change(run.begun(settings.out).get("optimizer", {}))
         processor = Processor.from_pretrained(settings.out)

@@ -89,7 +89,6 @@ def _is_under(entry: table.Entry, name: str) -> bool:
 
 def _modules(entry: table.Entry) -> Iterator[str]:
     """All that a parameter is within, by their names in transformers 4 and 5."""
-    memory, disk = next(names for names in table.IN_MEMORY if entry.name.startswith(names[1]))
-    for module in (entry.name, memory + entry.name.removeprefix(disk)):
+    for module in (entry.name, table.in_memory(entry.name)):
         while module := module.rpartition(".")[0]:
             yield module

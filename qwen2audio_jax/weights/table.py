@@ -79,8 +79,8 @@ EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm
 # transformers >= 5 in memory, and what it calls the same on disk
 IN_MEMORY = (
     ("model.language_model.", "language_model.model."),
+    ("lm_head", "language_model.lm_head"),
     ("model.", ""),
-    ("lm_head.", "language_model.lm_head."),
 )
 
 
@@ -154,6 +154,12 @@ def on_disk(name: str) -> str:
         if name.startswith(memory):
             return disk + name.removeprefix(memory)
     return name
+
+
+def in_memory(name: str) -> str:
+    """What transformers >= 5 calls a parameter or a module in memory, by its name on disk."""
+    memory, disk = next(names for names in IN_MEMORY if name.startswith(names[1]))
+    return memory + name.removeprefix(disk)
 
 
 def _sizes(config: Config, tower) -> dict[str, int]:
