@@ -53,10 +53,10 @@ def board(monkeypatch):
     return make
 
 
-def written(folder, steps, board=None):
+def written(folder, steps, board=None, *, begin=0):
     project = None if board is None else "speech"
     with contextlib.closing(Log(folder, wandb=project, settings={"seed": 3})) as one:
-        one.begin(0)
+        one.begin(begin)
         for step in steps:
             one.write(step, {"loss": 1.0 / step})
     return [row["step"] for row in log.read(folder / log.LOG)]
@@ -80,6 +80,28 @@ def test_who_is_not_let_in_is_told_in_one_line(tmp_path, board):
         written(tmp_path, [1], board(lets_in=False))
     told = "--wandb speech: api_key not configured (no-tty). call wandb.login; wanted a "
     assert str(caught.value).startswith(told) and "\n" not in str(caught.value)
+
+
+def test_a_run_goes_on_where_weights_and_biases_let_nobody_in(tmp_path, board, caplog):
+    """Nobody is there to log in when a job is begun again; the file has all."""
+    assert written(tmp_path, [3], board(lets_in=False), begin=2) == [3]
+    assert caplog.text.count("gets no more figures, which log.jsonl has: api_key not config") == 1
+
+
+def test_all_is_closed_on_a_full_disk(tmp_path, board):
+    one = board()
+    opened = Log(tmp_path, wandb="speech")
+    opened.begin(0)
+
+    class Full:
+        def close(self):
+            raise OSError("No space left on device")
+
+    opened._file, kept = Full(), opened._file
+    kept.close()
+    with pytest.raises(OSError, match="No space"):
+        opened.close()
+    assert one.ended == 1
 
 
 def test_a_night_s_run_outlives_weights_and_biases(tmp_path, board, caplog):

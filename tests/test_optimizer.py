@@ -156,6 +156,7 @@ def test_a_part_of_the_steps_warms_up_however_many_they_are(steps):
     ("wrong", "message"),
     [
         ({"steps": 50, "warmup_steps": 50}, "fewer warm-up steps than the 50 steps, got 50"),
+        ({"steps": 100, "warmup_steps": 0.996}, "warm-up steps than the 100 steps, got 0.996"),
         (
             {"steps": 50, "warmup_steps": 45, "schedule_type": "wsd", "decay_fraction": 0.2},
             "warm-up and decay within 50 steps, got 45 and 10",

@@ -86,6 +86,8 @@ def test_a_certain_answer_has_finite_odds():
         ({"label_smoothing": 0.5}, "label_smoothing from 0 to below 0.5, got 0.5"),
         ({"label_smoothing": 0.1, "loss_type": "ipo"}, "sigmoid and robust, got ipo"),
         ({"loss_type": "orpo", "rpo_alpha": 1.0}, "wanted no rpo_alpha"),
+        ({"loss_type": "orpo", "reference_free": True}, "orpo has no reference: wanted no ref"),
+        ({"loss_type": "ipo", "length_normalized": True}, "ipo takes means already: wanted no l"),
         ({"beta": 0.0}, "beta above 0, got 0.0"),
     ],
 )

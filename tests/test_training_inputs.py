@@ -134,7 +134,7 @@ def test_a_reference_answers_pairs_in_a_file_however_many(tmp_path, monkeypatch)
     )
     monkeypatch.setattr(reference, "_identity", lambda learner: "the same")
     monkeypatch.setattr(reference, "_fingerprints", lambda source: np.zeros(len(source)))
-    monkeypatch.setattr(reference, "_publish", lambda path, source: None)
+    monkeypatch.setattr(reference, "_publish", lambda path, source, how: None)
     monkeypatch.setattr(reference, "_read", known)
     nobody, made = (Answers(0), shapes()), Made(lambda i: {}, 5)
     for source in (range(10**6), inputs.Drawn(made, 2)):
@@ -290,9 +290,10 @@ def test_what_could_not_be_heard_is_asked_at_the_next_start(
 
 
 def test_what_a_reference_has_answered_is_a_manifest_for_other_runs(
-    rows, tmp_path, monkeypatch, processor
+    rows, tmp_path, monkeypatch, processor, caplog
 ):
-    """With both columns, and clips that are found from there; then nobody is asked, or kept."""
+    """With both columns, and clips that are found from there; then nobody is asked, or kept. It is
+    told if it was another reference, and if there can be no manifest."""
     monkeypatch.setattr(reference, "_identity", lambda learner: "the same")
     once = lambda part, mixture, bad: iter([{"rows": np.array([0, 2])}])
     monkeypatch.setattr(inputs, "once", once)
@@ -311,9 +312,14 @@ def test_what_a_reference_has_answered_is_a_manifest_for_other_runs(
     assert len(part.compile(part.source[1], processor).waves[0]) == 3200
     assert not reference.settle(PreferenceSettings(), parts).keeps_reference
     assert reference.precompute(nobody, shapes(), parts, tmp_path / "other") == parts
+    assert not caplog.records
+    monkeypatch.setattr(reference, "_identity", lambda learner: "another")
+    assert reference.precompute(nobody, shapes(), parts, tmp_path / "other") == parts
+    assert "its log-probabilities are of another reference than --model" in caplog.text
     shards = dataclasses.replace(part, source=[pair("a", b"RIFF")] * 3, name="shards")
     reference.precompute(Answers(1), shapes(), [shards], tmp_path / "more")
     assert not list((tmp_path / "more" / reference.PAIRS).iterdir())
+    assert "its rows hold their clips, which no manifest can" in caplog.text
 
 
 def test_whether_rows_have_a_reference_s_answers_is_known_beforehand():
@@ -437,8 +443,8 @@ def test_tags_that_a_tokenizer_lacks_are_told(processor, tmp_path, caplog):
     line = r"[AUDIO:a] <|never|> -> <|[TEXT:l]|>[TEXT:t,closed_set=<\|zh\|>|no] <|e-n|> <||>"
     data = DataConfig(**given, held_out=("c.jsonl",), tasks=(line,), tags=("<|x|><|a b|>",))
     inputs.tell_tags(data, processor.tokenizer)
-    how = "convert.from_parts --tokenizer begins with one that has them"
-    told = f"task {line!r}: <|x|>, <|zh|>, <|e-n|> are text to the model's tokenizer, no tags; {how}"
+    told = "the model's tokenizer takes <|x|>, <|zh|>, <|e-n|> for text, not for tags"
+    told = f"task {line!r}: {told}; {inputs.HOW}"
     assert [record.getMessage() for record in caplog.records] == [told]
     caplog.clear()
     known = words.made_tokenizer(tmp_path, [*words.SPECIAL, "<|x|>", "<|zh|>", "<|e-n|>"])

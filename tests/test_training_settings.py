@@ -248,6 +248,14 @@ def test_one_word_names_the_end_of_a_module(said, wanted):
         (Settings, {"gradient_accumulation_steps": 0}, "at least 1, got 0"),
         (Settings, {"ctc": -1.0}, "ctc from 0, got -1.0"),
         (PreferenceSettings, {"ctc": 0.3}, "ctc is for pretraining and SFT"),
+        (
+            PreferenceSettings,
+            {
+                "precompute_ref_log_probs": True,
+                "preference": PreferenceConfig(reference_free=True),
+            },
+            "without a reference there is no precompute_ref_log_probs",
+        ),
     ],
 )
 def test_values_that_mean_nothing_are_refused(make, wrong, message):

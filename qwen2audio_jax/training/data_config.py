@@ -63,7 +63,7 @@ class DataConfig:
     a run can go on with as many hosts as divide them. 0: one for each host that it begins with.
     Hosts that share rows, where tensor or context reaches over them, have the same: as one host."""
     pack: bool = True
-    """Whether a row holds as many samples as fit."""
+    """Whether a row holds as many samples as fit; pairs have a row for each answer."""
     augmented: float | tuple[float, ...] = 0.0
     """The part of the clips that is moved to other rooms, microphones, noises, speeds, levels: of
     all, or of each source. Clips keep their speed and beginning in rows with "timed": true, and

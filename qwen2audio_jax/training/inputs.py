@@ -29,6 +29,7 @@ from qwen2audio_jax.training.data_config import TFDS, WORLD, DataConfig, each_of
 
 MADE = 10**6  # samples that a made world tells apart
 LOOKED = 50  # rows of a source that tell what all are
+HOW = "convert.from_parts --tokenizer begins a model with one that has them"
 SEARCHED = 1000  # rows with clips in them that are read for one of a kind
 
 _log = logging.getLogger(__name__)
@@ -131,9 +132,8 @@ def tell_tags(data: DataConfig, tokenizer: Tokenizer) -> None:
     for line, tags in dict.fromkeys([*learned, *kept]):
         own = Task.parse(line, tags=tags or None, style=data.style).tags if line else ()
         if unknown := [tag for tag in own if len(tokenizer.encode(tag)) > 1]:
-            how = "convert.from_parts --tokenizer begins with one that has them"
-            told = f"{', '.join(unknown)} are text to the model's tokenizer, no tags; {how}"
-            _log.warning(f"task {line!r}: {told}")
+            told = f"the model's tokenizer takes {', '.join(unknown)} for text, not for tags"
+            _log.warning(f"task {line!r}: {told}; {HOW}")
 
 
 def _open(spec: str, line: str, tags: str, data: DataConfig, pairs: bool) -> list[HeldOut]:

@@ -1,5 +1,6 @@
 """Where a run's figures go: log.jsonl, TensorBoard, Weights & Biases."""
 
+import contextlib
 import json
 import logging
 import math
@@ -52,7 +53,7 @@ class Log:
 
         Raises:
           ImportError: as `check_packages`.
-          ValueError: Weights & Biases lets nobody in.
+          ValueError: Weights & Biases lets nobody in; a run that goes on does so without.
         """
         if self.folder is None or jax.process_index():
             return
@@ -70,7 +71,7 @@ class Log:
         if tensorboard:
             self._events = _Events(self.folder / "tensorboard", step)
         if wandb is not None:
-            self._project = _Project(self.folder, wandb, settings)
+            self._project = _Project(self.folder, wandb, settings, first=step == 0)
 
     def write(self, step: int, values: Row) -> None:
         row = {"step": step, **values}
@@ -83,9 +84,10 @@ class Log:
             self._project.write(step, values)
 
     def close(self) -> None:
-        for each in (self._file, self._events, self._project):
-            if each is not None:
-                each.close()
+        with contextlib.ExitStack() as stack:  # all, also where the disk is full
+            for each in (self._project, self._events, self._file):
+                if each is not None:
+                    stack.callback(each.close)
         self._file = self._events = self._project = None
 
 
@@ -170,7 +172,15 @@ class _Project:
     """A run at Weights & Biases. What it does not take once the training is going on is told, and
     no more is sent: log.jsonl has it."""
 
-    def __init__(self, folder: pathlib.Path, project: str, settings: Mapping[str, Any] | None):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        project: str,
+        settings: Mapping[str, Any] | None,
+        *,
+        first: bool,
+    ):
+        self._run = None
         known = folder / "wandb-id"  # other runs have folders of the same name
         if not known.exists():
             known.write_text(secrets.token_hex(4))
@@ -186,6 +196,9 @@ class _Project:
             # its own count of steps only grows: what a start repeats it would not take
             self._run.define_metric("*", step_metric="step")
         except Exception as error:  # its own have no base class that its client's share
+            if not first:
+                _give_up(error)
+                return
             raise ValueError(
                 f"--wandb {project}: {_line_of(error)}; wanted a `wandb login` and a network, "
                 "WANDB_MODE=offline, or no --wandb"
@@ -204,10 +217,14 @@ class _Project:
         try:
             act()
         except Exception as error:  # likewise
-            _logger.warning(
-                "Weights & Biases gets no more figures, which %s has: %s", LOG, _line_of(error)
-            )
+            _give_up(error)
             self._run = None
+
+
+def _give_up(error: Exception) -> None:
+    _logger.warning(
+        "Weights & Biases gets no more figures, which %s has: %s", LOG, _line_of(error)
+    )
 
 
 def _line_of(error: Exception) -> str:

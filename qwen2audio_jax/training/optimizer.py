@@ -77,7 +77,7 @@ class OptimizerConfig:
     as there were, is kept; it is what is measured, and what comes out."""
 
     def __post_init__(self):
-        if not 0 <= self.warmup_steps < self.steps:
+        if self.warmup_steps < 0 or self.warmup >= self.steps:  # a part of the steps is rounded
             raise ValueError(
                 f"wanted fewer warm-up steps than the {self.steps} steps, got {self.warmup_steps}"
             )

@@ -52,6 +52,10 @@ class PreferenceConfig:
             )
         if self.loss_type == "orpo" and self.rpo_alpha is not None:
             raise ValueError("orpo learns the chosen answers already: wanted no rpo_alpha")
+        if self.loss_type == "orpo" and self.reference_free:
+            raise ValueError("orpo has no reference: wanted no reference_free")
+        if self.loss_type in ("ipo", "orpo") and self.length_normalized:
+            raise ValueError(f"{self.loss_type} takes means already: wanted no length_normalized")
         if self.rpo_alpha is not None and not 0 <= self.rpo_alpha < math.inf:
             raise ValueError(f"wanted rpo_alpha from 0, got {self.rpo_alpha}")
         if not 0 < self.beta < math.inf:
@@ -104,7 +108,8 @@ def preference(
     Returns:
       The sum over pairs, and over the chosen answers' tokens where those are learned too. To log:
       `pairs`, `tokens` of both answers, `accuracy` (how often the chosen answer's reward is the
-      higher), and TRL's `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `logps/chosen`,
+      higher), `rewards/chosen`, `rewards/rejected`, `rewards/margins`, of means over tokens where
+      the loss compares those (TRL's are of sums, but for ORPO), TRL's `logps/chosen` and
       `logps/rejected`; `nll` where chosen answers are learned.
 
     Raises:

@@ -32,6 +32,7 @@ from qwen2audio_jax.training.settings import PreferenceSettings
 
 FOLDER = "ref_log_probs"
 PAIRS = "pairs"  # the folder of manifests with what the reference answered
+MODEL = "ref_model"  # their column that says which model it was
 AUDIO = ("audio",)  # fields that name clips, beside those of conversations
 # Why a pair may be of use to the next start, though not to this one.
 PASSING = ("missing audio", "corrupt audio", UNFORESEEN)
@@ -112,15 +113,17 @@ def _answered(parts: Sequence[Part]) -> list[bool]:
 
 
 def _has_columns(part: Part) -> bool:
-    """Whether the first row that can be read has them."""
+    return all(_first(part).get(name) is not None for name in REFERENCE)
+
+
+def _first(part: Part) -> Mapping[str, Any]:
+    """The first row that can be read; empty if none of the first can."""
     for index in range(min(len(part.source), FEW)):
         try:
-            row = part.read(index)
+            return part.read(index)
         except Exception as error:  # it is counted when it is its turn
             why(error)
-        else:
-            return all(row.get(name) is not None for name in REFERENCE)
-    return False
+    return {}
 
 
 def compile(record: Mapping, processor: Processor) -> Pair:
@@ -163,6 +166,10 @@ def precompute(
                 f"and no {' and '.join(REFERENCE)} in the rows"
             )
         if answered:
+            if jax.process_index() == 0 and _first(part).get(MODEL, how.model) != how.model:
+                _log.warning(
+                    "%s: its log-probabilities are of another reference than --model", part.name
+                )
             known.append(part)
             continue
         if isinstance(part.source, Made):
@@ -174,7 +181,7 @@ def precompute(
             words = re.sub(r"\W+", "-", part.name.replace(".jsonl", ""))[-50:].strip("-")
             pairs = folder / PAIRS / f"{words}-{path.stem}.jsonl"
             if not pairs.exists() or pairs.stat().st_mtime_ns < path.stat().st_mtime_ns:
-                _publish(pairs, source)
+                _publish(pairs, source, how)
     return tuple(known)
 
 
@@ -291,22 +298,19 @@ def _read(
         return None
     with np.load(path) as file:
         goes_on = run.holds_checkpoint(path.parent.parent)
-        known = lambda name: str(file[name]) if name in file else getattr(how, name)
-        same = known("model") == how.model
+        then = _How(**{field.name: str(file[field.name]) for field in dataclasses.fields(_How)})
+        same = then.model == how.model
         if not same and goes_on:
             raise ValueError(
                 f"{path.parent.parent} holds a run whose reference is another model than --model"
             )
-        same &= goes_on or known("dtype") == how.dtype
-        # Of an older version's file nobody can say what it was asked of.
-        if not same or "rows" not in file or len(file["rows"]) != len(rows):
+        same &= goes_on or then.dtype == how.dtype
+        if not same or len(file["rows"]) != len(rows):
             return None
-        same = file["rows"] == rows
-        unheard = file["unheard"] if "unheard" in file else np.zeros_like(same)
-        logps, asked = file["logps"], file["asked"]
-        if known("shapes") != how.shapes:  # what fitted none of those may fit these
+        same, logps, asked = file["rows"] == rows, file["logps"], file["asked"]
+        if then.shapes != how.shapes:  # what fitted none of those may fit these
             asked = asked & np.isfinite(logps).all(axis=1)
-        return logps, np.stack([asked, unheard]) & same
+        return logps, np.stack([asked, file["unheard"]]) & same
 
 
 def _write(
@@ -324,17 +328,18 @@ def _write(
     os.replace(partial, path)
 
 
-def _publish(path: pathlib.Path, source: WithReference) -> None:
+def _publish(path: pathlib.Path, source: WithReference, how: _How) -> None:
     """Writes the pairs that could be used as a manifest, unless its rows hold their clips."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     try:
         with open(partial, "w", encoding="utf-8") as file:
             for index in np.flatnonzero(np.isfinite(source.logps).all(axis=1)).tolist():
-                row = each_clip(source[index], AUDIO, _absolute)
+                row = each_clip({**source[index], MODEL: how.model}, AUDIO, _absolute)
                 file.write(json.dumps(row) + "\n")  # escaped: a field may hold half a letter
     except (TypeError, BadSample):
         partial.unlink()
+        _log.warning("no %s: its rows hold their clips, which no manifest can", path)
     else:
         os.replace(partial, path)
 

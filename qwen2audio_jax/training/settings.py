@@ -315,6 +315,8 @@ class PreferenceSettings(Settings):
         super().__post_init__()
         if self.ctc:
             raise ValueError("ctc is for pretraining and SFT; pairs of answers are learned without")
+        if self.precompute_ref_log_probs and not self.preference.wants_reference:
+            raise ValueError("without a reference there is no precompute_ref_log_probs")
 
     @property
     def keeps_reference(self) -> bool:

@@ -99,7 +99,7 @@ def train(settings: Settings) -> int | None:
         fatal=settings.data.fatal,
     )
     _tell_rows(mixture, mesh)
-    if pairs and settled.precompute_ref_log_probs and settings.preference.wants_reference:
+    if pairs and settled.precompute_ref_log_probs:
         known = partial(precompute, trainee, _shared(mixture, mesh), folder=settings.out)
         with flash.using(settings.attention):
             # by their rows, which a run may go on with otherwise
