@@ -9,7 +9,6 @@ asked for the same held-out conversations. A benchmark that was stopped goes on.
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any, Literal
 
@@ -29,7 +28,7 @@ class Options:
     """What `python -m train.demo` left; the two trainings go beside its stages."""
     world: Literal["small", "full"] = "small"
     """What the demonstration was of."""
-    manifest: tuple[pathlib.Path, ...] = ()
+    manifest: tuple[str, ...] = ()
     """The recordings that it had."""
     clips: int = 400
     """Held-out conversations of each mode."""
@@ -58,15 +57,19 @@ def together(options: Options) -> Settings:
 
     Raises:
       FileNotFoundError: it was not.
+      ValueError: it was, with other settings than train.demo has now.
     """
     settings = demo.plan(
         demo.Demo(world=options.world, out=options.demo, manifest=options.manifest)
     )[1]
     if not (settings.out / "model").exists():
         raise FileNotFoundError(f"{settings.out}: wanted what train.demo leaves, found no model")
-    ran = json.loads((settings.out / run.SETTINGS).read_text("utf-8"))["optimizer"]
+    ran = run.begun(settings.out)["optimizer"]
     shown = {name: ran[name] for name in ("steps", "warmup_steps")}
-    return dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, **shown))
+    optimizer = dataclasses.replace(settings.optimizer, **shown)
+    settings = run.fed(dataclasses.replace(settings, optimizer=optimizer), 1)
+    run.compare(settings.out, settings)
+    return settings
 
 
 def alone(joint: Settings, mode: str) -> Settings:

@@ -347,7 +347,7 @@ def _part(part: Any, where: str) -> dict:
     if isinstance(text, str) and (kind == "text" or (kind is None and not clips)):
         return {"type": "text", "text": text}
     if clips and kind in (None, "audio", "audio_url", "input_audio"):
-        words = {"words": part["words"]} if isinstance(part.get("words"), str) else {}
+        words = {"words": part["words"]} if part.get("words") is not None else {}
         try:
             return {"type": "audio", "audio": unwrap(clips[0]), **words}
         except ValueError as error:

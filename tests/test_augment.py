@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qwen2audio_jax.data import augment
+from qwen2audio_jax.data.augment import Augmentation
 
 RATE = augment.SAMPLE_RATE
 
@@ -51,6 +52,33 @@ def test_a_seed_decides_everything(chirp):
     one, same, other = (augment.augment(chirp(1), np.random.default_rng(s)) for s in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert len(one) != len(other) or np.abs(one - other).max() > 0.01
+
+
+def test_what_is_not_asked_for_is_not_done(rng):
+    """Nothing but the level changes; of a telephone nothing is left above 4 kHz."""
+    none = dict.fromkeys(("speed", "silence", "room", "microphone", "noise", "telephone"), 0.0)
+    wave = 0.1 * rng.standard_normal(RATE).astype(np.float32)
+    for seed in range(5):
+        out = augment.augment(wave, np.random.default_rng(seed), Augmentation(**none))
+        np.testing.assert_allclose(out / np.abs(out).max(), wave / np.abs(wave).max(), atol=1e-6)
+        far = Augmentation(**{**none, "telephone": 1.0})
+        narrow = augment.augment(wave, np.random.default_rng(seed), far)
+        assert level(narrow, 500, 3500) - level(narrow, 4500, 7500) > 30
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"noise": 1.5}, "a chance of noise from 0 to 1, got 1.5"),
+        ({"speeds": (0.0, 1.0)}, "speeds as a range, got 0.0 to 1.0"),
+        ({"snr": (40.0, 5.0)}, "snr as a range, got 40.0 to 5.0"),
+        ({"peak": (-26.0, 3.0)}, "at most 0 dB of full scale, got 3.0"),
+        ({"span": 1.0}, "below 1, got 2 of 0.15 and 2 of 1.0"),
+    ],
+)
+def test_augmentation_that_means_nothing_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Augmentation(**wrong)
 
 
 def test_a_hoarse_voice_has_less_of_a_pitch(rng):
@@ -160,17 +188,19 @@ def test_masks_hide_some_and_keep_the_rest(rng):
 def test_masks_have_limits_of_their_own(rng):
     """No masks asked for, none made; time masks alone leave whole frames or nothing."""
     mel = rng.standard_normal((80, 100)).astype(np.float32)
-    np.testing.assert_array_equal(augment.spec_augment(mel, rng, bands=0, spans=0), mel)
-    changed = augment.spec_augment(mel, rng, bands=0, spans=1, span=0.5) != mel
+    np.testing.assert_array_equal(
+        augment.spec_augment(mel, rng, Augmentation(bands=0, spans=0)), mel
+    )
+    half = Augmentation(bands=0, spans=1, span=0.5)
+    changed = augment.spec_augment(mel, rng, half) != mel
     assert set(changed.sum(0)) <= {0, 80} and 0 < changed.any(0).sum() <= 50
 
 
 def test_no_span_of_a_long_clip_is_longer_than_a_second(rng):
     """As in the paper's policies, whose fraction only shortens it further; it may be as long."""
     mel = rng.standard_normal((80, 3000)).astype(np.float32)
-    longest = max(
-        (augment.spec_augment(mel, rng, bands=0, spans=1) != mel).any(0).sum() for _ in range(200)
-    )
+    one = Augmentation(bands=0, spans=1)
+    longest = max((augment.spec_augment(mel, rng, one) != mel).any(0).sum() for _ in range(200))
     assert 90 < longest <= 100
 
 

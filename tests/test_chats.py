@@ -8,7 +8,7 @@ import soundfile
 import words
 
 from qwen2audio_jax import Processor, prompt
-from qwen2audio_jax.data.chats import from_messages, from_preference, is_pair
+from qwen2audio_jax.data.chats import from_messages, from_preference, is_pair, says_words
 from qwen2audio_jax.data.example import BadSample
 
 QUESTION = {"type": "text", "text": "What is that sound?"}
@@ -61,6 +61,13 @@ def test_what_is_said_may_stand_beside_a_clip(processor, heard):
     messages = [{"role": "user", "content": [silent, said, QUESTION]}, says("A dog.")]
     example = from_messages({"messages": messages}, processor)
     assert example.words == ([], processor.tokenizer.encode("open the door"))
+    for value, text in ((7, "7"), (" 7.5 ", "7.5"), (float("nan"), ""), (b"a dog", "a dog")):
+        messages[0]["content"][1] = {**silent, "words": value}
+        assert says_words({"messages": messages}) == bool(text)
+        again = from_messages({"messages": messages}, processor)
+        assert again.words == ([], processor.tokenizer.encode(text))
+    messages[0]["content"][1] = {**silent, "words": ["open", "the", "door"]}
+    assert not says_words({"messages": messages})
     messages[0]["content"][1] = silent
     assert ids_of(example.prompt) == ids_of(from_messages({"messages": messages}, processor).prompt)
 
@@ -167,6 +174,7 @@ def test_bad_conversations_say_why(processor, heard, chirp):
     """A reason to count them under, and one line; also when they come from another process."""
     clip = lambda source: {"role": "user", "content": [{"type": "audio", "audio": source}]}
     clip_in = lambda part: {"role": "user", "content": [{**part, "audio": named(heard)}]}
+    said = lambda words: turn([{"audio": named(heard), "words": words}])
     turn = lambda content: {"role": "user", "content": content}
     long = clip((chirp(30.1), 16_000))
     beside = lambda content, audios, **rest: (
@@ -209,6 +217,8 @@ def test_bad_conversations_say_why(processor, heard, chirp):
         (beside("a", None, audio_url=long), "bad conversation", "got 'audio_url'"),
         (learn({**heard, "audio": "a.wav"}, says("a")), "bad conversation", "message 1: wanted"),
         (learn(heard, {**says("a"), "audios": ["a"]}), "bad conversation", "message 2: wanted"),
+        (learn(said(["a"]), says("a")), "not text", "message 1: words: wanted a text, got list"),
+        (learn(said(prompt.PAD), says("a")), "special token in text", "message 1: words: wanted"),
         (learn(clip_in(QUESTION), says("a")), "bad conversation", "got both in one"),
         (learn(clip_in({"text": "a"}), says("a")), "bad conversation", "got both in one"),
         (learn(clip_in({"audio_url": "b"}), says("a")), "bad conversation", "got 'audio_url'"),

@@ -10,6 +10,7 @@ import types
 import numpy as np
 import pytest
 import soundfile
+import tyro
 
 from qwen2audio_jax import Processor, Qwen2Audio
 from qwen2audio_jax.data.world import World
@@ -98,7 +99,7 @@ def test_a_score_is_of_the_recordings_that_there_are(tmp_path, monkeypatch):
     def score(clips, *texts):
         rows = [{"audio": "a.wav", "text": text, "split": "test"} for text in texts]
         manifest.write_text("\n".join(map(json.dumps, rows)))
-        (row,) = demo.score(demo.Demo(manifest=(manifest,), clips=clips), tmp_path)
+        (row,) = demo.score(demo.Demo(manifest=(str(manifest),), clips=clips), tmp_path)
         return row.value, row.n
 
     assert score(5, "one", "two") == score(5, "one", "two") == (1, 2)
@@ -110,9 +111,15 @@ def test_a_score_is_of_the_recordings_that_there_are(tmp_path, monkeypatch):
     assert score(6, "one", "six") == (1 / 4, 2)
 
 
+def test_recordings_may_lie_elsewhere():
+    """What is no path stays as it is written."""
+    given = tyro.cli(demo.Demo, args=["--manifest", "gs://bucket/rows.jsonl", "a.jsonl"])
+    assert given.manifest == ("gs://bucket/rows.jsonl", "a.jsonl")
+
+
 def test_longer_recordings_have_batches_of_their_own(tmp_path, chirp):
     """Of clips, whether on this disk or within the manifest; of what is too long for all there is
-    none. Without any, the batches are those of what is made."""
+    none. Without any, the batches are those of what is made. Without splits, all are learned."""
     manifest = tmp_path / "rows.jsonl"
 
     def sizes(*seconds, split="train"):
@@ -123,7 +130,7 @@ def test_longer_recordings_have_batches_of_their_own(tmp_path, chirp):
             clip = {"bytes": None, "path": path.name} if number % 2 else path.name
             rows.append({"audio": clip, "text": "one", "split": split})
         manifest.write_text("\n".join(map(json.dumps, rows)))
-        made = demo.Demo(manifest=(manifest,), out=tmp_path / "out")
+        made = demo.Demo(manifest=(str(manifest),), out=tmp_path / "out")
         pretraining, conversations, _ = demo.plan(made)
         frames = [bucket.frames for bucket in pretraining.data.buckets]
         assert [bucket.frames for bucket in conversations.data.buckets] == frames[1:]
@@ -131,7 +138,7 @@ def test_longer_recordings_have_batches_of_their_own(tmp_path, chirp):
 
     usual = [*demo.SIZES["small"]]
     assert sizes(1, 3) == sizes(12, 12, split="test") == usual
-    assert sizes(1, 4) == sizes(4) == [*usual, 1004]
+    assert sizes(1, 4) == sizes(4) == sizes(4, split=None) == sizes(4, split="") == [*usual, 1004]
     assert sizes(4, 12) == sizes(12) == sizes(29.99, 31) == [*usual, 1004, 3000]
 
 
@@ -185,12 +192,16 @@ def test_the_demonstration_leaves_a_model(tmp_path, chirp):
 
     results = tmp_path / "modes.json"
     command = [sys.executable, "-m", "benchmarks.modes", f"--demo={out}", f"--out={results}"]
-    done = subprocess.run([*command, "--clips=2"], cwd=ROOT, capture_output=True, text=True)
+    compare = lambda *more: subprocess.run(
+        [*command, "--clips=2", *more], cwd=ROOT, capture_output=True, text=True
+    )
+    other = compare()
+    assert other.returncode == 2 and "run with other settings: data.train was [" in other.stderr
+    done = compare(f"--manifest={manifest}")
     assert done.returncode == 0, done.stderr
     right = json.loads(results.read_text("utf-8"))["right"]
     assert right["alone"].keys() == right["together"].keys() == {"analysis", "chat"}
     ran = json.loads((out / "sft-chat" / "run.json").read_text("utf-8"))
-    assert ran["data"]["train"] == [
-        f"world:small/{each}" for each in ("chat", "tasks", "recognise en")
-    ]
+    made = [f"world:small/{each}" for each in ("chat", "tasks", "recognise en")]
+    assert ran["data"]["train"] == [*made, f"{manifest}:train"]
     assert ran["optimizer"]["steps"] == 1  # 2 steps were for both, and for the tasks

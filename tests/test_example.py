@@ -3,6 +3,7 @@
 import base64
 import io
 import pickle
+import re
 
 import fsspec
 import numpy as np
@@ -67,3 +68,12 @@ def test_a_name_that_no_log_could_hold_is_spelt_out(tmp_path):
     for error in (caught.value, pickle.loads(pickle.dumps(caught.value)), OSError("caf\udce9.wav")):
         _, message = why(error)
         assert r"caf\udce9.wav" in message and message.encode("utf-8")
+
+
+def test_what_is_wrong_with_a_long_sample_is_told_in_short():
+    """Checkpoints hold what was told, and logs; both ends of it say what it was."""
+    error = BadSample("too long", f"a.wav: {'x' * 10**6}, wanted less")
+    assert len(str(error)) < 400
+    assert re.fullmatch(r"too long: a\.wav: x+\.\.\.x+, wanted less", str(error))
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert len(why(OSError("x" * 10**6))[1]) < 400

@@ -175,7 +175,7 @@ def test_a_bucket_is_a_word_of_the_command_line():
 
 def test_a_clip_that_augmentation_draws_out_of_its_bucket_stays_as_it_was(monkeypatch):
     """It fitted, so it is learned; where its longer form fits too, that is."""
-    longer = lambda wave, rng, timed: np.pad(wave, (0, SAMPLE_RATE // 2))
+    longer = lambda wave, rng, how, timed: np.pad(wave, (0, SAMPLE_RATE // 2))
     monkeypatch.setattr(augment, "augment", longer)
     prompt = (
         Segment(ids=(small.CONFIG.audio_token,), clip=0),

@@ -177,6 +177,7 @@ def bucket(tmp_path, monkeypatch):
             return str(path).replace("s3://bucket", str(tmp_path))
 
     monkeypatch.setitem(known, "s3", Bucket)
+    storage.copied.cache_clear()  # of another test's
     return tmp_path
 
 
@@ -216,6 +217,13 @@ def test_a_manifest_on_a_web_server(manifest, monkeypatch):
         source = open_source(f"{url}/rows.jsonl:test")
         assert len(source) == 3 and source[0]["audio"] == f"{url}/a.wav"
         assert len(hear(source[0]["audio"])) == 3200
+        names = ["中文.wav", "a b.wav", "take#2.wav", "what?x=1.wav", "%61.wav", "a+b:&.wav"]
+        for name in names:
+            shutil.copy(manifest.parent / "a.wav", manifest.parent / name)
+        lines = [json.dumps({"audio": f"sub/../{name}"}) for name in names]
+        (manifest.parent / "names.jsonl").write_text("\n".join(lines))
+        (manifest.parent / "a.wav").unlink()  # which %61.wav is not
+        assert [len(hear(row["audio"])) for row in Manifest(f"{url}/names.jsonl")] == [3200] * 6
         with pytest.raises(FileNotFoundError, match=f"^no manifest at {url}/absent.jsonl$"):
             open_source(f"{url}/absent.jsonl")
         with pytest.raises(OSError, match=r"cut.jsonl: the server promised 9 bytes more than it"):
@@ -304,11 +312,23 @@ def test_a_manifest_elsewhere_is_fetched_once(manifest, bucket, monkeypatch):
     (copy,) = set(bucket.iterdir()) - before
     assert copy.read_bytes() == manifest.read_bytes()
     manifest.unlink()
+    assert len(Manifest("s3://bucket/set/rows.jsonl", split="train")) == 3
     for each in (source, pickle.loads(pickle.dumps(source))):
         assert each[0]["text"] == "one\u2028two" and isinstance(each._data, mmap.mmap)
     (end,) = ending
     end()
     assert set(bucket.iterdir()) == before
+
+
+def test_copies_of_who_was_killed_are_removed(manifest, bucket, monkeypatch):
+    """By the next to make one; those of who lives stay, and what may be about to be locked."""
+    left, empty = (bucket / f"{storage.COPY}{name}" for name in ("left", "empty"))
+    left.write_text("{}"), empty.touch()
+    monkeypatch.setattr(storage.tempfile, "tempdir", str(bucket))
+    copy = pathlib.Path(storage.copied("s3://bucket/set/rows.jsonl"))
+    shutil.copy(manifest, manifest.parent / "other.jsonl")
+    storage.copied("s3://bucket/set/other.jsonl")
+    assert copy.exists() and empty.exists() and not left.exists()
 
 
 @pytest.fixture
@@ -407,6 +427,29 @@ def test_shards_give_what_was_written(tmp_path):
     source = pickle.loads(pickle.dumps(open_source(tmp_path)))
     assert [source[i] for i in range(len(source))] == rows
     assert len(open_source(f"{tmp_path}/x-1*.array_record")) == 3
+
+
+def test_a_shard_is_on_the_disk_before_it_is_called_one(tmp_path, monkeypatch):
+    """With its name; whoever notes that it is there is right, though the machine should fail."""
+    pytest.importorskip("grain")
+    done, sync, replace = [], os.fsync, os.replace
+    name = lambda handle: os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))
+    monkeypatch.setattr(sources.os, "fsync", lambda file: (done.append(name(file)), sync(file)))
+    monkeypatch.setattr(sources.os, "replace", lambda *a: (done.append("replace"), replace(*a)))
+    write(tmp_path / "x.array_record", [packed({"n": 0})])
+    assert done == ["x.array_record.unfinished", "replace", tmp_path.name]
+
+
+def test_a_clip_elsewhere_is_fetched_once(manifest, bucket, monkeypatch):
+    """To be heard, and to be written; messages have its name."""
+    opened, open_ = [], LocalFileSystem._open
+    counted = lambda *a, **k: opened.append(a) or open_(*a, **k)
+    monkeypatch.setattr(LocalFileSystem, "_open", counted)
+    file = (manifest.parent / "a.wav").read_bytes()
+    assert embed({"audio": "s3://bucket/set/a.wav"})["audio"] == file and len(opened) == 1
+    (manifest.parent / "a.wav").write_bytes(b"no sound")
+    with pytest.raises(BadSample, match=r"^corrupt audio: s3://bucket/set/a.wav: "):
+        embed({"audio": "s3://bucket/set/a.wav"})
 
 
 def test_a_folder_of_shards_is_whole(tmp_path):
@@ -549,9 +592,16 @@ def test_killed_while_writing_shards(many, tmp_path, monkeypatch, capsys):
         shard.main(settings)
     with open(settings.out / "progress.jsonl", "a") as progress:
         progress.write('{"shard": 2, "ro')  # cut off
-    written = []
+    written, write_text = [], pathlib.Path.write_text
+
+    def anew(path, *args):
+        assert path.name != "progress.jsonl"  # what is done would be forgotten, if killed in it
+        return write_text(path, *args)
+
+    monkeypatch.setattr(pathlib.Path, "write_text", anew)
     monkeypatch.setattr(shard, "write", lambda *a: written.append(a[3]) or write(*a))
     shard.main(settings)
+    monkeypatch.setattr(pathlib.Path, "write_text", write_text)
     assert written == [2, 3, 4]
 
     files = {path.name: path.read_bytes() for path in settings.out.glob("*")}

@@ -385,6 +385,14 @@ def test_words_and_clips_that_the_model_does_not_take_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_tags_that_the_model_lacks_are_told_before_it_learns(run, tmp_path, caplog, monkeypatch):
+    """As text they would be learned without a word."""
+    monkeypatch.setattr(stage.run, "begin", Mock(side_effect=ValueError("begun")))
+    task = "[AUDIO:audio] What is that? -> <|never|>[TEXT:text]"
+    assert run("pretrain", "plain", tmp_path / "out", "--data.tasks", task) == 2
+    assert "takes <|never|> for text, not for tags; convert.from_parts" in caplog.text
+
+
 def test_what_comes_out_has_windows_of_what_it_has_learned(base, tmp_path, monkeypatch):
     """In the run or before it; from nothing, in the run alone."""
     monkeypatch.setattr(weights, "save", lambda *_: None)

@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+from unittest.mock import Mock
 
 import pytest
 import words
 
 pytest.importorskip("grain")
 
+from qwen2audio_jax.data import workers
 from qwen2audio_jax.data.chats import from_messages
 from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.pack import Bucket
@@ -20,6 +22,18 @@ def ends(record, processor):
     if record["crashes"]:
         os.kill(os.getpid(), signal.SIGSEGV)
     return from_messages(record, processor)
+
+
+def test_the_last_of_a_killed_trainer_takes_its_notes_away(tmp_path, monkeypatch):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "1").touch()
+    ended = []
+    monkeypatch.setattr(workers.multiprocessing.connection, "wait", lambda sentinels: None)
+    monkeypatch.setattr(workers.multiprocessing, "parent_process", Mock())
+    monkeypatch.setattr(workers.os, "_exit", ended.append)
+    workers._end_with_parent(str(tmp_path / "notes"))
+    workers._end_with_parent(None)
+    assert ended == [1, 1] and not (tmp_path / "notes").exists()
 
 
 @pytest.mark.slow

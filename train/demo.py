@@ -28,6 +28,7 @@ from flax import nnx
 from qwen2audio_jax import Processor, Qwen2Audio, draw, mel, preset, weights
 from qwen2audio_jax.audio import SAMPLE_RATE
 from qwen2audio_jax.data import dialogue, sources, synth
+from qwen2audio_jax.data.augment import Augmentation
 from qwen2audio_jax.data.example import LONGEST, BadSample, hear
 from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.data.world import MODES, World
@@ -54,6 +55,7 @@ LONGER = (1004, 3000)  # where recordings need them
 # The part of pretraining's and SFT's clips that is augmented, and masked: who hears so few of them
 # has yet to learn what they have in common.
 CHANGED = {"small": (0.15, 0.1), "full": (0.4, 0.3)}
+HOW = Augmentation(telephone=0.5)  # recorded digits are of 8 kHz
 KEPT = {"small": 0.2, "full": 0.45}  # of pretraining's tasks in SFT, where a mode has 0.35
 RECORDED = (
     "[AUDIO:audio,words=text] Detect the language and recognize the speech: -> <|en|>[TEXT:text]"
@@ -70,9 +72,10 @@ class Demo:
     """What is heard and spoken of."""
     out: pathlib.Path = pathlib.Path("runs/demo")
     """The folder to write, or to go on with."""
-    manifest: tuple[pathlib.Path, ...] = ()
-    """JSONL files of recordings (audio, text) of at most 30 s: rows of split "train" are learned,
-    those of split "test" are kept for the score; where no row has a split, all are learned."""
+    manifest: tuple[str, ...] = ()
+    """JSONL files, or URLs of such, of recordings (audio, text) of at most 30 s: rows of split
+    "train" are learned, those of split "test" are kept for the score; where no row has a split, all
+    are learned."""
     steps: tuple[int, int, int] | None = None
     """Of pretraining, SFT and DPO; None: what the world takes."""
     seed: int = 0
@@ -139,6 +142,7 @@ def _pretraining(demo: Demo, recorded: tuple[str, ...]) -> Settings:
             buckets=laptop(*_sizes(demo)),
             augmented=CHANGED[demo.world][0],
             masked=CHANGED[demo.world][0],
+            augmentation=HOW,
         ),
     )
 
@@ -159,6 +163,7 @@ def _conversations(demo: Demo, recorded: tuple[str, ...]) -> Settings:
             buckets=laptop(*_sizes(demo)[1:]),
             augmented=CHANGED[demo.world][1],
             masked=CHANGED[demo.world][1],
+            augmentation=HOW,
         ),
     )
 
@@ -269,11 +274,11 @@ def recordings(demo: Demo, split: str) -> list[dict[str, Any]]:
     for path in demo.manifest:
         rows = _rows(path)
         usual = None if _splits(rows) else "train"
-        found += [row for row in rows if row.get("split", usual) == split]
+        found += [row for row in rows if (row.get("split") or usual) == split]
     return found
 
 
-def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
+def _rows(path: str) -> list[dict[str, Any]]:
     """A manifest's rows, each of a clip and what is said in it."""
     source = sources.Manifest(path)
     rows = [source[i] for i in range(len(source))]

@@ -119,18 +119,20 @@ def _resume(settings: Settings, source: sources.Manifest) -> dict[int, Written]:
     path = settings.out / sources.PROGRESS
     plan = {"manifest": settings.manifest, "crc": source.crc, "rows": settings.rows}
     plan["audio"] = list(settings.audio)
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last may be cut
-    if not lines:
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]  # the last line may be cut
+    if not whole:
         # Also from where else it is named: what is trained on may not be held out.
         here = {} if "://" in settings.manifest else {"path": os.path.abspath(settings.manifest)}
         path.write_text(json.dumps(plan | here) + "\n")
         return {}
-    path.write_text("\n".join(lines) + "\n")
-    then = json.loads(lines[0])
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    first, *done = map(json.loads, whole.splitlines())
     for name, ours in plan.items():
-        if then[name] != ours:
-            raise ValueError(f"{settings.out} holds other shards: {name} {then[name]}, not {ours}")
-    return {row["shard"]: Written(**row) for row in map(json.loads, lines[1:])}
+        if first[name] != ours:
+            raise ValueError(f"{settings.out} holds other shards: {name} {first[name]}, not {ours}")
+    return {row["shard"]: Written(**row) for row in done}
 
 
 def _write_all(

@@ -4,6 +4,9 @@ Waveforms are mono float32 at 16 kHz. Each function is pure; `augment` and `spec
 mixtures that training uses.
 """
 
+import dataclasses
+import math
+
 import numpy as np
 import scipy.fft
 import scipy.signal
@@ -13,6 +16,63 @@ from jaxtyping import Float
 from qwen2audio_jax.audio import SAMPLE_RATE
 
 SHORTEST = 800  # samples; 320 or fewer would give the model no audio token
+LONGEST_SPAN = 100  # frames that are hidden: a second, which hides few words
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """What is done to a clip that is augmented, and to one that is masked.
+
+    A chance is that of each such clip; a range is drawn from evenly.
+    """
+
+    speed: float = 0.8
+    """The chance of another speed, which moves pitch and formants, too."""
+    speeds: tuple[float, float] = (0.85, 1.2)
+    """Relative to the clip's own."""
+    silence: float = 0.5
+    """The chance of up to 0.3 s of silence before and behind."""
+    room: float = 0.3
+    """The chance of a room's echo."""
+    microphone: float = 0.6
+    """The chance of a microphone's colour, of up to 8 dB."""
+    noise: float = 0.7
+    """The chance of noise, hum or distant voices."""
+    snr: tuple[float, float] = (5.0, 40.0)
+    """Decibels that the clip is above them."""
+    telephone: float = 0.1
+    """The chance that nothing above 4 kHz is left, as of recordings at 8 kHz."""
+    peak: tuple[float, float] = (-26.0, 0.0)
+    """Decibels of the loudest sample, of full scale."""
+    bands: int = 2
+    """Up to so many bands of a masked clip's mel are hidden."""
+    band: float = 0.15
+    """The widest, as a part of all."""
+    spans: int = 2
+    """Up to so many spans of time are hidden."""
+    span: float = 0.1
+    """The longest, as a part of the clip; never more than a second."""
+
+    def __post_init__(self):
+        for name in ("speed", "silence", "room", "microphone", "noise", "telephone"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"wanted a chance of {name} from 0 to 1, got {getattr(self, name)}"
+                )
+        for name, least in (("speeds", 0.1), ("snr", -math.inf), ("peak", -math.inf)):
+            low, high = getattr(self, name)
+            if not (least <= low <= high and all(map(math.isfinite, (low, high)))):
+                raise ValueError(f"wanted {name} as a range, got {low} to {high}")
+        if self.peak[1] > 0:
+            raise ValueError(f"wanted a peak of at most 0 dB of full scale, got {self.peak[1]}")
+        if min(self.bands, self.spans) < 0 or not (0 <= self.band < 1 and 0 <= self.span < 1):
+            raise ValueError(
+                f"wanted bands and spans from 0, each a part of the mel below 1, got "
+                f"{self.bands} of {self.band} and {self.spans} of {self.span}"
+            )
+
+
+USUAL = Augmentation()
 
 
 def set_peak(wave: Float[np.ndarray, " S"], decibels: float) -> Float[np.ndarray, " S"]:
@@ -118,64 +178,56 @@ def any_noise(samples: int, rng: np.random.Generator) -> Float[np.ndarray, " S"]
 
 
 def augment(
-    wave: Float[np.ndarray, " S"], rng: np.random.Generator, *, timed: bool = False
+    wave: Float[np.ndarray, " S"],
+    rng: np.random.Generator,
+    how: Augmentation = USUAL,
+    *,
+    timed: bool = False,
 ) -> Float[np.ndarray, " R"]:
     """Another speaker, room, microphone and noise, in the order in which sound meets them.
 
-    One clip in ten or so stays nearly clean; the level always changes. The result is float32
-    within [-1, 1] and at least 50 ms long.
+    By `USUAL` one clip in ten or so stays nearly clean; the level always changes. The result is
+    float32 within [-1, 1] and at least 50 ms long.
 
     Args:
       timed: whether all has to be heard when it was: no other speed then, and no silence before.
     """
-    if rng.random() < 0.8:
-        factor = rng.uniform(0.85, 1.2)
+    if rng.random() < how.speed:
+        factor = rng.uniform(*how.speeds)
         wave = wave if timed else change_speed(wave, factor)
-    if rng.random() < 0.5:
+    if rng.random() < how.silence:
         margins = (0.3 * SAMPLE_RATE * rng.random(2) ** 2).astype(int)
         wave = wave if timed else np.pad(wave, margins)
     wave = np.pad(wave, (0, max(0, SHORTEST - len(wave))))
-    if rng.random() < 0.3:
+    if rng.random() < how.room:
         wave = reverberate(
             wave, rng, seconds=rng.uniform(0.05, 0.4), level=10 ** rng.uniform(-1.5, 0)
         )
-    if rng.random() < 0.6:
+    if rng.random() < how.microphone:
         wave = equalise(wave, rng.uniform(-8, 8, size=6))
-    if rng.random() < 0.7:
-        wave = add_noise(wave, any_noise(len(wave), rng), snr=rng.uniform(5, 40))
-    if rng.random() < 0.5:  # half: real digits are recorded at 8 kHz
+    if rng.random() < how.noise:
+        wave = add_noise(wave, any_noise(len(wave), rng), snr=rng.uniform(*how.snr))
+    if rng.random() < how.telephone:
         wave = telephone(wave)
-    return set_peak(wave, rng.uniform(-26, 0)).astype(np.float32).clip(-1, 1)
+    return set_peak(wave, rng.uniform(*how.peak)).astype(np.float32).clip(-1, 1)
 
 
 def spec_augment(
-    mel: Float[np.ndarray, "M T"],
-    rng: np.random.Generator,
-    *,
-    bands: int = 2,
-    band: float = 0.15,
-    spans: int = 2,
-    span: float = 0.1,
-    longest: int = 100,
+    mel: Float[np.ndarray, "M T"], rng: np.random.Generator, how: Augmentation = USUAL
 ) -> Float[np.ndarray, "M T"]:
-    """Hides up to `bands` bands and `spans` spans of time behind the mel's mean.
+    """Hides up to `how.bands` bands and `how.spans` spans of time behind the mel's mean.
 
     Args:
       mel: log-mel of a clip, without padding.
-      rng: where and how wide.
-      bands: frequency masks.
-      band: the widest mask, as a fraction of the bands M.
-      spans: time masks.
-      span: the longest mask, as a fraction of the frames T, so that short words survive.
-      longest: frames that it has at most, whatever T is: a second, which hides few words.
+      rng: where and how wide; spans are short relative to the clip, so that short words survive.
 
     Source: SpecAugment (arXiv:1904.08779), without time warping.
     """
     mel, mean = mel.copy(), mel.mean()
     M, T = mel.shape
     for axis, masks, most in (
-        (0, bands, int(M * band)),
-        (1, spans, min(int(T * span), longest)),
+        (0, how.bands, int(M * how.band)),
+        (1, how.spans, min(int(T * how.span), LONGEST_SPAN)),
     ):
         for _ in range(masks):
             width = rng.integers(0, most + 1)

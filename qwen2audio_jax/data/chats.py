@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen2audio_jax import audio as sound
-from qwen2audio_jax.data.example import BadSample, Example, Pair, hear, plain
+from qwen2audio_jax.data.example import BadSample, Example, Pair, as_text, hear, plain
 from qwen2audio_jax.processor import Processor, Wave
 from qwen2audio_jax.prompt import Prompt, parse
 
@@ -26,8 +26,8 @@ def from_messages(record: Mapping, processor: Processor) -> Example:
     an `<audio>` for each in texts that are no answers: {"messages": [...], "audios": ["a.wav"]}.
 
     Raises:
-      BadSample: a clip's reason, "missing field", "empty text", "special token in text" or "bad
-        conversation".
+      BadSample: a clip's reason, "missing field", "empty text", "not text", "special token in
+        text" or "bad conversation".
     """
     messages = _listen(_conversation(_field(record, "messages"), _beside(record)))
     _check_answers(messages)
@@ -87,7 +87,14 @@ def says_words(record: Mapping) -> bool:
     messages = messages if isinstance(messages, Sequence) else ()
     contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
     parts = [part for each in contents if isinstance(each, Sequence) for part in each]
-    return any(isinstance(part, Mapping) and part.get("words") for part in parts)
+    return any(isinstance(part, Mapping) and _are_words(part.get("words")) for part in parts)
+
+
+def _are_words(value: Any) -> bool:
+    try:
+        return as_text(value, "words") != ""
+    except BadSample:  # counted when it is drawn to be learned
+        return False
 
 
 def _field(record: Mapping, name: str) -> Any:
@@ -145,8 +152,9 @@ def _conversation(messages: Any, clips: Sequence = ()) -> list[dict]:
             continue
         for part, raw_part in zip(content, raw["content"], strict=True):
             _check_heard(raw_part, where, clips=part["type"] == "audio")
-            for name in ("text", "words"):
-                plain(part.get(name, ""), where)
+            plain(part.get("text", ""), where)
+            if "words" in part:
+                part["words"] = as_text(part["words"], f"{where}: words")
     return messages
 
 

@@ -4,8 +4,10 @@ What cannot be used is a `BadSample` that says why, for whoever counts them to d
 """
 
 import dataclasses
+import numbers
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from qwen2audio_jax import audio as sound
@@ -26,6 +28,7 @@ LONGEST = 30.0  # seconds that the encoder hears at once
 HEARD = (*storage.WEB, "file", "data")  # URLs that audio.load takes
 # What a prompt is built with and ended by; tags of time, language and task are a data set's to use.
 CONTROL = re.compile("|".join(map(re.escape, (PAD, IM_START, IM_END, AUDIO, AUDIO_BOS, AUDIO_EOS))))
+TOLD = 300  # letters of what is wrong with a sample
 HALF = re.compile("[\ud800-\udfff]")  # of a letter
 # How audio.load says that there is nothing, rather than something broken.
 ABSENT = ("there is no such file", "the server answered", "cannot be fetched")
@@ -42,7 +45,7 @@ class BadSample(ValueError):
     """
 
     def __init__(self, reason: str, message: str):
-        super().__init__(reason, _whole(message))  # both, or workers could not pass it on
+        super().__init__(reason, _line(message))  # both, or workers could not pass it on
         self.reason = reason
 
     def __str__(self) -> str:
@@ -59,12 +62,14 @@ def why(error: Exception) -> tuple[str, str]:
         raise error
     if isinstance(error, BadSample):
         return error.reason, str(error)
-    return UNFORESEEN, _whole(f"{type(error).__name__}: {error}")
+    return UNFORESEEN, _line(f"{type(error).__name__}: {error}")
 
 
-def _whole(text: str) -> str:
-    """The text with halves of letters spelt out, as in file names, which no log could hold."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+def _line(text: str) -> str:
+    """The text as every log and checkpoint can hold it: not without end, as some samples are, and
+    with halves of letters spelt out, as in file names."""
+    text, half = text.encode("utf-8", "backslashreplace").decode("utf-8"), TOLD // 2 - 2
+    return text if len(text) <= TOLD else f"{text[:half]}...{text[-half:]}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,6 +106,11 @@ def hear(source: Any, longest: float = LONGEST) -> Wave:
       BadSample: "missing audio", "corrupt audio" or "too long".
       ImportError: a storage's package is not installed.
     """
+    return hear_fetched(source, longest)[0]
+
+
+def hear_fetched(source: Any, longest: float = LONGEST) -> tuple[Wave, Any]:
+    """The same, and what `audio.load` took: the file's bytes, of what only fsspec knows."""
     try:
         source = unwrap(source)
     except ValueError as error:
@@ -110,13 +120,14 @@ def hear(source: Any, longest: float = LONGEST) -> Wave:
     try:
         scheme = storage.elsewhere(source) if isinstance(source, str) else None
         found = _stored(source) if scheme and scheme not in HEARD else source
-        return sound.load(found, longest=longest)
-    except sound.TooLong as error:
-        length = str(error).removeprefix(sound.name(found))  # by the name that it was given
-        raise BadSample("too long", f"{sound.name(source)}{length}") from None
+        return sound.load(found, longest=longest), found
     except sound.AudioError as error:
-        absent = any(words in str(error) for words in ABSENT)
-        raise BadSample("missing audio" if absent else "corrupt audio", str(error)) from None
+        # by the name that it was given
+        told = f"{sound.name(source)}{str(error).removeprefix(sound.name(found))}"
+        if isinstance(error, sound.TooLong):
+            raise BadSample("too long", told) from None
+        absent = any(words in told for words in ABSENT)
+        raise BadSample("missing audio" if absent else "corrupt audio", told) from None
 
 
 def _stored(path: str) -> bytes:
@@ -148,3 +159,28 @@ def plain(text: str, where: str) -> str:
     if found := CONTROL.search(text):
         raise BadSample("special token in text", f"{where}: wanted no {found[0]}, got {text!r}")
     return text
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a field says nothing, in whatever way tables and data sets have for it."""
+    if isinstance(value, Mapping):  # a clip, as datasets has it
+        named = value.keys() & {"array", "bytes", "path"}
+        return bool(named) and all(is_empty(value[name]) for name in named)
+    if isinstance(value, numbers.Number):
+        return bool(value != value)  # NaN
+    return value is None or (isinstance(value, str | bytes) and not value.strip())
+
+
+def as_text(value: Any, where: str) -> str:
+    """What a field says, "" if it is empty.
+
+    Raises:
+      BadSample: "not text", or as `plain`.
+    """
+    if is_empty(value):  # tables' cells
+        return ""
+    if isinstance(value, bytes):  # what TensorFlow's data sets have for strings
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, bool) or not isinstance(value, str | numbers.Number):
+        raise BadSample("not text", f"{where}: wanted a text, got {type(value).__name__}")
+    return plain(str(value).strip(), where)

@@ -23,14 +23,13 @@ is, within an answer, what is said but not learned, with the white space before 
 import dataclasses
 import itertools
 import math
-import numbers
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from qwen2audio_jax.data.example import BadSample, Example, hear, plain
+from qwen2audio_jax.data.example import BadSample, Example, as_text, hear, is_empty
 from qwen2audio_jax.data.slots import Filled, Part, Slot, heard, parts_of, slot_type
 from qwen2audio_jax.processor import Processor, Wave, count_tokens
 from qwen2audio_jax.prompt import AUDIO, AUDIO_BOS, AUDIO_EOS, PAD, Prompt
@@ -43,14 +42,14 @@ TASKS = ("transcribe", "translate", "caption", "keyword", "question")  # that ha
 
 @slot_type("AUDIO", attributes=["max_seconds", "words"], heard=True)
 def fill_audio(value: Any, slot: Slot, sample: Mapping) -> Filled:
-    words = "" if slot.words is None else _text(sample.get(slot.words), slot.words)
+    words = "" if slot.words is None else as_text(sample.get(slot.words), repr(slot.words))
     waves = (hear(value, slot.max_seconds),)
     return Filled(f"{AUDIO_BOS}{AUDIO}{AUDIO_EOS}", waves, (words,))
 
 
 @slot_type("TEXT", attributes=["closed_set"])
 def fill_text(value: Any, slot: Slot, sample: Mapping) -> Filled:
-    text = _text(value, slot.field)
+    text = as_text(value, repr(slot.field))
     if not text:
         raise BadSample("empty text", f"{slot.field!r} says nothing")
     if slot.closed_set is not None and text not in (among := closed_set(slot, sample)):
@@ -66,7 +65,7 @@ def closed_set(slot: Slot, sample: Mapping) -> list[str]:
     listed = isinstance(texts, Sequence | np.ndarray) and not isinstance(texts, str | bytes)
     if not listed or not len(texts):
         raise BadSample("missing field", f"{slot.closed_set!r}: wanted a list, got {texts!r}")
-    return [_text(text, slot.closed_set) for text in texts]
+    return [as_text(text, repr(slot.closed_set)) for text in texts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,17 +243,7 @@ def _fill(parts: tuple[Part, ...], sample: Mapping, learned: bool) -> list[Fille
 
 
 def _left_out(slot: Slot, sample: Mapping) -> bool:
-    return slot.optional and _empty(sample.get(slot.field))
-
-
-def _empty(value: Any) -> bool:
-    """Whether a field says nothing, in whatever way tables and data sets have for it."""
-    if isinstance(value, Mapping):  # a clip, as datasets has it
-        named = value.keys() & {"array", "bytes", "path"}
-        return bool(named) and all(_empty(value[name]) for name in named)
-    if isinstance(value, numbers.Number):
-        return bool(value != value)  # NaN
-    return value is None or (isinstance(value, str | bytes) and not value.strip())
+    return slot.optional and is_empty(sample.get(slot.field))
 
 
 def _texts(part: Part, sample: Mapping) -> list[str]:
@@ -262,7 +251,7 @@ def _texts(part: Part, sample: Mapping) -> list[str]:
     if isinstance(part, str):
         return [part]
     own = isinstance(part.closed_set, str)
-    if own and _left_out(part, sample) and _empty(sample.get(part.closed_set)):
+    if own and _left_out(part, sample) and is_empty(sample.get(part.closed_set)):
         return [""]
     return [*closed_set(part, sample), *[""] * part.optional]
 
@@ -298,13 +287,3 @@ def _field(name: str, sample: Mapping) -> Any:
     if name not in sample:
         raise BadSample("missing field", f"no {name!r} among {', '.join(sample) or 'no fields'}")
     return sample[name]
-
-
-def _text(value: Any, field: str) -> str:
-    if _empty(value):  # tables' cells
-        return ""
-    if isinstance(value, bytes):  # what TensorFlow's data sets have for strings
-        value = value.decode("utf-8", "replace")
-    if isinstance(value, bool) or not isinstance(value, str | numbers.Number):
-        raise BadSample("not text", f"{field!r}: wanted a text, got {type(value).__name__}")
-    return plain(str(value).strip(), repr(field))

@@ -144,10 +144,10 @@ def say_apart(
     return Said(wave=np.concatenate(parts), voice=said.voice), times
 
 
-def words(language: str, *, small: bool = False) -> tuple[str, ...]:
+def words(language: str) -> tuple[str, ...]:
     """What is said in a language; in English also words that are not translated."""
     if language == "en":
-        return SMALL if small else synth.WORDS
+        return synth.WORDS
     column = list(LANGUAGES).index(language)
     return tuple(row[column] for row in LEXICON)
 

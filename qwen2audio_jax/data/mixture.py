@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from qwen2audio_jax.data import reading
+from qwen2audio_jax.data.augment import USUAL, Augmentation
 from qwen2audio_jax.data.batches import Batches
 from qwen2audio_jax.data.example import UNFORESEEN, BadSample, Example, Pair, why
 from qwen2audio_jax.data.pack import ANSWERS, Bad, Bucket, Sample, draw
@@ -38,6 +39,7 @@ class Part:
     weight: float = 1.0  # of samples, relative to the other parts; kept to within 1 %
     augmented: float = 0.0  # of the clips: other rooms, microphones, noises, speeds, levels
     masked: float = 0.0  # of the clips: SpecAugment
+    how: Augmentation = USUAL  # both are done
 
     def read(self, row: int) -> Mapping:
         """A row of the source; a `BadSample` if it has no fields."""
@@ -227,6 +229,7 @@ def _make(
                 mels=made.mels,
                 augmented=part.augmented,
                 masked=part.masked,
+                how=part.how,
                 timed=timed,
             )
             reference = _reference(record) if references else ()

@@ -131,6 +131,7 @@ def draw(
     mels: int,
     augmented: float = 0.0,
     masked: float = 0.0,
+    how: augment.Augmentation = augment.USUAL,
     timed: bool = False,
 ) -> Sample:
     """Makes of an example what takes part of a row.
@@ -140,12 +141,16 @@ def draw(
       rng: of augmentation.
       augmented: the chance of each clip to come from another room, microphone and speaker.
       masked: the chance of each clip to lose bands and spans (SpecAugment).
+      how: both are done.
       timed: whether clips keep their own time, because texts tell of it.
 
     Raises:
       BadSample: "too long": it fits none of the buckets.
     """
-    waves = [_augmented(wave, rng, augmented, timed) for wave in example.waves]
+    waves = [
+        _augmented(wave, rng, how, timed) if rng.random() < augmented else wave
+        for wave in example.waves
+    ]
     try:
         texts, bucket = _laid_out(example, waves, buckets)
     except BadSample:
@@ -156,7 +161,7 @@ def draw(
     valid = tuple(mel.frames(len(wave)) for wave in waves)
     return Sample(
         texts=texts,
-        pictures=tuple(_picture(wave, rng, mels, masked) for wave in waves),
+        pictures=tuple(_picture(wave, rng, mels, masked, how) for wave in waves),
         valid=valid,
         words=(getattr(example, "words", ()) or ([],) * len(waves)),
         bucket=bucket,
@@ -176,12 +181,11 @@ def _laid_out(
     return texts, _bucket(tokens, valid, buckets)
 
 
-def _augmented(wave: Wave, rng: np.random.Generator, chance: float, timed: bool) -> Wave:
-    if rng.random() < chance:
-        changed = augment.augment(wave, rng, timed=timed)
-        if len(changed) <= mel.LONGEST:
-            return changed
-    return wave
+def _augmented(
+    wave: Wave, rng: np.random.Generator, how: augment.Augmentation, timed: bool
+) -> Wave:
+    changed = augment.augment(wave, rng, how, timed=timed)
+    return changed if len(changed) <= mel.LONGEST else wave
 
 
 def _text(prompt: Prompt, waves: Sequence[Wave]) -> Text:
@@ -207,12 +211,12 @@ def _bucket(tokens: int, valid: Sequence[int], buckets: Sequence[Bucket]) -> int
 
 
 def _picture(
-    wave: Wave, rng: np.random.Generator, mels: int, masked: float
+    wave: Wave, rng: np.random.Generator, mels: int, masked: float, how: augment.Augmentation
 ) -> Float[np.ndarray, "M _"]:
     valid = mel.frames(len(wave))
     picture = mel.log_mel(wave, mels=mels, frames=needed_frames(valid))
     if rng.random() < masked:
-        picture[:, :valid] = augment.spec_augment(picture[:, :valid], rng)
+        picture[:, :valid] = augment.spec_augment(picture[:, :valid], rng, how)
     return picture
 
 

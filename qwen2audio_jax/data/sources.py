@@ -6,6 +6,7 @@ copy. Audio stays what a row says (a path, a URL, bytes, samples) until a sample
 
 import codecs
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -23,8 +24,7 @@ from etils import epath
 from qwen2audio_jax.audio import content
 from qwen2audio_jax.data import prepared, storage
 from qwen2audio_jax.data.chats import AUDIOS
-from qwen2audio_jax.data.example import BadSample, hear, on_disk
-from qwen2audio_jax.prompt import unwrap
+from qwen2audio_jax.data.example import BadSample, hear_fetched, on_disk
 
 MESSAGES = ("messages", "prompt", "chosen", "rejected")  # fields whose parts name clips
 NAMED = ("audio", "audio_url", "input_audio", "path", "url")  # how a part names its clip
@@ -278,15 +278,12 @@ def embed(row: dict[str, Any], audio: Sequence[str] = ("audio",)) -> dict[str, A
     """
 
     def file(clip: Any) -> Any:
-        hear(clip)
-        named = unwrap(clip)
-        if not isinstance(named, str | bytes):
+        _, found = hear_fetched(clip)
+        if not isinstance(found, str | bytes):
             return clip
-        if isinstance(named, bytes) or named.startswith(("http:", "https:", "data:")):
-            return named
-        if storage.elsewhere(named) not in (None, "file"):
-            return storage.read(named)
-        return content(named)
+        if isinstance(found, bytes) or found.startswith(("http:", "https:", "data:")):
+            return found
+        return content(found)
 
     return each_clip(row, audio, file)
 
@@ -374,5 +371,17 @@ def write(path: epath.PathLike, records: Iterable[bytes]) -> int:
             count += 1
     finally:
         writer.close()
+    _sync(unfinished)
     os.replace(unfinished, path)
+    with contextlib.suppress(OSError):  # not of every file system
+        _sync(os.path.dirname(path) or ".")
     return count
+
+
+def _sync(path: str) -> None:
+    """Has a disk hold what was written, whatever becomes of the machine."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -2,12 +2,14 @@
 
 import atexit
 import contextlib
+import functools
 import os
 import pathlib
 import posixpath
 import re
 import shutil
 import tempfile
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +20,7 @@ URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 WEB = ("http", "https")
 ABSENT = (404, 410)  # as web servers say it
 PATIENCE = 60  # seconds that one may stay mute
+COPY = "qwen2audio-copy-"  # begins the names of copies
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}  # the package's, by scheme
 
 
@@ -69,15 +72,19 @@ def read(path: str) -> bytes:
     return patiently(whole, _Passing)
 
 
+@functools.cache
 def copied(path: str) -> str:
     """A copy on this host's disk, for as long as this process lives: its workers map it, too.
+
+    It is fetched once; what changes meanwhile is seen by the next process.
 
     Raises:
       ImportError, ValueError, OSError: as `read`.
     """
-    handle, copy = tempfile.mkstemp(suffix=posixpath.splitext(path)[1])
+    _remove_left()
+    handle, copy = tempfile.mkstemp(prefix=COPY, suffix=posixpath.splitext(path)[1])
     atexit.register(pathlib.Path(copy).unlink, missing_ok=True)
-    os.close(handle)
+    _lock(handle)  # and never closed: it is locked until this process ends, however it does
 
     def whole() -> None:
         with open(copy, "wb") as here, _opened(path) as there:
@@ -87,12 +94,34 @@ def copied(path: str) -> str:
     return copy
 
 
+def _remove_left() -> None:
+    """Removes copies of processes that were killed before they could."""
+    for copy in pathlib.Path(tempfile.gettempdir()).glob(f"{COPY}*"):
+        with contextlib.suppress(OSError), copy.open("r+b") as file:
+            # an empty one may be about to be locked
+            if os.fstat(file.fileno()).st_size and _lock(file.fileno()):
+                copy.unlink()
+
+
+def _lock(handle: int) -> bool:
+    """Whether a file is this process's now; not if another has it, or nothing can be locked."""
+    try:
+        import fcntl  # not of every system
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
 def beside(path: str, name: str) -> str:
     """What is called so in the folder of a file, on a disk or elsewhere."""
     url = URL.match(path)
     if url is None:
         return os.fspath(pathlib.PurePath(path).parent / name)
     folder = posixpath.dirname(path[url.end() :])
+    if elsewhere(path) in WEB:
+        name = urllib.parse.quote(name)  # a file's: "take#2.wav" is all of one
     return url[0] + posixpath.normpath(posixpath.join(folder, name))
 
 

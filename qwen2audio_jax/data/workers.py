@@ -7,6 +7,7 @@ import multiprocessing.connection
 import multiprocessing.util
 import os
 import pathlib
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ def settle(*_: int, notes: str | None = None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's business
     threadpoolctl.threadpool_limits(1)
     os.nice(5)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(notes,), daemon=True).start()
     if notes is not None:
         global _notes
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -70,6 +71,8 @@ def last_in_hand(notes: str) -> list[tuple[str, int]]:
     return [tuple(json.loads(note)) for path in files if (note := path.read_bytes().strip())]
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(notes: str | None) -> None:
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    if notes is not None:  # of no use to anybody else
+        shutil.rmtree(notes, ignore_errors=True)
     os._exit(1)

@@ -3,9 +3,6 @@
 import itertools
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-from jaxtyping import Int
-
 from qwen2audio_jax.data.example import Example
 from qwen2audio_jax.generate import generate
 from qwen2audio_jax.model import Qwen2Audio
@@ -20,7 +17,7 @@ def answer(
     *,
     rows: int,
     max_new_tokens: int,
-) -> list[Int[np.ndarray, " _"]]:
+) -> list[str]:
     """Answers each prompt greedily, in its own words or with one of its choices.
 
     Args:
@@ -29,11 +26,12 @@ def answer(
       max_new_tokens: of the longest answer in the model's own words; no choice is too long.
 
     Returns:
-      The tokens of each answer, in the order of the examples; padding may follow.
+      What is said to each up to its end, special tokens included, in the order of the examples.
     """
     is_open = lambda i: choices[i] is None
     size = lambda i: (len(examples[i].waves), sum(map(len, examples[i].waves)))
-    answers: dict[int, Int[np.ndarray, " _"]] = {}
+    ends = {*model.config.end_tokens, model.config.pad_token, processor.tokenizer.pad_id}
+    answers: dict[int, str] = {}
     order = sorted(range(len(examples)), key=lambda i: (is_open(i), size(i)))
     for alike, group in itertools.groupby(order, key=is_open):
         group = list(group)
@@ -50,7 +48,9 @@ def answer(
                 choices=closed,
                 processor=processor,
             )
-            answers |= zip(some, tokens, strict=True)
+            for i, row in zip(some, tokens.tolist(), strict=True):
+                said = list(itertools.takewhile(lambda token: token not in ends, row))
+                answers[i] = processor.decode([said], False)[0].strip()
     return [answers[i] for i in range(len(examples))]
 
 

@@ -7,7 +7,6 @@ part them.
 import collections
 import dataclasses
 import functools
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -62,20 +61,16 @@ def answers(
     """
     found, bad = [], collections.Counter()
     positions = model.config.decoder.positions
-    ends = {*model.config.end_tokens, model.config.pad_token, processor.tokenizer.pad_id}
     for each in parts:
         samples, left_out = hosts.by_first(
             functools.partial(_samples, each, processor, positions, max_new_tokens)
         )
         bad += left_out
         given, answers, choices = zip(*samples, strict=True) if samples else ((), (), ())
-        tokens = answering.answer(
+        told = answering.answer(
             model, processor, given, choices, rows=rows, max_new_tokens=max_new_tokens
         )
-        for answer, got in zip(answers, tokens, strict=True):
-            said = list(itertools.takewhile(lambda token: token not in ends, got.tolist()))
-            text = processor.decode([said], False)[0].strip()
-            found.append(dataclasses.replace(answer, got=text))
+        found += map(lambda answer, got: dataclasses.replace(answer, got=got), answers, told)
     return found, dict(bad)
 
 

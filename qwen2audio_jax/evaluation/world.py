@@ -147,7 +147,7 @@ def answer(
     max_new_tokens: int = 48,
 ) -> list[str]:
     """What the model says to each, special tokens included, up to the end."""
-    tokens = answering.answer(
+    return answering.answer(
         model,
         processor,
         [each.example for each in asked],
@@ -155,9 +155,6 @@ def answer(
         rows=batch,
         max_new_tokens=max_new_tokens,
     )
-    ends = processor.decode([[end] for end in model.config.end_tokens], False)
-    texts = (processor.decode(row, False)[0] for row in tokens)
-    return [min((text.partition(end)[0] for end in ends), key=len).strip() for text in texts]
 
 
 def rows(asked: Sequence[Asked], told: Sequence[str]) -> list[Row]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from qwen2audio_jax.data.augment import USUAL, Augmentation
 from qwen2audio_jax.data.instruction import STYLES
 from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.data.sources import SUFFIX, manifest_of, shards
@@ -70,6 +71,8 @@ class DataConfig:
     beside texts that state times, `<|0.50|>`; answers about loudness want 0."""
     masked: float | tuple[float, ...] = 0.0
     """The part of the clips that loses bands and spans (SpecAugment): of all, or of each source."""
+    augmentation: Augmentation = USUAL
+    """How clips are augmented and masked."""
     workers: int = field(default=1, metadata=MAY_CHANGE)
     """Processes of each host that read, decode and draw: its feeds share them, and have at least
     one each; 0: a thread for each feed."""

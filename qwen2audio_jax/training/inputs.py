@@ -101,6 +101,7 @@ def training(data: DataConfig, *, pairs: bool = False, words: bool = False) -> t
                 weight=part.weight * share,
                 augmented=augmented * part.augmented,
                 masked=masked,
+                how=data.augmentation,
             )
             for part in parts
         ]

@@ -222,9 +222,7 @@ class _Project:
 
 
 def _give_up(error: Exception) -> None:
-    _logger.warning(
-        "Weights & Biases gets no more figures, which %s has: %s", LOG, _line_of(error)
-    )
+    _logger.warning("Weights & Biases gets no more figures, which %s has: %s", LOG, _line_of(error))
 
 
 def _line_of(error: Exception) -> str:

@@ -53,7 +53,7 @@ def begin(folder: str | os.PathLike, config: Any, *, model: Config, processor: P
     folder = epath.Path(folder)
     continues = goes_on(folder)
     if continues:
-        _compare(folder, config)
+        compare(folder, config)
         _compare_model(folder, model, processor)
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,12 @@ def as_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=os.fspath))
 
 
-def _compare(folder: epath.Path, config: Any) -> None:
+def compare(folder: str | os.PathLike, config: Any) -> None:
+    """Refuses settings that are not those of the run in a folder.
+
+    Raises:
+      ValueError: says each by its name.
+    """
     then, now, free = _fields(begun(folder)), _fields(as_json(config)), _free(config)
     allowed = tuple(getattr(config, "changing", ()))
     # What a run's settings do not have could not be set yet: it was as it is by default.
