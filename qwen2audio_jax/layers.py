@@ -224,22 +224,22 @@ def _backward_by_head(saved, cotangent):
     top, total = (x.reshape(qs.shape[:-1]) for x in (top, total))
     ks = einops.rearrange(k, "B S K H -> (B K) S H")
     vs = einops.rearrange(v, "B S K H -> (B K) H S")
-    slopes = _in_blocks(cotangent.astype(jnp.float32)) / total[..., None]
-    means = (slopes * _in_blocks(out)).sum(axis=-1)
-    slopes = slopes.astype(v.dtype)
+    gradients = _in_blocks(cotangent.astype(jnp.float32)) / total[..., None]
+    means = (gradients * _in_blocks(out)).sum(axis=-1)
+    gradients = gradients.astype(v.dtype)
     product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
 
     def one(head):
         key = ks[head].T
 
         def block(sums, i):
-            query, slope = qs[head, i], slopes[head, i]
+            query, gradient = qs[head, i], gradients[head, i]
             weights = jnp.exp(product(query, key) - top[head, i][:, None])
             weights = jnp.where(masks[head // heads, i % masks.shape[1]], weights, 0)
-            back = weights * (product(slope, vs[head]) - means[head, i][:, None])
+            back = weights * (product(gradient, vs[head]) - means[head, i][:, None])
             back, weights = back.astype(q.dtype), weights.astype(v.dtype)
             # [H S], so that of the two factors the small one is transposed
-            dk, dv = sums[0] + product(query.T, back), sums[1] + product(slope.T, weights)
+            dk, dv = sums[0] + product(query.T, back), sums[1] + product(gradient.T, weights)
             return (dk, dv), product(back, ks[head]).astype(q.dtype)
 
         zeros = jnp.zeros(vs.shape[1:], jnp.float32)

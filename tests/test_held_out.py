@@ -18,7 +18,8 @@ from qwen2audio_jax.data.instruction import Task
 from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.pack import Bucket
 from qwen2audio_jax.data.sources import open_source
-from qwen2audio_jax.evaluation import answering, held_out
+from qwen2audio_jax.evaluation import answering
+from qwen2audio_jax.training import held_out
 from qwen2audio_jax.training.inputs import HeldOut
 
 BUCKET = Bucket(rows=2, tokens=90, clips=5, frames=60)

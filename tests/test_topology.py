@@ -18,8 +18,8 @@ from qwen2audio_jax.data.pack import Bucket, Group, Sample, Text
 from qwen2audio_jax.mel import audio_tokens
 from qwen2audio_jax.training import arrays, collectives, compiled, hlo, loss, placement, topology
 from qwen2audio_jax.training.chips import CHIPS
+from qwen2audio_jax.training.objective import learner_of
 from qwen2audio_jax.training.topology import Work
-from qwen2audio_jax.training.trainee import trainee_of
 
 WORK = Work(batch=8, tokens=32, frames=40)
 LONG = Work(batch=8, tokens=160, frames=40)  # whose scores would be the largest array
@@ -52,7 +52,7 @@ def test_the_program_of_shapes_is_the_one_that_trains(mesh, stage):
     group = Group(bucket, packed=not pair)
     assert group.take(sample, 0)
     batch = group.arrays(sample.kind, mels=small.EVEN.encoder.mels, pad=small.EVEN.pad_token)
-    real = trainee_of(settings(stage), model, mesh).lower(batch)
+    real = learner_of(settings(stage), model, mesh).lower(batch)
     assert abstract.program.as_text() == real.as_text()
 
 

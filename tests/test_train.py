@@ -28,8 +28,17 @@ from qwen2audio_jax import Processor, Qwen2Audio, flash, weights
 from qwen2audio_jax.data import sources
 from qwen2audio_jax.data.mixture import Mixture
 from qwen2audio_jax.data.pack import Bucket
-from qwen2audio_jax.evaluation import held_out
-from qwen2audio_jax.training import log, lora, loss, peft, reference, stage, trainee
+from qwen2audio_jax.training import (
+    export,
+    held_out,
+    log,
+    lora,
+    loss,
+    objective,
+    peft,
+    reference,
+    stage,
+)
 from qwen2audio_jax.training.checkpoint import CHECKPOINTS
 from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.learner import Learner
@@ -403,7 +412,7 @@ def test_what_comes_out_has_windows_of_what_it_has_learned(base, tmp_path, monke
         buckets = tuple(Bucket(rows=1, tokens=9, clips=clips, frames=each) for each in frames)
         data = DataConfig(buckets=buckets)
         settings = dataclasses.replace(SETTINGS, out=tmp_path / "run", data=data, **how)
-        stage._export(settings, Mock(spec=Learner), start)
+        export.save(settings, Mock(spec=Learner), start)
         return Processor.from_pretrained(tmp_path / "run" / "model").window
 
     assert (window(504, 1004, 104), window(3000), window(104)) == (10.0, 30.0, 2.0)
@@ -546,7 +555,7 @@ def test_whatever_ends_a_run_it_goes_on_to_the_same_bits(ends, tmp_path, monkeyp
         return sums.replace(loss=sums.loss * jnp.nan)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainee, "next_token", broken)
+        patch.setattr(objective, "next_token", broken)
         status, line = ends(out)
     assert (status, steps_of(out)) == (1, [2, 3])
     assert line.startswith(

@@ -21,7 +21,7 @@ from qwen2audio_jax.data.instruction import Task
 from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.pack import Bad, Bucket
 from qwen2audio_jax.data.sources import Made, where
-from qwen2audio_jax.training import inputs, reference
+from qwen2audio_jax.training import held_out, inputs, reference
 from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.preference import PreferenceConfig
@@ -61,7 +61,7 @@ def test_clips_lie_beside_their_manifest_whatever_their_field(rows, processor):
     for each in (part, kept.part):
         example = each.compile(each.source[0], processor)
         assert len(example.waves[0]) == 3200
-        assert inputs.prompt_and_answer(example, processor)[1] == "<|en|>yes"
+        assert held_out.prompt_and_answer(example, processor)[1] == "<|en|>yes"
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_choices_follow_what_is_given(processor, line, sample, prompt, answers):
     """An answer's slots that are not learned are in the prompt, with the sample's own text."""
     task = Task.parse(f"What? {line}")
     example = task.compile(sample, processor)
-    given, wanted = inputs.prompt_and_answer(example, processor)
+    given, wanted = held_out.prompt_and_answer(example, processor)
     assert processor.decode([ids_of(given.prompt)], skip_special_tokens=False) == [prompt]
     assert task.choices(sample) == answers
     unanswered = {name: value for name, value in sample.items() if name != "text"}
@@ -122,8 +122,8 @@ def test_of_answers_of_several_turns_the_first_is_wanted(processor):
         "rejected": turns("no", "no?", "a"),
     }
     example = from_preference(record, processor)
-    assert inputs.prompt_and_answer(example, processor)[1] == "yes"
-    assert inputs.text_of(example.rejected, processor) == "no"
+    assert held_out.prompt_and_answer(example, processor)[1] == "yes"
+    assert held_out.text_of(example.rejected, processor) == "no"
 
 
 def test_a_reference_answers_pairs_in_a_file_however_many(tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def of_step(
       reference: whether a second model reads the batch too.
     """
     (encoder, projector), read, head = forward(config, batch)
-    # Slopes reach down to the lowest part that trains; weights' own slopes cost as much again.
+    # Gradients reach down to the lowest part that trains; those of weights cost as much again.
     own = {part: 1 + (part in trained and not adapters) for part in PARTS}
     hears = "encoder" in trained
     below = hears or "projector" in trained

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +17,11 @@ from qwen2audio_jax.data.chats import (
     is_pair,
     says_words,
 )
-from qwen2audio_jax.data.example import Example, Pair, why
+from qwen2audio_jax.data.example import why
 from qwen2audio_jax.data.instruction import Task
 from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.pack import Bad
 from qwen2audio_jax.data.sources import Manifest, RandomAccess, open_source, where
-from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.prompt import IM_END, PAD, Tokenizer
 from qwen2audio_jax.training.data_config import TFDS, WORLD, DataConfig, each_of
 
@@ -318,25 +316,3 @@ def once(
             tell(f"left out: {line}")
     finally:
         batches.close()
-
-
-def prompt_and_answer(example: Example | Pair, processor: Processor) -> tuple[Example, str]:
-    """What is given, up to the last answer; and that answer, or the one to be preferred."""
-    if isinstance(example, Pair):
-        given, answer = example.prompt, example.chosen
-    else:
-        learned = [segment.learned for segment in example.prompt]
-        end = len(learned) - learned[::-1].index(True)
-        start = end - [*learned[:end][::-1], False].index(False)
-        given, answer = example.prompt[:start], example.prompt[start:end]
-    heard = sum(segment.clip is not None for segment in given)  # others follow the answer
-    return Example(given, example.waves[:heard]), text_of(answer, processor)
-
-
-def text_of(prompt: Sequence[Any], processor: Processor) -> str:
-    """What is learned at once, its tags too, without the token that ends it: of an answer of
-    several turns the first."""
-    first = itertools.takewhile(lambda segment: segment.learned, prompt)
-    ids = [token for segment in first for token in segment.ids]
-    text = processor.decode(np.array([ids], np.int32), False)[0].strip()
-    return text.removesuffix(PAD).removesuffix(IM_END).strip()

@@ -24,7 +24,7 @@ INPUTS = (
     *("input_features", "feature_attention_mask"),
 )
 # Devices with rows of their own share the words' scores: moving the chunk's states to each other
-# costs less than to gather the table of words, and its slopes, everywhere.
+# costs less than to gather the table of words, and its gradients, everywhere.
 WORDS = ("tensor", "fsdp", "context")
 _LEAST, _NEVER = (
     jnp.finfo(jnp.float32).eps,
@@ -245,9 +245,9 @@ def _backward(size, saved, cotangents):
         kept = wanted != IGNORED
         # Where nothing is learned no norm is known, and whatever overflows there times 0 is NaN.
         norm = jnp.where(kept, _take(norms, at, 0), jnp.inf)
-        chances = jnp.exp(_logits(some, table) - norm[..., None])
-        slopes = jnp.where(kept, _take(cotangents[0], at, 0), 0)
-        dlogits = ((_is(wanted, table) - chances) * slopes[..., None]).astype(table.dtype)
+        probabilities = jnp.exp(_logits(some, table) - norm[..., None])
+        gradients = jnp.where(kept, _take(cotangents[0], at, 0), 0)
+        dlogits = ((_is(wanted, table) - probabilities) * gradients[..., None]).astype(table.dtype)
         product = partial(jnp.einsum, preferred_element_type=jnp.float32)
         slope = product("BLV,VD->BLD", dlogits, table).astype(x.dtype)
         dx = _put(dx, at, spread.constrain(slope, "B tokens D"))

@@ -15,27 +15,25 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import shutil
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from qwen2audio_jax import flash, sharding, spread, weights
+from qwen2audio_jax import flash, sharding
 from qwen2audio_jax.config import Config
 from qwen2audio_jax.data.batches import added, report
 from qwen2audio_jax.data.feeds import Feeds
 from qwen2audio_jax.data.mixture import Mixture
 from qwen2audio_jax.data.sources import on_disk
-from qwen2audio_jax.evaluation import held_out
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.prompt import AUDIO
 from qwen2audio_jax.training import (
+    export,
+    held_out,
     hosts,
     inputs,
-    learner,
     loop,
     lora,
     peft,
@@ -44,17 +42,14 @@ from qwen2audio_jax.training import (
     summary,
 )
 from qwen2audio_jax.training.checkpoint import Checkpoints
-from qwen2audio_jax.training.learner import Learner
+from qwen2audio_jax.training.learner import Learner, fresh
 from qwen2audio_jax.training.log import Log, check_packages
+from qwen2audio_jax.training.objective import learner_of
 from qwen2audio_jax.training.reference import precompute, settle
 from qwen2audio_jax.training.settings import PreferenceSettings, Settings
-from qwen2audio_jax.training.trainee import trainee_of
 from qwen2audio_jax.weights import huggingface
 from qwen2audio_jax.weights import settings as model_settings
 from qwen2audio_jax.weights.source import locate
-
-# Folders of what came out, and the end of their names where that is the best, not the last.
-MODEL, ADAPTER, BEST = "model", "adapter", "-best"
 
 
 def train(settings: Settings) -> int | None:
@@ -85,7 +80,7 @@ def train(settings: Settings) -> int | None:
         settings.optimizer.check_change(run.begun(settings.out).get("optimizer", {}))
         processor = Processor.from_pretrained(settings.out)
     settled = settle(settings, [*parts, *(each.part for each in kept)]) if pairs else settings
-    trainee = _learner(settled, sizes, mesh, start)
+    learner = _learner(settled, sizes, mesh, start)
     mixture = Mixture(
         parts=parts,
         processor=str(processor.folder.absolute()),
@@ -100,7 +95,7 @@ def train(settings: Settings) -> int | None:
     )
     _tell_rows(mixture, mesh)
     if pairs and settled.precompute_ref_log_probs:
-        known = partial(precompute, trainee, _shared(mixture, mesh), folder=settings.out)
+        known = partial(precompute, learner, _shared(mixture, mesh), folder=settings.out)
         with flash.using(settings.attention):
             # by their rows, which a run may go on with otherwise
             kept_parts = known([dataclasses.replace(each.part, name=each.rows) for each in kept])
@@ -109,7 +104,7 @@ def train(settings: Settings) -> int | None:
                 for part, each in zip(kept_parts, kept, strict=True)
             ]
             mixture = dataclasses.replace(mixture, parts=known(parts), references=True)
-    return _run(settings, trainee, mixture, processor, kept)
+    return _run(settings, learner, mixture, processor, kept)
 
 
 def _apart(settings: Settings) -> pathlib.Path:
@@ -126,7 +121,7 @@ def _apart(settings: Settings) -> pathlib.Path:
     given = [("--model", folder)]
     if settings.lora.start is not None:
         given.append(("--lora.start", pathlib.Path(settings.lora.start)))
-    written = [out, *(out / f"{name}{end}" for name in (MODEL, ADAPTER) for end in ("", BEST))]
+    written = [out, *export.folders(out)]
     written = [each.resolve() for each in written]
     for flag, path in given:
         if path.resolve() in written:
@@ -203,16 +198,16 @@ def _learner(settings: Settings, sizes: Config, mesh: Mesh, start: pathlib.Path)
     how = {"dtype": settings.weight_dtype, "scan_layers": settings.scan_layers}
     sharding.check(sizes, mesh)
     if settings.from_scratch:
-        model = learner.fresh(sizes, mesh, seed=settings.seed, **how)
+        model = fresh(sizes, mesh, seed=settings.seed, **how)
     else:
         model = Qwen2Audio.from_pretrained(
             start, mesh=mesh, progress=jax.process_index() == 0, **how
         )
-    trainee = trainee_of(settings, model, mesh, start=_adapters(settings, model))
+    learner = learner_of(settings, model, mesh, start=_adapters(settings, model))
     if settings.mesh.show and jax.process_index() == 0:
-        print(placement.table(trainee.held()), flush=True)
-        print(placement.activations(trainee.mesh), flush=True)
-    return trainee
+        print(placement.table(learner.held()), flush=True)
+        print(placement.activations(learner.mesh), flush=True)
+    return learner
 
 
 def _adapters(settings: Settings, model: Qwen2Audio) -> lora.Adapters | None:
@@ -239,7 +234,7 @@ def _adapters(settings: Settings, model: Qwen2Audio) -> lora.Adapters | None:
 
 def _run(
     settings: Settings,
-    trainee: Learner,
+    learner: Learner,
     mixture: Mixture,
     processor: Processor,
     kept: list[inputs.HeldOut],
@@ -252,16 +247,16 @@ def _run(
         settings=run.as_json(settings),
     )
     checkpoints = Checkpoints(folder, keep=config.keep, best=config.best, mode=config.mode)
-    shared = _shared(mixture, trainee.mesh)
-    evaluate = partial(_evaluate, settings, trainee, shared, processor, kept) if kept else None
+    shared = _shared(mixture, learner.mesh)
+    evaluate = partial(_evaluate, settings, learner, shared, processor, kept) if kept else None
     with (
         contextlib.closing(checkpoints),
         contextlib.closing(log),
-        contextlib.closing(Feeds(mixture, *placement.share(trainee.mesh))) as batches,
+        contextlib.closing(Feeds(mixture, *placement.share(learner.mesh))) as batches,
         hosts.together(),  # closing would wait for a save with the one that is lost
     ):
         signal = loop.train(
-            trainee,
+            learner,
             batches,
             config,
             log=log,
@@ -271,9 +266,9 @@ def _run(
             dtype=settings.dtype,
         )
         if signal is None:
-            _export(settings, trainee, processor)
-            best = _export_best(settings, trainee, processor, checkpoints)
-            counts = hosts.counted(batches.counts, placement.groups(trainee.mesh))
+            export.save(settings, learner, processor)
+            best = export.save_best(settings, learner, processor, checkpoints)
+            counts = hosts.counted(batches.counts, placement.groups(learner.mesh))
             counts = report(added(counts), mixture.sizes)
             if jax.process_index() == 0:
                 summary.write(folder, log.rows, counts, best, config.best)
@@ -282,16 +277,16 @@ def _run(
 
 def _evaluate(
     settings: Settings,
-    trainee: Learner,
+    learner: Learner,
     mixture: Mixture,
     processor: Processor,
     kept: list[inputs.HeldOut],
 ) -> dict[str, float]:
-    scores = held_out.losses(kept, mixture, trainee.measure)
+    scores = held_out.losses(kept, mixture, learner.measure)
     how = settings.evaluation
-    with trainee.on_mesh(), flash.using(settings.attention):
+    with learner.on_mesh(), flash.using(settings.attention):
         answers, bad = held_out.answers(
-            trainee.model(), processor, kept, rows=how.rows, max_new_tokens=how.max_new_tokens
+            learner.model(), processor, kept, rows=how.rows, max_new_tokens=how.max_new_tokens
         )
     if jax.process_index() == 0:
         lines = [json.dumps(dataclasses.asdict(each), ensure_ascii=False) for each in answers]
@@ -299,51 +294,3 @@ def _evaluate(
     if bad:
         scores["bad_samples"] = float(sum(bad.values()))
     return scores | held_out.scores(answers)
-
-
-def _export(settings: Settings, trainee: Learner, processor: Processor, which: str = "") -> None:
-    """Writes the model as it is, and its adapters, into folders whose names end so."""
-    if settings.lora.r:
-        adapters = jax.tree.map(lambda x: jnp.asarray(spread.whole(x)), trainee.averaged())
-        if jax.process_index() == 0:
-            folder = settings.out / f"{ADAPTER}{which}"
-            peft.save(folder, adapters, settings.lora.config, trainee.base(), base=settings.model)
-    folder = settings.out / f"{MODEL}{which}"
-    weights.save(jax.tree.map(lambda x: x.astype(settings.dtype), trainee.merged()), folder)
-    if jax.process_index() == 0:
-        processor.save_pretrained(folder, window=_window(settings, processor))
-
-
-def _window(settings: Settings, processor: Processor) -> float:
-    """Seconds of the longest clips that the model has learned from, here or before."""
-    before = 0.0 if settings.from_scratch else processor.window
-    frames = max((bucket.frames for bucket in settings.data.buckets if bucket.clips), default=0)
-    if not frames:
-        return processor.window
-    here = 30.0 if frames == 3000 else (frames - 4) / 100  # 4 stand behind a clip's own
-    return max(before, here, 1.0)  # what transcription takes
-
-
-def _export_best(
-    settings: Settings, trainee: Learner, processor: Processor, checkpoints: Checkpoints
-) -> int | None:
-    """Writes the best checkpoint, where that is not the last; gives its step.
-
-    What an earlier end of a run that has gone on since then found best is removed.
-    """
-    if jax.process_index() == 0:
-        for name in (MODEL, ADAPTER):
-            shutil.rmtree(settings.out / f"{name}{BEST}", ignore_errors=True)
-    best, abstract = checkpoints.best, None
-    while best not in (None, trainee.optimizer.steps):
-        abstract = abstract or trainee.release()
-        try:
-            trainee.state = checkpoints.restore(abstract, best).state
-        except ValueError:
-            if checkpoints.best == best:
-                raise
-            best = checkpoints.best  # that one was damaged, which has been told
-        else:
-            _export(settings, trainee, processor, BEST)
-            break
-    return best

@@ -27,8 +27,8 @@ from qwen2audio_jax.training import flops, placement
 from qwen2audio_jax.training.chips import CHIPS, Chip
 from qwen2audio_jax.training.lora import LoraConfig
 from qwen2audio_jax.training.loss import SPELT, chunk_size
+from qwen2audio_jax.training.objective import learner_of
 from qwen2audio_jax.training.settings import Lora, PreferenceSettings, Settings
-from qwen2audio_jax.training.trainee import trainee_of
 
 GENERATION = ("prefill", "decode")
 ADAPTED = ("lora-sft", "dpo", "dpo-precomputed")  # stages that may have adapters
@@ -230,16 +230,16 @@ def lower(
     parts = settings.gradient_accumulation_steps
     batch = work.arrays(sizes, stage, parts, words=settings.ctc > 0)
     model = _shapes(sizes, settings.weight_dtype, mesh, scan_layers=settings.scan_layers)
-    trainee = trainee_of(settings, model, mesh)
+    learner = learner_of(settings, model, mesh)
     shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batch.items()}
     learned = work.tokens - work.clips * audio_tokens(work.frames)
     sides = 2 if stage.startswith("dpo") else 1
     states, clips = audio_tokens(work.frames), rows * work.clips
     placed = dict(placement.place(shapes, mesh, parts=parts))
     return Lowered(
-        program=trainee.lower(shapes),
-        flops=trainee.flops(batch),
-        held=trainee.held() | {"batch": placed},
+        program=learner.lower(shapes),
+        flops=learner.flops(batch),
+        held=learner.held() | {"batch": placed},
         ahead=placed,
         loops=-(-learned // chunk_size(sides * rows, work.tokens, mesh.size)),
         mesh=mesh,

@@ -7,9 +7,12 @@ part them.
 import collections
 import dataclasses
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from qwen2audio_jax.data.example import Example, Pair, why
 from qwen2audio_jax.data.mixture import Mixture
@@ -17,6 +20,7 @@ from qwen2audio_jax.data.sources import where
 from qwen2audio_jax.evaluation import answering, metrics
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
+from qwen2audio_jax.prompt import IM_END, PAD
 from qwen2audio_jax.training import hosts, inputs
 from qwen2audio_jax.training.inputs import HeldOut
 from qwen2audio_jax.training.loss import Sums
@@ -101,7 +105,7 @@ def _samples(
             sample = each.part.read(row)
             example = each.part.compile(sample, processor)
             choices = each.choices(sample)
-            given, wanted = inputs.prompt_and_answer(example, processor)
+            given, wanted = prompt_and_answer(example, processor)
             if not given.prompt:  # plain text: there is nothing to answer, and a loss to measure
                 mute += 1
                 continue
@@ -111,7 +115,7 @@ def _samples(
             continue
         rejected = None
         if isinstance(example, Pair):
-            rejected = inputs.text_of(example.rejected, processor)
+            rejected = text_of(example.rejected, processor)
         answer = Answer(part=each.part.name, wanted=wanted, got="", rejected=rejected)
         found.append((row, given, answer, choices))
     closed = answering.longest((choices for *_, choices in found if choices), processor)
@@ -141,6 +145,28 @@ def _samples(
     return fitting, collections.Counter(
         {reason: len(messages) for reason, messages in told.items()}
     )
+
+
+def prompt_and_answer(example: Example | Pair, processor: Processor) -> tuple[Example, str]:
+    """What is given, up to the last answer; and that answer, or the one to be preferred."""
+    if isinstance(example, Pair):
+        given, answer = example.prompt, example.chosen
+    else:
+        learned = [segment.learned for segment in example.prompt]
+        end = len(learned) - learned[::-1].index(True)
+        start = end - [*learned[:end][::-1], False].index(False)
+        given, answer = example.prompt[:start], example.prompt[start:end]
+    heard = sum(segment.clip is not None for segment in given)  # others follow the answer
+    return Example(given, example.waves[:heard]), text_of(answer, processor)
+
+
+def text_of(prompt: Sequence[Any], processor: Processor) -> str:
+    """What is learned at once, its tags too, without the token that ends it: of an answer of
+    several turns the first."""
+    first = itertools.takewhile(lambda segment: segment.learned, prompt)
+    ids = [token for segment in first for token in segment.ids]
+    text = processor.decode(np.array([ids], np.int32), False)[0].strip()
+    return text.removesuffix(PAD).removesuffix(IM_END).strip()
 
 
 def scores(answers: Sequence[Answer]) -> dict[str, float]:

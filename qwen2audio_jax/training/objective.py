@@ -1,4 +1,4 @@
-"""A run's settings -> what its loop drives."""
+"""A run's settings -> what it minimises, and the learner that does."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from qwen2audio_jax.training.preference import preference
 from qwen2audio_jax.training.settings import PreferenceSettings, Settings
 
 
-def trainee_of(
+def learner_of(
     settings: Settings, model: Qwen2Audio, mesh: Mesh, *, start: lora.Adapters | None = None
 ) -> Learner:
     """What a run drives.
