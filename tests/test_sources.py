@@ -25,7 +25,7 @@ from fsspec.registry import _registry as known
 from qwen2audio_jax import audio, patience
 from qwen2audio_jax.data import sources, storage
 from qwen2audio_jax.data.example import BadSample, hear
-from qwen2audio_jax.data.sources import Manifest, embed, open_source, packed, where, write
+from qwen2audio_jax.data.sources import Manifest, as_record, embed, open_source, where, write
 from qwen2audio_jax.prompt import parse
 
 CLIP = {"type": "audio", "audio": "a.wav"}
@@ -418,8 +418,8 @@ def test_shards_give_what_was_written(tmp_path):
     rows = [
         {"audio": bytes([i] * 5), "text": f"{i}é", "n": i, "list": [{"a": None}]} for i in range(7)
     ]
-    assert write(tmp_path / "x-0.array_record", map(packed, rows[:4])) == 4
-    assert write(tmp_path / "x-1.array_record", map(packed, rows[4:])) == 3
+    assert write(tmp_path / "x-0.array_record", map(as_record, rows[:4])) == 4
+    assert write(tmp_path / "x-1.array_record", map(as_record, rows[4:])) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "x-0.array_record",
         "x-1.array_record",
@@ -436,7 +436,7 @@ def test_a_shard_is_on_the_disk_before_it_is_called_one(tmp_path, monkeypatch):
     name = lambda handle: os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))
     monkeypatch.setattr(sources.os, "fsync", lambda file: (done.append(name(file)), sync(file)))
     monkeypatch.setattr(sources.os, "replace", lambda *a: (done.append("replace"), replace(*a)))
-    write(tmp_path / "x.array_record", [packed({"n": 0})])
+    write(tmp_path / "x.array_record", [as_record({"n": 0})])
     assert done == ["x.array_record.unfinished", "replace", tmp_path.name]
 
 
@@ -456,20 +456,20 @@ def test_a_folder_of_shards_is_whole(tmp_path):
     """What is still written is no shard; some of them may be named on purpose."""
     pytest.importorskip("grain")
     for i in (0, 2, 3):
-        write(tmp_path / f"x-{i:05}-of-00004.array_record", [packed({"n": i})])
-    write(tmp_path / "other.array_record", [packed({"n": 9})])
+        write(tmp_path / f"x-{i:05}-of-00004.array_record", [as_record({"n": i})])
+    write(tmp_path / "other.array_record", [as_record({"n": 9})])
     (tmp_path / "x-00001-of-00004.array_record.unfinished").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"wanted all 4 shards .*x-\*-of-00004.array_.*, got 3"):
         open_source(tmp_path)
     assert len(open_source(f"{tmp_path}/x-*.array_record*")) == 3
-    write(tmp_path / "x-00001-of-00004.array_record", [packed({"n": 1})])
+    write(tmp_path / "x-00001-of-00004.array_record", [as_record({"n": 1})])
     assert len(open_source(tmp_path)) == 5
 
 
 def test_shards_elsewhere_are_refused(bucket):
     """In one line: ArrayRecord reads from disks alone."""
     pytest.importorskip("grain")
-    write(bucket / "x-0.array_record", [packed({"n": 0})])
+    write(bucket / "x-0.array_record", [as_record({"n": 0})])
     for spec in ("s3://bucket", "s3://bucket/x-*.array_record"):
         with pytest.raises(
             ValueError, match=r"^wanted shards on a disk \(mount .*, got s3://bucket"

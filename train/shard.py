@@ -179,7 +179,7 @@ def write(settings: Settings, source: sources.Manifest, shards: int, shard: int)
         for index in range(first, min(first + settings.rows, len(source))):
             try:
                 row = source[index]
-                yield sources.packed(sources.embed(row, settings.audio))
+                yield sources.as_record(sources.embed(row, settings.audio))
                 mute += not sources.clips(row, settings.audio)
             except Exception as error:
                 reason, message = why(error)

@@ -4,14 +4,13 @@ Audio analysis is a clip and a written question. In voice chat nothing is writte
 spoken, by itself or about the clip before it.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from qwen2audio_jax.audio import SAMPLE_RATE
-from qwen2audio_jax.data import lexicon, synth
+from qwen2audio_jax.data import lexicon, sounds, synth
 from qwen2audio_jax.data.lexicon import LANGUAGES, Manner
 
 NO_SPEECH = "I hear no speech."
@@ -54,26 +53,16 @@ SMALL_CHATS: tuple[Chat, ...] = (plus, after, greeting)
 FULL_CHATS: tuple[Chat, ...] = (*SMALL_CHATS, opposite, foreign)
 
 
-def spoken(question: str) -> str:
-    """A question's words alone, as recognition writes them."""
-    return re.sub(r"[^\w\s]", "", question).lower()
-
-
 def chat_question(rng: np.random.Generator, chat: Chat) -> str:
     return chat(rng)[0]
 
 
 def say_question(question: str, rng: np.random.Generator, *, held_out: bool) -> tuple:
     """A question as a clip."""
-    text = spoken(question)
+    text = lexicon.spoken(question)
     pool = lexicon.pooled(rng, text, held_out=held_out, size=20)
     said = lexicon.say(text, pool, ASKING, held_out=held_out)
-    return surround(said.wave, rng), SAMPLE_RATE
-
-
-def surround(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Up to 0.15 s of silence on either side, mostly little."""
-    return np.pad(wave, (0.15 * SAMPLE_RATE * rng.random(2) ** 2).astype(int))
+    return sounds.surround(said.wave, rng), SAMPLE_RATE
 
 
 def analysis(tasks: Sequence[Any], rng: np.random.Generator, *, held_out: bool) -> dict[str, Any]:
@@ -108,13 +97,13 @@ def chat(
     if rng.random() < 0.5:
         about = chats[rng.integers(len(chats))]
         question, answer = about(rng)
-        content = [_clip(say_question(question, rng, held_out=held_out), spoken(question))]
+        content = [_clip(say_question(question, rng, held_out=held_out), lexicon.spoken(question))]
         name, timed = about.__name__, False
     else:
         task, sample = _sample(tasks, rng, held_out)
         question, answer = task.question(sample, rng), task.reply_to(sample)
         asked = say_question(question, rng, held_out=held_out)
-        content, name = [_clip(sample["audio"]), _clip(asked, spoken(question))], task.name
+        content, name = [_clip(sample["audio"]), _clip(asked, lexicon.spoken(question))], task.name
         timed = task.timed
     messages = [_user(*content), _assistant(answer)]
     return {"messages": messages, "task": name, "timed": timed}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import zlib
 from collections.abc import Sequence
 
@@ -142,6 +143,11 @@ def say_apart(
         times.append(((at + pause) / SAMPLE_RATE, (at + pause + len(said.wave)) / SAMPLE_RATE))
         at += pause + len(said.wave)
     return Said(wave=np.concatenate(parts), voice=said.voice), times
+
+
+def spoken(question: str) -> str:
+    """A question's words alone, as recognition writes them."""
+    return re.sub(r"[^\w\s]", "", question).lower()
 
 
 def words(language: str) -> tuple[str, ...]:

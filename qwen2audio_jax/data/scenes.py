@@ -11,7 +11,6 @@ import numpy as np
 
 from qwen2audio_jax.audio import SAMPLE_RATE
 from qwen2audio_jax.data import augment, lexicon, sounds, synth
-from qwen2audio_jax.data.dialogue import spoken, surround
 from qwen2audio_jax.data.lexicon import Manner
 
 SHORT = (0.1, 0.2)  # seconds of a sound among others
@@ -42,7 +41,7 @@ def pick(rng: np.random.Generator, options: Sequence) -> Any:
 
 
 def _made(wave: np.ndarray, text: str, rng: np.random.Generator, **fields: Any) -> Sample:
-    return {"audio": (surround(wave, rng), SAMPLE_RATE), "text": text, **fields}
+    return {"audio": (sounds.surround(wave, rng), SAMPLE_RATE), "text": text, **fields}
 
 
 def speech(
@@ -63,7 +62,7 @@ def speech(
     """
     pool = lexicon.pooled(rng, f"speech {language} {most}", held_out=held_out, size=1500)
     if questions and pool.random() < 0.2:
-        words = spoken(pick(pool, questions)(pool)).split()
+        words = lexicon.spoken(pick(pool, questions)(pool)).split()
     else:
         words = lexicon.phrase(pool, vocabulary, most=most)
     text = lexicon.join(words, language)

@@ -154,6 +154,11 @@ def sequence(
     return np.concatenate(parts)
 
 
+def surround(wave: Samples, rng: np.random.Generator) -> Samples:
+    """Up to 0.15 s of silence on either side, mostly little."""
+    return np.pad(wave, (0.15 * SAMPLE_RATE * rng.random(2) ** 2).astype(int))
+
+
 def _times(seconds: float) -> Float[np.ndarray, " S"]:
     return np.arange(round(seconds * SAMPLE_RATE), dtype=np.float32) / SAMPLE_RATE
 

@@ -345,7 +345,7 @@ def _complete(paths: Sequence[str]) -> None:
             raise ValueError(f"wanted all {int(count)} shards {these}, got {got}: some are missing")
 
 
-def packed(row: Mapping[str, Any]) -> bytes:
+def as_record(row: Mapping[str, Any]) -> bytes:
     """A row as a record of a shard.
 
     Raises:

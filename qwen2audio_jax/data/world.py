@@ -114,7 +114,7 @@ class World:
         replies = [skill.reply.replace("{text}", "") for skill in self.tasks]
         own = [*scenes.CAPTIONS, *scenes.QUESTIONS] if self.name == "full" else []
         written = [*chats, *asked, *replies, *own, dialogue.NO_SPEECH]
-        spoken = map(dialogue.spoken, (*chats, *asked))
+        spoken = map(lexicon.spoken, (*chats, *asked))
         return sorted({*self.closed_words(), *written, *spoken})
 
     def special(self) -> list[str]:
