@@ -53,7 +53,7 @@ def main(settings: Settings) -> None:
         rows = rows_of(settings, pathlib.Path(folder))
         sources.write(
             pathlib.Path(folder) / f"clips{sources.SUFFIX}",
-            (sources.packed(sources.embed(row)) for row in rows),
+            (sources.as_record(sources.embed(row)) for row in rows),
         )
         figures = measure(settings, sources.open_source(folder))
     lines = ["| stage | hours of sound an hour and core |", "|---|---|"]

@@ -223,7 +223,7 @@ def everywhere(data, tmp_path, monkeypatch):
     (data / "all.jsonl").write_text("\n".join(lines))
     (tmp_path / "shards").mkdir()
     records = [{"audio": str(data / clip), "text": text} for clip, text in rows]
-    sources.write(tmp_path / "shards" / "0.array_record", map(sources.packed, records))
+    sources.write(tmp_path / "shards" / "0.array_record", map(sources.as_record, records))
     # what tfds has is in it: only a clip of nothing is missing
     content = lambda clip: (data / clip).read_bytes() if (data / clip).exists() else b""
     prepared.write(

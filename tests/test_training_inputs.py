@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -20,7 +21,7 @@ from qwen2audio_jax.data.example import BadSample
 from qwen2audio_jax.data.instruction import Task
 from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.pack import Bad, Bucket
-from qwen2audio_jax.data.sources import Made, where
+from qwen2audio_jax.data.sources import Made, as_record, open_source, where, write
 from qwen2audio_jax.training import held_out, inputs, reference
 from qwen2audio_jax.training.data_config import DataConfig
 from qwen2audio_jax.training.learner import Learner
@@ -133,7 +134,7 @@ def test_a_reference_answers_pairs_in_a_file_however_many(tmp_path, monkeypatch)
         np.array([[True], [False]]).repeat(len(rows), 1),
     )
     monkeypatch.setattr(reference, "_identity", lambda learner: "the same")
-    monkeypatch.setattr(reference, "_fingerprints", lambda source: np.zeros(len(source)))
+    monkeypatch.setattr(reference, "_fingerprints", lambda source: np.zeros(len(source), np.uint32))
     monkeypatch.setattr(reference, "_publish", lambda path, source, how: None)
     monkeypatch.setattr(reference, "_read", known)
     nobody, made = (Answers(0), shapes()), Made(lambda i: {}, 5)
@@ -287,6 +288,30 @@ def test_what_could_not_be_heard_is_asked_at_the_next_start(
     assert start(3) == ([[1, -1]], [True, False, False, True], names[2:])
     assert start(2) == ([[0, -1]], [True, False, True, True], names[2:3])
     assert start() == ([], [True, False, True, True], [])
+
+
+def test_shards_that_nobody_touched_are_not_read_to_look_for_changes(tmp_path, monkeypatch):
+    """Touched, they are, and if they say the same nobody is asked."""
+    write(tmp_path / "x.array_record", map(as_record, [pair("a"), pair("b")]))
+    monkeypatch.setattr(reference, "_identity", lambda learner: "the same")
+    monkeypatch.setattr(inputs, "once", lambda *_: iter([{"rows": np.array([0, 1])}]))
+    monkeypatch.setattr(reference, "_publish", lambda path, source, how: None)
+    looked = []
+    fingerprints = reference._fingerprints
+    look = lambda source: looked.append(source) or fingerprints(source)
+    monkeypatch.setattr(reference, "_fingerprints", look)
+    shards = Part(
+        name="x", source=open_source(tmp_path / "x.array_record"), compile=from_preference
+    )
+
+    def start(asked):
+        reference.precompute(learner := Answers(1), shapes(), [shards], tmp_path / "run")
+        assert bool(learner.asked) == asked
+        return len(looked)
+
+    assert [start(True), start(False)] == [1, 1]
+    os.utime(tmp_path / "x.array_record", (0, 0))
+    assert [start(False), start(False)] == [2, 3]
 
 
 def test_what_a_reference_has_answered_is_a_manifest_for_other_runs(
