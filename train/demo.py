@@ -47,7 +47,7 @@ from train.configs import laptop
 
 STAGES = ("pretrain", "sft", "dpo")
 VOCABULARY = {"small": 576, "full": 1280}
-STEPS = {"small": (640, 420, 60), "full": (16_000, 4000, 200)}
+STEPS = {"small": (640, 420, 60), "full": (16_000, 4500, 200)}
 # Learning rates: a high one forgets what a longer pretraining has learned.
 PEAKS = {"small": (1e-3, 7e-4, 2e-4), "full": (1e-3, 4e-4, 4e-5)}
 SIZES = {"small": (100, 190, 340), "full": (100, 160, 220, 340, 600)}  # mel frames of a batch
