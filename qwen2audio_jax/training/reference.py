@@ -195,7 +195,10 @@ def _compute(
     """
     first = jax.process_index() == 0
     how = dataclasses.replace(how, stamp=getattr(part.source, "stamp", ""))
-    rows = _rows(path, part.source) if first else np.zeros(len(part.source), np.uint32)
+    kept = _kept_rows(path, how.stamp, len(part.source)) if first and how.stamp else None
+    rows = kept
+    if kept is None:
+        rows = _fingerprints(part.source) if first else np.zeros(len(part.source), np.uint32)
     # All ask for the same: together.
     logps, (asked, unheard) = hosts.by_first(lambda: _read(path, how, rows)) or (
         np.full((len(part.source), len(REFERENCE)), np.nan, np.float32),
@@ -203,6 +206,8 @@ def _compute(
     )
     logps[~asked] = np.nan
     if asked.all():
+        if first and how.stamp and kept is None:  # touched, and the same: not to be read once more
+            _write(path, how, rows, logps, asked, unheard)
         return logps
     # Who was killed makes the same batches again; for what only could not be heard a few will do.
     again = bool((asked | unheard).all())
@@ -246,14 +251,13 @@ def _batches(
         _log.warning("%s: still without a reference: %s", part.name, error)
 
 
-def _rows(path: pathlib.Path, source: RandomAccess) -> UInt32[np.ndarray, " rows"]:
-    """Each row's fingerprint: of files that nobody has touched since they were read, as it was."""
-    stamp = getattr(source, "stamp", "")
-    if stamp and path.exists():
-        with np.load(path) as file:
-            if str(file["stamp"]) == stamp and len(file["rows"]) == len(source):
-                return file["rows"]
-    return _fingerprints(source)
+def _kept_rows(path: pathlib.Path, stamp: str, count: int) -> UInt32[np.ndarray, " rows"] | None:
+    """Each row's fingerprint as it was kept, if nobody has touched the files since then."""
+    if not path.exists():
+        return None
+    with np.load(path) as file:
+        same = str(file["stamp"]) == stamp and len(file["rows"]) == count
+        return file["rows"] if same else None
 
 
 def _fingerprints(source: RandomAccess) -> UInt32[np.ndarray, " rows"]:
