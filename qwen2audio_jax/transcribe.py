@@ -22,7 +22,6 @@ POOL = 8  # batches that are held in memory, so that clips of like length meet i
 HEARD = f"{prompts.AUDIO_BOS}{prompts.AUDIO}{prompts.AUDIO_EOS}"  # a clip, before its prompt
 # <|sil|> has the form of a language's tag, and says that nobody speaks.
 LANGUAGE = re.compile(r"\s*<\|(?!sil\b)([a-z]{2,3}(?:-[A-Za-z]+)?)\|>")
-TAG = re.compile(r"<\|[^|<>]*\|>")
 UNSPACED = re.compile(
     r"[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
 )
@@ -194,7 +193,7 @@ def _hear(model, processor, text, parts, rows, max_new_tokens, sampling) -> None
     for part, row, text in zip(parts, tokens, texts, strict=True):
         part.cut = not np.isin(row, model.config.end_tokens).any()
         part.language = match[1] if (match := LANGUAGE.match(text)) else None
-        part.text = " ".join(TAG.sub(" ", text).split())
+        part.text = " ".join(prompts.TAG.sub(" ", text).split())
 
 
 def _finish(result: Transcript, parts: list[_Part]) -> Transcript:

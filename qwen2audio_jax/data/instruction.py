@@ -32,9 +32,8 @@ import numpy as np
 from qwen2audio_jax.data.example import BadSample, Example, as_text, hear, is_empty
 from qwen2audio_jax.data.slots import Filled, Part, Slot, heard, parts_of, slot_type
 from qwen2audio_jax.processor import Processor, Wave, count_tokens
-from qwen2audio_jax.prompt import AUDIO, AUDIO_BOS, AUDIO_EOS, PAD, Prompt
+from qwen2audio_jax.prompt import AUDIO, AUDIO_BOS, AUDIO_EOS, PAD, TAG, Prompt
 
-TAG = re.compile(r"<\|[^\s|<>]+\|>")
 STYLES = ("prompt", "tags", "none")
 MOST = 10_000  # answers that several closed sets allow together: all are written out
 TASKS = ("transcribe", "translate", "caption", "keyword", "question")  # that have a tag

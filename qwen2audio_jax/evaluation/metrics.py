@@ -4,7 +4,8 @@ import re
 import unicodedata
 from collections.abc import Hashable, Sequence
 
-TAG = re.compile(r"<\|[^|]*\|>")  # of a language, of a time: no word
+from qwen2audio_jax.prompt import TAG
+
 # Chinese, Japanese, Thai, Lao, Burmese and Khmer have no spaces between words: each sign counts.
 SIGN = re.compile(
     r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"

@@ -9,6 +9,7 @@ from qwen2audio_jax.data.world import MODES, World
 from qwen2audio_jax.evaluation import answering, metrics
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
+from qwen2audio_jax.prompt import TAG
 
 TOLERANCE = 0.1  # seconds that a boundary may be off
 TIME = re.compile(r"<\|(\d+\.\d\d)\|>")
@@ -132,7 +133,7 @@ def converse(
         said.append(user)
         asked = _asked("conversation", said, assistant["content"], processor)
         (told,) = answer(model, processor, [asked])
-        said.append({"role": "assistant", "content": metrics.TAG.sub("", told)})
+        said.append({"role": "assistant", "content": TAG.sub("", told)})
         turns.append((asked, told))
     return turns
 
@@ -188,9 +189,7 @@ def compare(stages: Mapping[str, Sequence[Row]]) -> str:
 
 def exact(right: Sequence[str], told: Sequence[str]) -> float:
     """The part of answers that are right to the letter, tags of languages aside."""
-    same = [
-        metrics.TAG.sub("", text).strip() == each for each, text in zip(right, told, strict=True)
-    ]
+    same = [TAG.sub("", text).strip() == each for each, text in zip(right, told, strict=True)]
     return sum(same) / len(same)
 
 
@@ -203,7 +202,7 @@ def boundaries(right: Sequence[str], told: Sequence[str]) -> float:
     for each, text in zip(right, told, strict=True):
         wanted, got = ([*map(float, TIME.findall(one))] for one in (each, text))
         total += len(wanted)
-        words = [metrics.TAG.sub(" ", one).split() for one in (each, text)]
+        words = [TAG.sub(" ", one).split() for one in (each, text)]
         if words[0] == words[1] and len(wanted) == len(got):
             close = (abs(a - b) < TOLERANCE + 0.001 for a, b in zip(wanted, got, strict=True))
             good += sum(close)
