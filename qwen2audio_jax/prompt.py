@@ -21,7 +21,7 @@ import numpy as np
 import tokenizers
 
 PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-TAG = re.compile(r"<\|[^|<>]*\|>")  # of a language, a task, a time: no word
+TAG = re.compile(r"<\|[^\s|<>]+\|>")  # of a language, a task, a time: no word
 AUDIO, AUDIO_BOS, AUDIO_EOS = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"
 
 ROLES = ("system", "user", "assistant", "tool")

@@ -217,7 +217,7 @@ def test_manners_are_heard():
 def test_men_of_any_size_are_low_or_high(monkeypatch):
     """What is learned from: a vocal tract moves pitches by a tenth, and they are an octave apart;
     what is fast stays fast."""
-    monkeypatch.setattr(scenes, "BREATHS", (0.0, 0.0))  # which nobody could measure pitches in
+    monkeypatch.setattr(scenes, "BREATHS", scenes.BREATHS[:1])  # pitches of breath: nobody measures
     pitches, seconds = {}, {}
     for seed in range(24):
         make = lambda kind, seed=seed: scenes.manner(

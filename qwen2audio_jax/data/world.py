@@ -14,7 +14,6 @@ said. Speech needs espeak-ng (extra: `demo`).
 
 import dataclasses
 import pathlib
-import re
 from functools import partial
 from typing import Any
 
@@ -34,7 +33,6 @@ SPECIAL = (
     *(prompt.PAD, prompt.IM_START, prompt.IM_END),
     *(prompt.AUDIO, prompt.AUDIO_BOS, prompt.AUDIO_EOS),
 )
-TAG = re.compile(r"<\|[^|]+\|>")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +117,7 @@ class World:
 
     def special(self) -> list[str]:
         """Tokens besides text: of the model, languages, tags that say a task, and time."""
-        tags = [tag for skill in self.tasks for tag in TAG.findall(skill.tags)]
+        tags = [tag for skill in self.tasks for tag in prompt.TAG.findall(skill.tags)]
         times = []
         if any(skill.metric == "times" for skill in self.tasks):
             longest = max(skill.seconds for skill in self.tasks)
