@@ -68,11 +68,21 @@ class TooLong(AudioError):
     """It lasts longer than whoever loads it would hear."""
 
 
+class Silent(AudioError):
+    """There is nothing to hear in it."""
+
+
 class _Passing(AudioError):
     """A server does not answer as it should; it may yet."""
 
 
-def load(source: Source, *, longest: float = math.inf) -> Float[np.ndarray, " S"]:
+def load(
+    source: Source,
+    *,
+    longest: float = math.inf,
+    offset: float = 0.0,
+    duration: float | None = None,
+) -> Float[np.ndarray, " S"]:
     """Brings sound from anywhere into the one form the model hears: mono at 16 kHz.
 
     Args:
@@ -80,20 +90,30 @@ def load(source: Source, *, longest: float = math.inf) -> Float[np.ndarray, " S"
         (samples, rate), where samples are [S], [channels, S] or [S, channels], integers counting
         as fractions of their type's full range.
       longest: seconds; of a file that lasts longer no more than these are decoded.
+      offset: seconds of the source before what is to be heard.
+      duration: seconds that are to be heard; None: up to the end.
 
     Returns:
       Float32 samples, full scale 1 but not clipped; what `librosa.load(path, sr=16000)` gives.
 
     Raises:
       AudioError: it cannot be had, is not sound, stops before its header says, holds NaN,
-        infinity or integers as floats, is silent, or lasts under 25 ms; or `TooLong`.
+        infinity or integers as floats, or lasts under 25 ms, or there is no such piece of it; or
+        `TooLong`, `Silent`.
     """
     try:
+        if not (0 <= offset < math.inf and (duration is None or duration > 0)):
+            raise AudioError(
+                "wanted an offset from 0 and a duration above 0, got an offset of "
+                f"{offset:g} s and a duration of {duration} s"
+            )
+        cut = offset > 0 or duration is not None
         if isinstance(source, tuple | list):
             samples, rate = _from_array(source)
         else:
-            samples, rate = _decode(content(source), longest)
+            samples, rate = _decode(content(source), math.inf if cut else longest)
         wave = _listen(samples, rate)
+        wave = _piece(wave, offset, duration) if cut else wave
         _refuse_longer(len(wave) / SAMPLE_RATE, longest)
         return wave
     except AudioError as error:
@@ -174,15 +194,32 @@ def _listen(samples: Float[np.ndarray, "S channels"], rate: float) -> Float[np.n
             f"wanted full scale 1, got a peak of {peak:.5g}: divide integers by their range"
         )
     if peak < QUIETEST:
-        raise AudioError(f"is silent: its peak is {peak:.1g} of full scale")
+        raise Silent(f"is silent: its peak is {peak:.1g} of full scale")
     if mixed < CANCELLED * peak:
         channels = f"its {samples.shape[1]} channels"
-        raise AudioError(f"is silent: {channels} cancel (opposite phase); pass one of them")
+        raise Silent(f"is silent: {channels} cancel (opposite phase); pass one of them")
     if rate == SAMPLE_RATE:
         return mono
     wave = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
     size = int(np.ceil(len(mono) * (SAMPLE_RATE / rate)))  # soxr may be a sample off; as librosa
     return np.pad(wave[:size], (0, max(size - len(wave), 0)))
+
+
+def _piece(
+    wave: Float[np.ndarray, " S"], offset: float, duration: float | None
+) -> Float[np.ndarray, " S2"]:
+    """What is heard from then on, for so long."""
+    seconds = len(wave) / SAMPLE_RATE
+    end = seconds if duration is None else offset + duration
+    if offset >= seconds or end > seconds + 0.1:  # times are written with few digits
+        raise AudioError(f"lasts {seconds:.2f} s, wanted a piece from {offset:g} s to {end:g} s")
+    piece = wave[round(offset * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
+    if len(piece) < SHORTEST * SAMPLE_RATE:
+        wanted = f"at least {1000 * SHORTEST:.0f} ms"
+        raise AudioError(f"lasts {1000 * len(piece) / SAMPLE_RATE:.3g} ms there, wanted {wanted}")
+    if (peak := np.abs(piece).max()) < QUIETEST:
+        raise Silent(f"is silent from {offset:g} s on: its peak is {peak:.1g} of full scale")
+    return piece
 
 
 def _from_array(source: tuple | list) -> tuple[Float[np.ndarray, "S channels"], float]:

@@ -94,7 +94,7 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         # not called: it would widen a table that was cast to what it was made in
-        x = jnp.take(self.embedding.embedding[...], tokens, axis=0)
+        x = layers.look_up(self.embedding.embedding[...], tokens)
         # looked up where the table's columns are, then brought to the rows: else all of it moves
         x = spread.constrain(x, "B L D", D=("fsdp", "context"))
         return spread.constrain(x, "B L D")

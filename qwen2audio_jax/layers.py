@@ -44,6 +44,29 @@ class Linear(nnx.LinearGeneral):
         return y.reshape(*batch, *self.out_features)
 
 
+@jax.custom_vjp
+def look_up(table: Float[Array, "V D"], ids: Int[Array, "*ids"]) -> Float[Array, "*ids D"]:
+    """Rows of a table, whose gradients are added up in float32, as PyTorch does.
+
+    By itself jax would add them in the table's dtype: in bfloat16 a word that is met some thousand
+    times in a batch would lose most of its gradient.
+    """
+    return jnp.take(table, ids, axis=0)
+
+
+def _look_up_forward(table, ids):
+    return look_up(table, ids), (table, ids)
+
+
+def _look_up_backward(saved, gradients):
+    table, ids = saved
+    total = jnp.zeros(table.shape, jnp.float32).at[ids].add(gradients.astype(jnp.float32))
+    return total.astype(table.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
 def _dot_general(x, kernel, dimensions, **_):
     """As flax calls it: precision and sharding are not said here."""
     return _product(x, kernel, dimensions)

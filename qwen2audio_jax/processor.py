@@ -17,6 +17,7 @@ from qwen2audio_jax.prompt import (
     CLIP,
     IM_END,
     PAD,
+    PIECE,
     Detokenizer,
     Prompt,
     Tokenizer,
@@ -214,7 +215,8 @@ class Processor:
             parts = []
             for part in message["content"]:
                 if part["type"] == "audio":
-                    windows = self._windows(part["audio"], long_audio, len(waves) + 1)
+                    piece = {k: part[k] for k in PIECE if k in part}
+                    windows = self._windows(part["audio"], long_audio, len(waves) + 1, **piece)
                     waves += windows
                     parts += [CLIP] * len(windows)
                 else:
@@ -320,11 +322,11 @@ class Processor:
         """A decoder to be fed tokens one by one, for streaming."""
         return Detokenizer(self.tokenizer)
 
-    def _windows(self, source: Any, long_audio: str, number: int = 1) -> list[Wave]:
-        """Loads a clip; the prompt's `number`th, if it is to be cut into windows."""
+    def _windows(self, source: Any, long_audio: str, number: int = 1, **piece: float) -> list[Wave]:
+        """Loads a clip, or a piece of one; the prompt's `number`th, if it is cut into windows."""
         if long_audio not in ("windows", "error"):
             raise ValueError(f"wanted long_audio windows or error, got {long_audio!r}")
-        wave = sound.load(source)
+        wave = sound.load(source, **piece)
         if len(wave) <= WINDOW:
             return [wave]
         name, seconds = sound.name(source), len(wave) / sound.SAMPLE_RATE

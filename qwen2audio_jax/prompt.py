@@ -24,6 +24,10 @@ PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 TAG = re.compile(r"<\|[^\s|<>]+\|>")  # of a language, a task, a time: no word
 AUDIO, AUDIO_BOS, AUDIO_EOS = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"
 
+HEARD = ("audio", "audio_url", "input_audio")  # types of parts
+PIECE = ("offset", "duration")  # of a clip, in seconds
+CLIPS = (*HEARD, "path", "url")  # what names the clip in one
+
 ROLES = ("system", "user", "assistant", "tool")
 
 # Templates look for a clip by its type, by "audio" or by "audio_url", and never at its value.
@@ -314,9 +318,10 @@ def parse(conversation: Sequence) -> list[dict]:
     """Checks a conversation and gives its content parts one form.
 
     Returns:
-      The messages; content is a string, or a list of {"type": "audio", "audio": source}, with the
-      "words" that are said in it if they were given, and {"type": "text", "text": text}. What else
-      a message has is kept, for the template.
+      The messages; content is a string, or a list of {"type": "audio", "audio": source}, with its
+      "offset" and "duration" in seconds where it is a piece, and the "words" that are said in it,
+      if they were given, and {"type": "text", "text": text}. What else a message has is kept, for
+      the template.
     """
     if not conversation:
         raise ValueError("wanted a conversation, got no messages")
@@ -342,19 +347,34 @@ def _part(part: Any, where: str) -> dict:
         raise ValueError(f"{where}: wanted {wanted}, got {_brief(part)}")
     kind, text = part.get("type"), part.get("text")
     # Tables fill absent fields with None.
-    keys = ("audio", "audio_url", "input_audio", "path", "url")
-    clips = [part[key] for key in keys if part.get(key) is not None]
+    clips = [part[key] for key in CLIPS if part.get(key) is not None]
     if clips and text:
         raise ValueError(f"{where}: wanted {wanted}, got both in one: {_brief(dict(part))}")
     if isinstance(text, str) and (kind == "text" or (kind is None and not clips)):
         return {"type": "text", "text": text}
-    if clips and kind in (None, "audio", "audio_url", "input_audio"):
-        words = {"words": part["words"]} if part.get("words") is not None else {}
+    if clips and kind in (None, *HEARD):
+        if found := [name for name in ("start", "end") if part.get(name) is not None]:
+            wanted = "a piece of a clip by its offset and duration"  # else all would be heard
+            raise ValueError(f"{where}: wanted {wanted}, got {found[0]!r}")
+        known = {name: part[name] for name in (*PIECE, "words") if part.get(name) is not None}
         try:
-            return {"type": "audio", "audio": unwrap(clips[0]), **words}
+            known |= {name: seconds(known[name], name) for name in PIECE if name in known}
+            return {"type": "audio", "audio": unwrap(clips[0]), **known}
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     raise ValueError(f"{where}: wanted {wanted}, got {_brief(dict(part))}")
+
+
+def seconds(value: Any, name: str) -> float:
+    """A time of a clip's piece, as tables have it.
+
+    Raises:
+      ValueError: it is no number.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"wanted {name} in seconds, got {_brief(value)}") from None
 
 
 def unwrap(source: Any) -> Any:

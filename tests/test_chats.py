@@ -100,6 +100,55 @@ def test_clips_may_stand_beside_a_conversation(processor, heard, tmp_path, chirp
     assert empty.prompt == from_messages(silent, processor).prompt
 
 
+def test_parts_without_a_source_take_the_clips_in_order(processor, heard):
+    """As chat templates have them, and TRL beside its media."""
+    content = [{"type": "audio"}, QUESTION, {"type": "audio", "audio": None}]
+    record = {"messages": [{"role": "user", "content": content}, says("Yes.")]}
+    clips = [named(heard)] * 2
+    whole = [{"audio": clips[0]}, QUESTION, {"audio": clips[1]}]
+    wanted = from_messages(
+        {"messages": [{"role": "user", "content": whole}, says("Yes.")]}, processor
+    )
+    example = from_messages({**record, "audios": clips}, processor)
+    assert example.prompt == wanted.prompt and len(example.waves) == 2
+    with pytest.raises(BadSample, match=r"'audios' for each of 2 <audio>, got 1"):
+        from_messages({**record, "audios": clips[:1]}, processor)
+
+
+def test_a_piece_of_a_recording_is_heard(processor, heard, chirp):
+    """Where a part says which; the words are that piece's."""
+    part = {**heard["content"][0], "offset": 0.2, "duration": "0.3", "words": "a dog"}
+    messages = [{"role": "user", "content": [part, QUESTION]}, says("Yes.")]
+    example = from_messages({"messages": messages}, processor)
+    np.testing.assert_array_equal(example.waves[0], chirp(0.7)[3200:8000])
+    assert example.words == (processor.tokenizer.encode("a dog"),)
+    asked = processor(messages[:1])["input_ids"][0].tolist()
+    assert ids_of(example.prompt)[: len(asked)] == asked
+
+
+@pytest.mark.parametrize("form", ["messages", "pair", "implicit prompt"])
+def test_a_row_s_system_comes_first(processor, heard, form):
+    """ms-swift's column; the same as the first message once more is that."""
+    system = {"role": "system", "content": "Be brief."}
+    make, row = {
+        "messages": (from_messages, lambda head: {"messages": [*head, heard, says("a")]}),
+        "pair": (
+            from_preference,
+            lambda head: {"messages": [*head, heard, says("a")], "rejected_response": "b"},
+        ),
+        "implicit prompt": (
+            from_preference,
+            lambda head: {name: [*head, heard, says(name)] for name in ("chosen", "rejected")},
+        ),
+    }[form]
+    wanted = make(row([system]), processor)
+    for head in ([], [system]):
+        assert make({**row(head), "system": "Be brief."}, processor).prompt == wanted.prompt
+    assert make({**row([]), "system": ""}, processor).prompt == make(row([]), processor).prompt
+    with pytest.raises(BadSample, match="'system' or the first message to say it, got both"):
+        make({**row([system]), "system": "Be long."}, processor)
+
+
 FORMS = ["texts", "messages", "prompt", "implicit prompt", "both", "UltraFeedback", "ms-swift"]
 
 
@@ -210,6 +259,27 @@ def test_bad_conversations_say_why(processor, heard, chirp):
         (beside("<audio>a", None), "bad conversation", "'audios' for each of 1 <audio>, got 0"),
         (beside("a", [named(heard)]), "bad conversation", "each of 0 <audio>, got 1"),
         (beside([QUESTION], [named(heard)]), "bad conversation", "each of 0 <audio>, got 1"),
+        (
+            beside("<audio>a", [named(heard)], rejected_audios=["b.wav"]),
+            "bad conversation",
+            "wanted a row without 'rejected_audios'",
+        ),
+        (
+            beside("<audio>a", ["a.wav"], tools=[{"name": "f"}]),
+            "bad conversation",
+            "'tools', which",
+        ),
+        (
+            learn(turn([{"audio": named(heard), "start": 0.1, "end": 0.2}]), says("a")),
+            "bad conversation",
+            "wanted a piece of a clip by its offset and duration, got 'start'",
+        ),
+        (
+            learn(turn([{"audio": named(heard), "offset": 0.5, "duration": 0.5}]), says("a")),
+            "corrupt audio",
+            "lasts 0.70 s, wanted a piece from 0.5 s to 1 s",
+        ),
+        (learn(clip((np.zeros(800), 16_000)), says("a")), "silent", "is silent: its peak is 0"),
         (beside("<audio>a", "a.wav"), "bad conversation", "wanted a list of clips, got str"),
         (beside("<audio>a", ["no.wav"]), "missing audio", "no.wav: there is no such file"),
         (beside("<audio>a", [{}]), "bad conversation", "wanted a url or base64 data, got {}"),

@@ -120,11 +120,35 @@ def test_what_cannot_be_answered_is_told_by_reason(model, processor, asked, capl
         rows=2,
         max_new_tokens=4,
     )
-    assert [(each.part, each.wanted) for each in answers] == [("kept", "yes")] and len(asked) == 1
+    assert [(each.part, each.row, each.wanted) for each in answers] == [("kept", "row 0", "yes")]
+    assert len(asked) == 1
     assert bad == {"missing audio": 2, "empty text": 1, "too long": 1, "unforeseen": 1}
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 4 and told[0].startswith("kept: 2 missing audio, the last: row 5: ")
     assert any("row 4: TypeError: " in line for line in told)
+
+
+def test_a_best_that_is_never_measured_is_refused():
+    """At the start, rather than after the first evaluation."""
+    one, two = [kept([])], [kept([]), kept([], "more.jsonl:test")]
+    check = held_out.check_best
+    for best, parts, how in (
+        ("wer", one, {}),
+        ("loss", two, {}),
+        ("more.jsonl:test/wer", two, {}),
+        ("ctc", one, {"ctc": True}),
+        ("rewards/margins", one, {"pairs": True}),
+        ("more.jsonl:test/rejected_match", two, {"pairs": True}),
+    ):
+        check(best, parts, **{"pairs": False, "ctc": False, **how})
+        for wrong in ("kept/wer", "other.jsonl/wer", "more.jsonl:test/loss", "rewords/margins"):
+            if (wrong, parts) == ("kept/wer", two):
+                continue
+            with pytest.raises(ValueError, match=f"wanted a loop.best of loss, .*got '{wrong}'"):
+                check(wrong, parts, **{"pairs": False, "ctc": False, **how})
+    for wrong in ("rewards/margins", "rejected_match", "nll", "ctc"):
+        with pytest.raises(ValueError, match=r"a loop.best of loss, accuracy, wer, exact_match"):
+            check(wrong, one, pairs=False, ctc=False)
 
 
 def test_plain_text_has_nothing_to_answer(model, processor, asked, folder, caplog):

@@ -124,6 +124,34 @@ def test_the_words_of_a_clip_go_with_it(processor, chirp):
         task.compile({**sample, "said": ["one"]}, processor)
 
 
+def test_a_piece_of_a_recording_is_heard(processor, chirp):
+    """By the fields that say which, as NeMo's manifests do."""
+    task = Task.parse("[AUDIO:call,offset=offset,duration=duration] What? -> [TEXT:text]")
+    call = (chirp(2.0), 16_000)
+    sample = {"call": call, "offset": 0.5, "duration": 0.25, "text": "one"}
+    (wave,) = task.compile(sample, processor).waves
+    np.testing.assert_array_equal(wave, chirp(2.0)[8000:12000])
+    (rest,) = task.compile({**sample, "offset": 1, "duration": None}, processor).waves
+    np.testing.assert_array_equal(rest, chirp(2.0)[16000:])
+    for change, reason, message in (
+        ({"duration": 1.8}, "corrupt audio", "lasts 2.00 s, wanted a piece from 0.5 s to 2.3 s"),
+        ({"offset": 2.5}, "corrupt audio", "lasts 2.00 s, wanted a piece from 2.5 s"),
+        ({"offset": -1}, "corrupt audio", "an offset from 0 and a duration above 0, got an offset"),
+        ({"offset": "soon"}, "corrupt audio", "wanted offset in seconds, got 'soon'"),
+        ({"duration": 0.01}, "corrupt audio", "lasts 10 ms there, wanted at least 25 ms"),
+        ({"call": (chirp(40.0), 16_000), "duration": 31}, "too long", "at most 30 s, got 31.00 s"),
+    ):
+        with pytest.raises(BadSample, match=re.escape(message)) as caught:
+            task.compile({**sample, **change}, processor)
+        assert caught.value.reason == reason
+    with pytest.raises(BadSample, match="missing field: no 'offset' among call, text"):
+        task.compile({"call": call, "text": "one"}, processor)
+    quiet = chirp(2.0).copy()
+    quiet[8000:16000] = 0
+    with pytest.raises(BadSample, match=r"silent: .*is silent from 0.5 s on: its peak is 0"):
+        task.compile({**sample, "call": (quiet, 16_000)}, processor)
+
+
 def test_text_without_a_clip(processor):
     """Questions; and plain text, of which all is learned and which begins with no space."""
     sample = {"q": "What can you hear?", "text": "今天"}
@@ -245,8 +273,8 @@ WRONG = {
     " nothing",
     "[AUDIO:x, max_seconds=40] -> a": "column 23: wanted seconds above 0 and up to 30, got '40'",
     "[AUDIO:x,max_seconds=nan] -> a": "column 22: wanted seconds above 0 and up to 30, got 'nan'",
-    "[AUDIO:x, closed_set=b] -> a": "column 11: wanted an attribute of AUDIO (max_seconds,"
-    " no_loss, optional, words), got 'closed_set'",
+    "[AUDIO:x, closed_set=b] -> a": "column 11: wanted an attribute of AUDIO (duration,"
+    " max_seconds, no_loss, offset, optional, words), got 'closed_set'",
     "[AUDIO:x,words=] -> a": "column 16: wanted the name of a field, got nothing",
     "a -> [TEXT:x,no_loss=1]": "column 22: wanted an attribute without a value, got '1'",
     "a -> [TEXT:x,no_loss,no_loss]": "column 22: wanted no_loss once, got it again",

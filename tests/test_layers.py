@@ -29,6 +29,24 @@ def softmax_attention(q, k, v, mask):
     return np.einsum("bnls,bsnh->blnh", weights / weights.sum(-1, keepdims=True), v)
 
 
+def test_gradients_of_a_table_add_up_in_float32():
+    """Of a word that is met thousands of times in bfloat16, too; of others as by itself."""
+    table = normal(0, 6, 8)
+    ids = jnp.array([[3] * 9999, [1] * 9000 + [5] * 999])
+    gradients = 0.3 + normal(1, *ids.shape, 8)
+
+    def slope(look_up, dtype):
+        out, back = jax.vjp(lambda table: look_up(table, ids), table.astype(dtype))
+        np.testing.assert_array_equal(out, table.astype(dtype)[ids])
+        return back(gradients.astype(dtype))[0]
+
+    wanted = slope(lambda table, ids: table[ids], jnp.float32)
+    np.testing.assert_allclose(slope(layers.look_up, jnp.float32), wanted, rtol=1e-6)
+    short = slope(layers.look_up, jnp.bfloat16)
+    assert short.dtype == jnp.bfloat16
+    np.testing.assert_allclose(short.astype(jnp.float32), wanted, rtol=1e-2)
+
+
 def test_rms_norm_is_cast_before_its_weight():
     """In bfloat16 the normed value is rounded, and then the product: as the reference does."""
     norm = layers.RMSNorm(64, 1e-6, dtype=jnp.bfloat16)

@@ -56,9 +56,10 @@ class Counted:
         self.number = states["0"]
 
 
-def learner(loss=losses.next_token, *, model=0, **how):
+def learner(loss=losses.next_token, *, model=0, ema_decay=0.0, **how):
     """Of the model of some seed."""
-    optimizer = OptimizerConfig(learning_rate=0.01, steps=STEPS, warmup_steps=1)
+    averaged = {"ema_decay": ema_decay}
+    optimizer = OptimizerConfig(learning_rate=0.01, steps=STEPS, warmup_steps=1, **averaged)
     return Learner(Qwen2Audio(small.CONFIG, rngs=nnx.Rngs(model)), optimizer, loss, **how)
 
 
@@ -140,8 +141,15 @@ def test_a_device_that_waits_for_data_is_told_of():
     assert rows[Slow][0] == 0 and sum(rows[Counted]) < 0.3
 
 
+def reference(model, batch, *, reference):
+    """Of the model beside itself as it was, as in DPO."""
+    sums, before = (losses.next_token(each, batch) for each in (model, reference))
+    return sums.replace(loss=(sums.loss - before.loss) ** 2 + sums.loss)
+
+
 WAYS = {
     "all": {},
+    "average and reference": {"loss": reference, "reference": True, "ema_decay": 0.9},
     "adapters": {
         "adapters": Lora(r=2, lora_dropout=0.3, modules_to_save=("multi_modal_projector",)),
         "accumulate": 2,
@@ -149,7 +157,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", ["all", pytest.param("adapters", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "way",
+    ["all", *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS if way != "all")],
+)
 def test_a_run_that_was_ended_ends_with_the_same_bits(tmp_path, way):
     """SIGTERM saves; what goes on from there, dropout and moments too, is what would have been."""
     how = WAYS[way]
@@ -179,6 +190,29 @@ def test_a_run_that_was_ended_ends_with_the_same_bits(tmp_path, way):
     rows = [logs.read(tmp_path / name / logs.LOG) for name in ("whole", "parts")]
     exact = [[(row["step"], row["loss"], row["grad_norm"]) for row in each] for each in rows]
     assert exact[0] == exact[1]
+
+
+def test_a_signal_beside_the_last_checkpoint_waits_for_it(tmp_path, monkeypatch):
+    """It is written behind the last step, and would be torn; all is done then, and told so."""
+    save, wait, met = Checkpoints.save, Checkpoints.wait, []
+
+    def saves(self, *args):
+        save(self, *args)
+        met.append("saving")
+
+    def waits(self):
+        if met == ["saving"]:
+            met.append("a signal")
+            os.kill(os.getpid(), signal.SIGTERM)
+        wait(self)
+
+    monkeypatch.setattr(Checkpoints, "save", saves)
+    monkeypatch.setattr(Checkpoints, "wait", waits)
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        assert (
+            loop.train(learner(), Counted(), LoopConfig(**SPARSE), checkpoints=checkpoints) is None
+        )
+        assert checkpoints.steps == [STEPS] and met == ["saving", "a signal"]
 
 
 def test_moments_are_where_their_parameters_are():
@@ -229,7 +263,8 @@ def test_a_run_that_is_farther_than_its_last_step_is_refused(tmp_path):
 
 
 def test_what_comes_out_is_the_average_of_the_steps_there_were():
-    """However slow it is: where it began is not in it; adapters' likewise."""
+    """However slow it is; where it began is in it but as what a warm-up's first step leads to.
+    Adapters' likewise."""
     for how in ({}, {"adapters": Lora(r=2)}):
         config = OptimizerConfig(learning_rate=0.01, steps=STEPS, warmup_steps=1, ema_decay=0.999)
         model = Qwen2Audio(small.CONFIG, rngs=nnx.Rngs(0))

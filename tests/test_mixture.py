@@ -573,8 +573,12 @@ def test_another_mixture_s_state_is_refused(tokenizer):
     with pytest.raises(ValueError, match="cannot resume: seed was 0, is 1"):
         iter(Mixture(**{**vars(mixture), "seed": 1})).set_state(state)
     grown = Part(name="n", source=numbers(6), compile=text_only)
-    with pytest.raises(ValueError, match=r"cannot resume: parts was .*5.* is .*6"):
+    told = "cannot resume: n had rows 5, has 6: wanted the same, or another --out that begins with"
+    with pytest.raises(ValueError, match=told):
         iter(Mixture(**{**vars(mixture), "parts": (grown,)})).set_state(state)
+    other = Mixture(**{**vars(mixture), "parts": (dataclasses.replace(grown, name="m"),)})
+    with pytest.raises(ValueError, match=r"cannot resume: parts was .*5.* is .*6"):
+        iter(other).set_state(state)
     half = (SHORT, dataclasses.replace(LONG, weight=3.0))
     with pytest.raises(ValueError, match=r"each of the buckets or for none, got .* 2x160,4x110@3"):
         Mixture(**{**vars(mixture), "buckets": half})

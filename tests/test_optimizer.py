@@ -297,6 +297,31 @@ def test_adafactor_factors_the_encoder_s_attention():
     assert size(state) < 0.02 * size(tree)
 
 
+def test_adafactor_moves_each_layer_by_itself():
+    """A stack moves as a list does: one layer's spike is not its neighbours', and of many layers
+    none is taken for a row."""
+    rng, layers = np.random.default_rng(0), 70
+    shapes = {"kernel": (layers, 64, 80), "bias": (layers, 80)}
+    stack = {name: jnp.float32(rng.normal(size=shape)) for name, shape in shapes.items()}
+    lists = lambda tree: [{name: x[i] for name, x in tree.items()} for i in range(layers)]
+    config = OptimizerConfig(name="adafactor", warmup_steps=0, clip_norm=0.0, weight_decay=0.0)
+    moved = []
+    for form in (lambda tree: tree, lists):
+        within = lambda tree, form=form: {"decoder": {"blocks": form(tree)}}
+        optimizer, params = config.make(), within(stack)
+        update = jax.jit(optimizer.update)
+        state = optimizer.init(params)
+        for size in (1.0, 1.0, 1000.0):
+            grads = {name: x.at[0].multiply(size) for name, x in stack.items()}
+            updates, state = update(within(grads), state, params)
+        moved.append(updates["decoder"]["blocks"])
+    for name, found in moved[0].items():
+        np.testing.assert_allclose(found, [each[name] for each in moved[1]], rtol=1e-5)
+        sizes = np.sqrt(np.mean(np.square(found.reshape(layers, -1)), axis=1))
+        assert sizes.max() < 1.01 * config.learning_rate  # the spike is cut, and it alone
+        assert sizes[1:].min() > 0.9 * config.learning_rate
+
+
 def test_muon_makes_block_matrices_orthogonal(params):
     """Layer by layer, inputs against outputs, of Adam's size; all else moves as by AdamW."""
     rng = np.random.default_rng(0)

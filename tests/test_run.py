@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -60,6 +61,17 @@ def test_a_run_goes_on_as_it_began(folder):
     kept = json.loads((folder / run.SETTINGS).read_text())
     assert kept == run.as_json(other) and kept["optimizer"]["log_every"] == 1
     assert kept["out"] == "moved" and kept["data"] == "train.jsonl"
+
+
+def test_two_jobs_do_not_share_a_folder(tmp_path):
+    """The second is told which has it; when that ends, however it does, it may go on."""
+    folder = tmp_path / "run"
+    with run.alone(folder):
+        told = rf"run is in use by process {os.getpid()} of \S+: wanted that to end, or another --o"
+        with pytest.raises(ValueError, match=told), run.alone(folder):
+            pass
+    with run.alone(folder):
+        pass
 
 
 def test_its_folder_is_whole(folder):

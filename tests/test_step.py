@@ -145,7 +145,7 @@ def one_step(model):
             optimizer=adam,
             gradient_accumulation_steps=parts,
         )
-        return jax.device_get((state.params, logs))
+        return jax.device_get((state.params, logs, optax.tree.get(state.opt_state, "mu")))
 
     return run
 
@@ -159,10 +159,15 @@ def wanted(plain, one_step):
     ("layout", "parts"), [(padded, 1), (packed, 1), (accumulated, 4), (spread, 1)]
 )
 def test_one_step_is_the_same_in_every_layout(plain, wanted, one_step, layout, parts):
-    """Padded, packed, accumulated, spread over devices: the parameters to 1e-6, and the logs."""
-    params, logs = one_step(layout(plain), parts)
+    """Padded, packed, accumulated, spread over devices: the parameters to 1e-6, and the logs.
+
+    Adam's first step is as long whatever the gradient's size: its moments tell what that was.
+    """
+    params, logs, moments = one_step(layout(plain), parts)
     for a, b in zip(*map(jax.tree.leaves, (params, wanted[0])), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+    for a, b in zip(*map(jax.tree.leaves, (moments, wanted[2])), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
     for name, value in wanted[1].items():
         np.testing.assert_allclose(logs[name], value, rtol=1e-5)
 
@@ -228,6 +233,27 @@ def test_the_norm_of_many_short_gradients_is_added_up_in_float32():
 
     _, logs = step.update(step.start(params, adam), {}, loss=loss, optimizer=adam)
     np.testing.assert_allclose(logs["grad_norm"], 600**0.5, rtol=1e-3)
+
+
+def test_short_parameters_move_by_less_than_their_last_bit():
+    """By as much as long ones, on average over many; a step that is done again ends as it did."""
+    descent = optax.sgd(1.0)
+    start = {"x": jnp.full((64, 64), 0.02, jnp.bfloat16), "still": jnp.ones(8, jnp.bfloat16)}
+
+    def loss_of(params, batch):
+        return Sums(batch * params["x"].astype(jnp.float32).sum(), jnp.ones(()), {})
+
+    def run(steps):
+        state = step.start(jax.tree.map(jnp.copy, start), descent)
+        for _ in range(steps):
+            state, _ = step.update(state, jnp.float32(2e-6), loss=loss_of, optimizer=descent)
+        return jax.tree.map(lambda x: np.asarray(x, np.float32), state.params)
+
+    once, often = run(1), run(100)
+    assert 0.01 < (once["x"] != once["x"].max()).mean() < 0.04  # a last bit is 1.2e-4 there
+    np.testing.assert_allclose(often["x"].mean(), float(start["x"][0, 0]) - 2e-4, atol=4e-6)
+    np.testing.assert_array_equal(often["still"], 1)
+    np.testing.assert_array_equal(often["x"], run(100)["x"])
 
 
 @pytest.mark.slow

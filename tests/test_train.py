@@ -203,7 +203,7 @@ def test_sft_leaves_a_folder_that_says_all(run, tmp_path, base, data, capsys, ca
     wrong = ("--data.train", f"{others}:train", *changing, "data.train")
     settings = (out / "run.json").read_bytes()
     assert run("sft", "chats", out, *args, *more, *wrong) == 2
-    assert "cannot resume: parts was {'chats.jsonl:train': [" in capsys.readouterr().err
+    assert "cannot resume: chats.jsonl:train had rows " in capsys.readouterr().err
     assert (out / "run.json").read_bytes() == settings  # or what it began with would be refused
     more += ("--data.held-out", moved / "chats.jsonl:test")
     assert run("sft", "chats", out, *args, *more, *changing, "data.train") == 0

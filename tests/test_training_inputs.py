@@ -166,7 +166,7 @@ class Answers(Learner):
         return dict.fromkeys(reference.REFERENCE, -batch["rows"].astype(np.float32))
 
 
-def test_what_a_reference_has_answered_is_not_asked_again(tmp_path, monkeypatch):
+def test_what_a_reference_has_answered_is_not_asked_again(tmp_path, monkeypatch, caplog):
     """A start that was killed leaves what it knew; rows that cannot be used stay unknown."""
     batches = [{"rows": np.array(rows)} for rows in ([0, 3], [1, -1], [4, 2])]  # not 5
     monkeypatch.setattr(inputs, "once", lambda part, mixture, bad: iter(batches))
@@ -182,6 +182,15 @@ def test_what_a_reference_has_answered_is_not_asked_again(tmp_path, monkeypatch)
     wanted = np.array([[0, -1, -2, -3, -4, np.nan]] * 2, np.float32).T
     for each in (answered, again):
         np.testing.assert_array_equal(each.source.logps, wanted)
+    (kept,) = (tmp_path / reference.FOLDER).glob("*.npz")
+    for damaged in (b"", kept.read_bytes()[:-50], b"PK no zip"):  # asked once more, and told
+        kept.write_bytes(damaged)
+        caplog.clear()
+        anew = Answers(9)
+        (again,) = reference.precompute(anew, mixture, [part], tmp_path)
+        assert anew.asked == [[0, 3], [1, -1], [4, 2]]
+        np.testing.assert_array_equal(again.source.logps, wanted)
+        assert f"{kept} is damaged, so the reference is asked again: " in caplog.text
 
 
 def test_what_a_reference_was_asked_in_depends_on_shapes_and_arithmetic(tmp_path, monkeypatch):

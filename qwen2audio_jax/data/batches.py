@@ -35,6 +35,9 @@ KILLED = re.compile(r"process was terminated unexpectedly with exit code (-?\d+)
 WAITING = 4  # groups of a bucket that may wait for their turn, where several hosts keep step
 LATE = 50  # steps that a group may wait for samples of its own, however rare these are
 
+NOTHING = {"samples": 0, "tokens": 0, "seconds": 0.0, "longest": 0.0, "unspelt": 0}
+PART = ("rows", "weight", "augmented", "masked")  # as a mixture's identity has them
+
 _log = logging.getLogger(__name__)
 
 
@@ -125,14 +128,15 @@ class Batches:
         self.mixture = self.mixture.weighted_as(state["mixture"])
         for name, ours in self.mixture.identity().items():
             if (theirs := state["mixture"].get(name)) != ours:
-                raise ValueError(f"cannot resume: {name} was {theirs}, is {ours}")
+                raise ValueError(f"cannot resume: {_differs(name, theirs, ours)}")
         self._ahead.set_state(state)
         self._state = self._groups.get_state()
 
     @property
     def counts(self) -> dict[str, dict[str, Any]]:
-        """By part: samples, tokens and seconds so far, what is waiting for the rest of its batch,
-        clips whose words are too many for CTC, and `bad`: reason -> [count, the last]."""
+        """By part: samples, tokens and seconds so far, those of the longest clip, what is waiting
+        for the rest of its batch, clips whose words are too many for CTC, and `bad`: reason ->
+        [count, the last]."""
         return self._state["counts"]
 
     def report(self) -> str:
@@ -141,6 +145,19 @@ class Batches:
 
     def close(self) -> None:
         self._ahead.close()
+
+
+def _differs(name: str, theirs: Any, ours: Any) -> str:
+    """How a mixture's identity does."""
+    if name != "parts" or not isinstance(theirs, Mapping) or [*theirs] != [*ours]:
+        return f"{name} was {theirs}, is {ours}"
+    told = [
+        f"{part} had {field} {before:g}, has {now:g}"
+        for part, fields in ours.items()
+        for field, before, now in zip(PART, theirs[part], fields, strict=True)
+        if before != now
+    ]
+    return f"{'; '.join(told)}: wanted the same, or another --out that begins with this one's model"
 
 
 def added(feeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -152,7 +169,8 @@ def added(feeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[st
             for reason, (n, message) in count["bad"].items():
                 bad[reason] = [bad.get(reason, [0])[0] + n, message]
         sums = {k: sum(count[k] for count in each) for k in each[0] if k != "bad"}
-        total[name] = {**sums, "bad": bad}
+        longest = max(count["longest"] for count in each)
+        total[name] = {**sums, "longest": longest, "bad": bad}
     return total
 
 
@@ -216,10 +234,7 @@ class _Groups(grain.DatasetIterator):
         self._waiting: list[list[Group]] = [[] for _ in mixture.buckets]
         self._turns, self._rows = _Turns(mixture), sum(mixture.sizes.values())
         self._shut: int | None = None  # the bucket whose first group was filled up for others
-        self._counts = {
-            part.name: {"samples": 0, "tokens": 0, "seconds": 0.0, "unspelt": 0, "bad": {}}
-            for part in mixture.parts
-        }
+        self._counts = {part.name: {**NOTHING, "bad": {}} for part in mixture.parts}
         self._traced = False  # whether what nobody foresaw was told of, with where it happened
         self._kind: list[int] | None = None  # the first sample's, which all share
 
@@ -269,6 +284,7 @@ class _Groups(grain.DatasetIterator):
             count["samples"] += 1
             count["tokens"] += sum(len(text.ids) for text in sample.texts)
             count["seconds"] += sample.seconds
+            count["longest"] = max(count["longest"], sample.longest)
             if self._mixture.words:
                 count["unspelt"] += sample.unspelt
         processor = self._processor
@@ -395,7 +411,7 @@ class _Groups(grain.DatasetIterator):
         self._position, self._step = state["position"], state["step"]
         self._hopeless, self._kind = state["hopeless"], state["kind"]
         self._counts = {
-            name: {"unspelt": 0, **count, "bad": {**count["bad"]}}
+            name: {**NOTHING, **count, "bad": {**count["bad"]}}
             for name, count in state["counts"].items()
         }
         self._turns, self._shut = _Turns(self._mixture, self._step), None

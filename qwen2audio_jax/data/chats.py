@@ -1,5 +1,6 @@
 """Rows of conversations, and of pairs of answers to them -> examples."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 from qwen2audio_jax import audio as sound
 from qwen2audio_jax.data.example import BadSample, Example, Pair, as_text, hear, plain
 from qwen2audio_jax.processor import Processor, Wave
-from qwen2audio_jax.prompt import Prompt, parse
+from qwen2audio_jax.prompt import CLIPS, HEARD, PIECE, Prompt, parse
 
 AUDIOS, PLACE = "audios", "<audio>"  # ms-swift's clips beside a conversation, and where each goes
 RESPONSE = "rejected_response"  # ms-swift's, beside messages that end with the chosen one
+DROPPED = ("rejected_audios", "tools")  # ms-swift's, too: both answers hear the same, and call none
 SOUNDS = ("audio", "audio_url", "input_audio", AUDIOS)  # the names of what is to be heard
 
 
@@ -23,13 +25,16 @@ def from_messages(record: Mapping, processor: Processor) -> Example:
     A turn with {"loss": false} or {"weight": 0} is not learned.
 
     Clips are parts of a content or, as ms-swift writes them, in a list beside the messages, with
-    an `<audio>` for each in texts that are no answers: {"messages": [...], "audios": ["a.wav"]}.
+    an `<audio>` for each in texts that are no answers: {"messages": [...], "audios": ["a.wav"]};
+    or with a part for each that names none, {"type": "audio"}. A piece of a recording has its
+    "offset" and "duration" in seconds beside it. What a row's "system" says comes first.
 
     Raises:
       BadSample: a clip's reason, "missing field", "empty text", "not text", "special token in
         text" or "bad conversation".
     """
-    messages = _listen(_conversation(_field(record, "messages"), _beside(record)))
+    messages = _with_system(record, _field(record, "messages"))
+    messages = _listen(_conversation(messages, _beside(record)))
     _check_answers(messages)
     prompt, waves = _compile(processor, messages, learn=True)
     parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
@@ -52,12 +57,15 @@ def from_preference(record: Mapping, processor: Processor) -> Pair:
     given, chosen, rejected = _pair(record)
     clips = _beside(record)
     if given is None or (_begins(chosen) and _begins(rejected)):
-        chosen, rejected = _placed(chosen, clips), _placed(rejected, clips)
+        chosen, rejected = (
+            _with_system(record, _placed(answer, clips)) for answer in (chosen, rejected)
+        )
         _check_twice(given, clips, chosen)
         shared, clips = _shared(chosen, rejected), ()
         given, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    elif isinstance(given, str):
-        given = [{"role": "user", "content": given}]
+    else:
+        given = [{"role": "user", "content": given}] if isinstance(given, str) else given
+        given = _with_system(record, given)
     messages = _listen(_conversation(given, clips))
     prompt, waves = _compile(processor, messages, learn=False)
     chosen, rejected = (_answer(processor, messages, turns) for turns in (chosen, rejected))
@@ -103,9 +111,27 @@ def _field(record: Mapping, name: str) -> Any:
     return record[name]
 
 
+def _with_system(record: Mapping, messages: Any) -> list:
+    """The messages behind what ms-swift's `system` says, unless they begin with that."""
+    messages, text = list(_list(messages, "messages")), record.get("system")
+    if text in (None, ""):
+        return messages
+    first = messages[0] if messages else None
+    if isinstance(first, Mapping) and first.get("role") == "system":
+        if first.get("content") != text:
+            wanted = "what is in 'system' or the first message to say it, got both"
+            raise BadSample("bad conversation", f"wanted {wanted}")
+        return messages
+    return [{"role": "system", "content": text}, *messages]
+
+
 def _beside(record: Mapping) -> Sequence:
     """The clips beside a conversation."""
     _check_heard({**record, AUDIOS: None}, "the row")
+    for name in DROPPED:
+        if record.get(name) not in (None, "", "[]") and len(record[name]):
+            wanted = f"a row without {name!r}, which no answer would depend on"
+            raise BadSample("bad conversation", f"wanted {wanted}, got {record[name]!r}")
     return _list([] if record.get(AUDIOS) is None else record[AUDIOS], "clips")
 
 
@@ -119,23 +145,33 @@ def _list(value: Any, of: str) -> Sequence:
 def _placed(messages: Any, clips: Sequence) -> list:
     """The messages with the clips in their places; an `<audio>` in an answer is text."""
     messages, left = _list(messages, "messages"), iter(clips)
-    texts = [_asked(message) for message in messages]
-    if (count := sum(text.count(PLACE) for text in texts)) != len(clips):
-        wanted = f"a clip in {AUDIOS!r} for each of {count} {PLACE}"
+    asked = [_parts(message) for message in messages]
+    places = sum(map(_is_place, itertools.chain(*asked)))
+    if places != len(clips):
+        wanted = f"a clip in {AUDIOS!r} for each of {places} {PLACE}"
         raise BadSample("bad conversation", f"wanted {wanted}, got {len(clips)}")
-    part = lambda piece: {"audio": next(left)} if piece == PLACE else {"text": piece}
-    parts = lambda text: [part(piece) for piece in re.split(f"({PLACE})", text) if piece]
+    put = lambda part: {**part, "audio": next(left)} if _is_place(part) else part
     return [
-        {**message, "content": parts(text)} if PLACE in text else message
-        for message, text in zip(messages, texts, strict=True)
+        {**message, "content": [*map(put, parts)]} if any(map(_is_place, parts)) else message
+        for message, parts in zip(messages, asked, strict=True)
     ]
 
 
-def _asked(message: Any) -> str:
-    """A message's text, if it is no answer and has no parts."""
+def _parts(message: Any) -> list:
+    """A message's parts, if it is no answer; of a text, what stands between its places."""
     asks = isinstance(message, Mapping) and message.get("role") != "assistant"
-    text = message.get("content") if asks else None
-    return text if isinstance(text, str) else ""
+    content = message.get("content") if asks else None
+    if isinstance(content, str):
+        pieces = [piece for piece in re.split(f"({PLACE})", content) if piece]
+        return [{"type": "audio"} if p == PLACE else {"type": "text", "text": p} for p in pieces]
+    return [*content] if isinstance(content, Sequence) and not isinstance(content, bytes) else []
+
+
+def _is_place(part: Any) -> bool:
+    """Whether a clip belongs here that is named elsewhere."""
+    if not isinstance(part, Mapping) or part.get("type") not in HEARD:
+        return False
+    return all(part.get(name) is None for name in CLIPS)
 
 
 def _conversation(messages: Any, clips: Sequence = ()) -> list[dict]:
@@ -173,12 +209,15 @@ def _listen(messages: list[dict]) -> list[dict]:
     for message in messages:
         if not isinstance(message["content"], str):
             message["content"] = [
-                {**part, "audio": (hear(part["audio"]), sound.SAMPLE_RATE)}
-                if part["type"] == "audio"
-                else part
-                for part in message["content"]
+                _heard(part) if part["type"] == "audio" else part for part in message["content"]
             ]
     return messages
+
+
+def _heard(part: Mapping) -> dict:
+    piece = {name: part[name] for name in PIECE if name in part}
+    rest = {name: value for name, value in part.items() if name not in piece}
+    return {**rest, "audio": (hear(part["audio"], **piece), sound.SAMPLE_RATE)}
 
 
 def _compile(

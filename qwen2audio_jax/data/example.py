@@ -21,6 +21,7 @@ from qwen2audio_jax.prompt import (
     IM_START,
     PAD,
     Prompt,
+    seconds,
     unwrap,
 )
 
@@ -95,24 +96,26 @@ class Pair:
     waves: tuple[Wave, ...]
 
 
-def hear(source: Any, longest: float = LONGEST) -> Wave:
-    """Loads a clip of at most `longest` seconds.
+def hear(source: Any, longest: float = LONGEST, **piece: Any) -> Wave:
+    """Loads a clip of at most `longest` seconds, or a piece of one.
 
     Args:
       source: what `audio.load` takes, a URL of any storage that fsspec knows (gs://, s3://),
         or what `prompt.unwrap` does.
+      piece: `audio.load`'s offset and duration.
 
     Raises:
-      BadSample: "missing audio", "corrupt audio" or "too long".
+      BadSample: "missing audio", "corrupt audio", "silent" or "too long".
       ImportError: a storage's package is not installed.
     """
-    return hear_fetched(source, longest)[0]
+    return hear_fetched(source, longest, **piece)[0]
 
 
-def hear_fetched(source: Any, longest: float = LONGEST) -> tuple[Wave, Any]:
+def hear_fetched(source: Any, longest: float = LONGEST, **piece: Any) -> tuple[Wave, Any]:
     """The same, and what `audio.load` took: the file's bytes, of what only fsspec knows."""
     try:
         source = unwrap(source)
+        piece = {name: seconds(value, name) for name, value in piece.items() if value is not None}
     except ValueError as error:
         raise BadSample("corrupt audio", str(error)) from None
     if source is None or source == "":
@@ -120,12 +123,14 @@ def hear_fetched(source: Any, longest: float = LONGEST) -> tuple[Wave, Any]:
     try:
         scheme = storage.elsewhere(source) if isinstance(source, str) else None
         found = _stored(source) if scheme and scheme not in HEARD else source
-        return sound.load(found, longest=longest), found
+        return sound.load(found, longest=longest, **piece), found
     except sound.AudioError as error:
         # by the name that it was given
         told = f"{sound.name(source)}{str(error).removeprefix(sound.name(found))}"
         if isinstance(error, sound.TooLong):
             raise BadSample("too long", told) from None
+        if isinstance(error, sound.Silent):
+            raise BadSample("silent", told) from None
         absent = any(words in told for words in ABSENT)
         raise BadSample("missing audio" if absent else "corrupt audio", told) from None
 

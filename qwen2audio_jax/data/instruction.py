@@ -10,6 +10,8 @@ A slot `[TYPE:field,attribute,key=value]` takes a field of the sample; all else 
     closed_set=a|b|c  the text is one of these; closed_set=FIELD: of the list in the sample's field.
                       Also when it is generated, if the rest of what is measured is closed too
     max_seconds=10    a longer clip is a bad sample; never more than 30
+    offset=FIELD      the field with the seconds of a recording before what is to be heard of it
+    duration=FIELD    the field with how many seconds that are; without, all up to the end
     words=FIELD       the field with the words that are said in the clip, for CTC to learn from;
                       absent or empty where nobody knows them
 
@@ -32,17 +34,19 @@ import numpy as np
 from qwen2audio_jax.data.example import BadSample, Example, as_text, hear, is_empty
 from qwen2audio_jax.data.slots import Filled, Part, Slot, heard, parts_of, slot_type
 from qwen2audio_jax.processor import Processor, Wave, count_tokens
-from qwen2audio_jax.prompt import AUDIO, AUDIO_BOS, AUDIO_EOS, PAD, TAG, Prompt
+from qwen2audio_jax.prompt import AUDIO, AUDIO_BOS, AUDIO_EOS, PAD, PIECE, TAG, Prompt
 
 STYLES = ("prompt", "tags", "none")
 MOST = 10_000  # answers that several closed sets allow together: all are written out
 TASKS = ("transcribe", "translate", "caption", "keyword", "question")  # that have a tag
 
 
-@slot_type("AUDIO", attributes=["max_seconds", "words"], heard=True)
+@slot_type("AUDIO", attributes=["max_seconds", "offset", "duration", "words"], heard=True)
 def fill_audio(value: Any, slot: Slot, sample: Mapping) -> Filled:
     words = "" if slot.words is None else as_text(sample.get(slot.words), repr(slot.words))
-    waves = (hear(value, slot.max_seconds),)
+    fields = {name: getattr(slot, name) for name in PIECE}
+    piece = {name: _field(field, sample) for name, field in fields.items() if field is not None}
+    waves = (hear(value, slot.max_seconds, **piece),)
     return Filled(f"{AUDIO_BOS}{AUDIO}{AUDIO_EOS}", waves, (words,))
 
 

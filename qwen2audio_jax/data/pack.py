@@ -101,6 +101,11 @@ class Sample:
         return max(len(text.ids) for text in self.texts)
 
     @property
+    def longest(self) -> float:
+        """Seconds of its longest clip."""
+        return max(self.valid, default=0) / 100
+
+    @property
     def unspelt(self) -> int:
         """Clips that CTC has to leave out, as more is said than their states can spell."""
         told = zip(self.words, self.valid, strict=False)
@@ -207,7 +212,8 @@ def _bucket(tokens: int, valid: Sequence[int], buckets: Sequence[Bucket]) -> int
     got = f"{tokens} tokens"
     if valid:
         got += f" and {len(valid)} clips of up to {needed_frames(max(valid))} frames"
-    raise BadSample("too long", f"fits no bucket: {got}")
+    largest = ", ".join(map(str, buckets[-2:]))
+    raise BadSample("too long", f"fits no bucket: {got}; the last of data.buckets: {largest}")
 
 
 def _picture(

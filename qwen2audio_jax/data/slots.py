@@ -55,7 +55,9 @@ class Slot:
     optional: bool = False
     closed_set: str | tuple[str, ...] | None = None  # the name of a field, or the set
     max_seconds: float = LONGEST
-    words: str | None = None  # the name of a field: what is said in the clip
+    offset: str | None = None  # names of fields: the piece of a recording that is heard
+    duration: str | None = None
+    words: str | None = None  # and what is said in it
     # Those that its type alone has, as its parsers made them.
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
@@ -229,6 +231,8 @@ ATTRIBUTES = {  # that types share: fields of a Slot
     "optional": _flag,
     "closed_set": _set,
     "max_seconds": _seconds,
+    "offset": _name,
+    "duration": _name,
     "words": _name,
 }
 

@@ -84,7 +84,7 @@ def copied(path: str) -> str:
     _remove_left()
     handle, copy = tempfile.mkstemp(prefix=COPY, suffix=posixpath.splitext(path)[1])
     atexit.register(pathlib.Path(copy).unlink, missing_ok=True)
-    _lock(handle)  # and never closed: it is locked until this process ends, however it does
+    lock(handle)  # and never closed: it is locked until this process ends, however it does
 
     def whole() -> None:
         with open(copy, "wb") as here, _opened(path) as there:
@@ -99,18 +99,21 @@ def _remove_left() -> None:
     for copy in pathlib.Path(tempfile.gettempdir()).glob(f"{COPY}*"):
         with contextlib.suppress(OSError), copy.open("r+b") as file:
             # an empty one may be about to be locked
-            if os.fstat(file.fileno()).st_size and _lock(file.fileno()):
+            if os.fstat(file.fileno()).st_size and lock(file.fileno()):
                 copy.unlink()
 
 
-def _lock(handle: int) -> bool:
-    """Whether a file is this process's now; not if another has it, or nothing can be locked."""
+def lock(handle: int) -> bool | None:
+    """Whether a file is this process's now, until it ends, however it does; not if another has it.
+    None: nothing can be locked there."""
     try:
         import fcntl  # not of every system
 
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):
+    except BlockingIOError:
         return False
+    except (ImportError, OSError):
+        return None
     return True
 
 

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from qwen2audio_jax import spread, weights
+from qwen2audio_jax.data.example import LONGEST
 from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.training import peft
 from qwen2audio_jax.training.checkpoint import Checkpoints
 from qwen2audio_jax.training.learner import Learner
 from qwen2audio_jax.training.settings import Settings
+from qwen2audio_jax.weights.source import TINY
 
 # Folders of a run's, and the end of their names where that is the best, not the last.
 MODEL, ADAPTER, BEST = "model", "adapter", "-best"
@@ -22,21 +24,31 @@ def folders(out: pathlib.Path) -> list[pathlib.Path]:
     return [out / f"{name}{end}" for name in (MODEL, ADAPTER) for end in ("", BEST)]
 
 
-def save(settings: Settings, learner: Learner, processor: Processor, which: str = "") -> None:
-    """Writes the model as it is, and its adapters, into folders whose names end so."""
+def save(
+    settings: Settings, learner: Learner, processor: Processor, heard: float, which: str = ""
+) -> None:
+    """Writes the model as it is, and its adapters, into folders whose names end so.
+
+    Args:
+      heard: seconds of the longest clip that was learned from.
+    """
     if settings.lora.r:
         adapters = jax.tree.map(lambda x: jnp.asarray(spread.whole(x)), learner.averaged())
         if jax.process_index() == 0:
             folder = settings.out / f"{ADAPTER}{which}"
-            peft.save(folder, adapters, settings.lora.config, learner.base(), base=settings.model)
+            peft.save(folder, adapters, settings.lora.config, learner.base(), base=_base(settings))
     folder = settings.out / f"{MODEL}{which}"
     weights.save(jax.tree.map(lambda x: x.astype(settings.dtype), learner.merged()), folder)
     if jax.process_index() == 0:
-        processor.save_pretrained(folder, window=_window(settings, processor))
+        processor.save_pretrained(folder, window=_window(settings, processor, heard))
 
 
 def save_best(
-    settings: Settings, learner: Learner, processor: Processor, checkpoints: Checkpoints
+    settings: Settings,
+    learner: Learner,
+    processor: Processor,
+    heard: float,
+    checkpoints: Checkpoints,
 ) -> int | None:
     """Writes the best checkpoint, where that is not the last; gives its step.
 
@@ -55,16 +67,18 @@ def save_best(
                 raise
             best = checkpoints.best  # that one was damaged, which has been told
         else:
-            save(settings, learner, processor, BEST)
+            save(settings, learner, processor, heard, BEST)
             break
     return best
 
 
-def _window(settings: Settings, processor: Processor) -> float:
+def _window(settings: Settings, processor: Processor, heard: float) -> float:
     """Seconds of the longest clips that the model has learned from, here or before."""
-    before = 0.0 if settings.from_scratch else processor.window
-    frames = max((bucket.frames for bucket in settings.data.buckets if bucket.clips), default=0)
-    if not frames:
-        return processor.window
-    here = 30.0 if frames == 3000 else (frames - 4) / 100  # 4 stand behind a clip's own
-    return max(before, here, 1.0)  # what transcription takes
+    before = 0.0 if settings.from_scratch and heard else processor.window
+    return max(before, min(heard, LONGEST), 1.0)  # what transcription takes
+
+
+def _base(settings: Settings) -> str:
+    """What adapters are of, as others find it: a hub id, or a folder of this disk."""
+    folder = TINY if settings.model == "tiny" else pathlib.Path(settings.model).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else settings.model

@@ -33,9 +33,25 @@ class Answer:
     """A prompt, answered."""
 
     part: str
+    row: str  # the file it is from, and where in it
     wanted: str
     got: str
     rejected: str | None = None  # of a preference pair
+
+
+def check_best(best: str, parts: Sequence[HeldOut], *, pairs: bool, ctc: bool) -> None:
+    """Refuses to keep the best checkpoint by a figure that is never measured.
+
+    Raises:
+      ValueError: the message says which are.
+    """
+    answered = ["wer", "exact_match", *["rejected_match"] * pairs]
+    figures = ["loss", "accuracy", *answered]
+    figures += ["nll", "rewards/margins"] if pairs else ["ctc"] * ctc
+    if len(parts) > 1:  # of one, all is its own
+        figures += [f"{each.part.name}/{figure}" for each in parts for figure in answered]
+    if best not in figures:
+        raise ValueError(f"wanted a loop.best of {', '.join(figures)}, got {best!r}")
 
 
 def losses(parts: Sequence[HeldOut], mixture: Mixture, measure: Callable[[Any], Sums]) -> dict:
@@ -116,7 +132,9 @@ def _samples(
         rejected = None
         if isinstance(example, Pair):
             rejected = text_of(example.rejected, processor)
-        answer = Answer(part=each.part.name, wanted=wanted, got="", rejected=rejected)
+        place = where(each.part.source, row)
+        what = {"wanted": wanted, "got": "", "rejected": rejected}
+        answer = Answer(part=each.part.name, row=place, **what)
         found.append((row, given, answer, choices))
     closed = answering.longest((choices for *_, choices in found if choices), processor)
     fitting = []

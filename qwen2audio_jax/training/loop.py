@@ -99,8 +99,8 @@ def train(
                 due = not score(evaluate, meter, stop, checkpoints, done)
         if stop.signal is not None and done:
             save(learner, batches, checkpoints, done, meter)
-    if checkpoints is not None:
-        checkpoints.wait()
+        if checkpoints is not None:  # a signal that comes meanwhile waits for it, too
+            checkpoints.wait()
     return None if done == steps and not due else stop.signal
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen2audio_jax import spread
 from qwen2audio_jax.decoder import Decoder
+from qwen2audio_jax.layers import look_up
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import IGNORED
 
@@ -148,7 +149,8 @@ def words_loss(
     with jax.named_scope(SPELT):
         blanks, _ = token_logps(decoder, states, jnp.where(valid, blank, IGNORED))
     spelt = words != IGNORED
-    beside = decoder.table[jnp.where(spelt, words, blank)] - decoder.table[blank]
+    named = look_up(decoder.table, jnp.where(spelt, words, blank))
+    beside = named - look_up(decoder.table, jnp.asarray(blank))
     logps = jnp.einsum("CAD,CND->CAN", states, beside, preferred_element_type=jnp.float32)
     logps += blanks[..., None]
     # A word that recurs has the class of its first time.

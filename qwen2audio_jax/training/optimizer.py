@@ -199,11 +199,30 @@ class OptimizerConfig:
     def _scaled(self):
         if self.name == "adafactor":
             factored = optax.scale_by_factored_rms(min_dim_size_to_factor=FACTORED)
-            return optax.chain(factored, optax.clip_by_block_rms(1.0))
+            return _layer_by_layer(optax.chain(factored, optax.clip_by_block_rms(1.0)))
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype)
         adam = _with_second_moments_in(self.nu_dtype, adam)
         momentum = {"beta": self.muon_beta, "mu_dtype": self.mu_dtype}
         return _muon(adam, **momentum) if self.name == "muon" else adam
+
+
+def _layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` of each parameter by itself, and of each layer of a stack: as if they were a list."""
+
+    def each(f, path):
+        _, stacked, within = name_of(path).partition(".blocks.")
+        return jax.vmap(f) if stacked and not within.split(".")[0].isdigit() else f
+
+    def init(params):
+        return jax.tree.map_with_path(lambda path, x: each(inner.init, path)(x), params)
+
+    def update(grads, state, params):
+        one = lambda path, *args: each(inner.update, path)(*args)
+        found = jax.tree.map_with_path(one, grads, state, params)
+        part = lambda i: jax.tree.map(lambda _, both: both[i], grads, found)
+        return part(0), part(1)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _with_second_moments_in(
@@ -272,8 +291,9 @@ class _Average(NamedTuple):
 
 
 def _averaging(decay):
-    """Passes updates on and keeps the average of the parameters they lead to: not of those before
-    the first step, which would count for much of it in a run that is short."""
+    """Passes updates on and keeps the average of the parameters they lead to, not of those before
+    the first step, which would count for much of it in a run that is short. (A warm-up's first
+    step is of rate 0, and leads to these.)"""
 
     def update(updates, state, params):
         moved, steps = optax.apply_updates(params, updates), state.steps + 1

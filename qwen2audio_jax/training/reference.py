@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import time
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -84,6 +85,9 @@ class _How:
     dtype: str  # of the arithmetic
     shapes: str  # of batches: what fits none has no answer
     stamp: str = ""  # of files whose rows are the same as long as it is; "" where each is looked at
+
+
+KEPT = (*(field.name for field in dataclasses.fields(_How)), "rows", "logps", "asked", "unheard")
 
 
 def settle(settings: PreferenceSettings, parts: Sequence[Part]) -> PreferenceSettings:
@@ -253,11 +257,21 @@ def _batches(
 
 def _kept_rows(path: pathlib.Path, stamp: str, count: int) -> UInt32[np.ndarray, " rows"] | None:
     """Each row's fingerprint as it was kept, if nobody has touched the files since then."""
-    if not path.exists():
+    file = _kept(path)
+    same = file is not None and str(file["stamp"]) == stamp and len(file["rows"]) == count
+    return file["rows"] if same else None
+
+
+def _kept(path: pathlib.Path) -> dict[str, np.ndarray] | None:
+    """What was written, if it is there and whole; else it is asked for again."""
+    try:
+        with open(path, "rb") as raw, np.load(raw) as file:
+            return {name: file[name] for name in KEPT}
+    except FileNotFoundError:
         return None
-    with np.load(path) as file:
-        same = str(file["stamp"]) == stamp and len(file["rows"]) == count
-        return file["rows"] if same else None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        _log.warning("%s is damaged, so the reference is asked again: %s", path, error)
+        return None
 
 
 def _fingerprints(source: RandomAccess) -> UInt32[np.ndarray, " rows"]:
@@ -310,23 +324,23 @@ def _read(
 ) -> tuple[Float[np.ndarray, "rows 2"], Bool[np.ndarray, "2 rows"]] | None:
     """What is known, and of which rows it was asked or could not be, for want of sound; None:
     nothing, of this model and source."""
-    if not path.exists():
+    file = _kept(path)
+    if file is None:
         return None
-    with np.load(path) as file:
-        goes_on = run.holds_checkpoint(path.parent.parent)
-        then = _How(**{field.name: str(file[field.name]) for field in dataclasses.fields(_How)})
-        same = then.model == how.model
-        if not same and goes_on:
-            raise ValueError(
-                f"{path.parent.parent} holds a run whose reference is another model than --model"
-            )
-        same &= goes_on or then.dtype == how.dtype
-        if not same or len(file["rows"]) != len(rows):
-            return None
-        same, logps, asked = file["rows"] == rows, file["logps"], file["asked"]
-        if then.shapes != how.shapes:  # what fitted none of those may fit these
-            asked = asked & np.isfinite(logps).all(axis=1)
-        return logps, np.stack([asked, file["unheard"]]) & same
+    goes_on = run.holds_checkpoint(path.parent.parent)
+    then = _How(**{field.name: str(file[field.name]) for field in dataclasses.fields(_How)})
+    same = then.model == how.model
+    if not same and goes_on:
+        raise ValueError(
+            f"{path.parent.parent} holds a run whose reference is another model than --model"
+        )
+    same &= goes_on or then.dtype == how.dtype
+    if not same or len(file["rows"]) != len(rows):
+        return None
+    same, logps, asked = file["rows"] == rows, file["logps"], file["asked"]
+    if then.shapes != how.shapes:  # what fitted none of those may fit these
+        asked = asked & np.isfinite(logps).all(axis=1)
+    return logps, np.stack([asked, file["unheard"]]) & same
 
 
 def _write(
@@ -340,7 +354,10 @@ def _write(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     known = {"rows": rows, "logps": logps, "asked": asked, "unheard": unheard}
-    np.savez(partial, **dataclasses.asdict(how), **known)
+    with open(partial, "wb") as file:
+        np.savez(file, **dataclasses.asdict(how), **known)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 

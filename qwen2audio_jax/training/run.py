@@ -8,29 +8,57 @@ A run with a checkpoint goes on by itself, but never with settings that would ma
 nor with a model of other sizes or words. That its parameters are the same `loop.resume` checks.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+import socket
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
 from qwen2audio_jax.config import Config
+from qwen2audio_jax.data.storage import lock
 from qwen2audio_jax.processor import Processor
 from qwen2audio_jax.training import hosts
 from qwen2audio_jax.training.checkpoint import CHECKPOINTS, put
 from qwen2audio_jax.weights import settings
 
 SETTINGS = "run.json"
+IN_USE = ".in-use"  # locked by the first host's process while it trains
 WORDS = "tokenizer.json"
 
 # Metadata of a dataclass field that a resumed run may have otherwise: it changes no parameter, or
 # how it is rounded.
 MAY_CHANGE = {"may_change": True}
+
+
+@contextlib.contextmanager
+def alone(folder: str | os.PathLike) -> Iterator[None]:
+    """A context in which no other job trains in a folder; all hosts have to enter it at once.
+
+    Raises:
+      ValueError: one does; the message says which process it is.
+      OSError: nothing can be written to the folder.
+    """
+    with contextlib.ExitStack() as held:
+        hosts.by_first(lambda: _hold(pathlib.Path(folder), held))
+        yield
+
+
+def _hold(folder: pathlib.Path, held: contextlib.ExitStack) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / IN_USE, os.O_RDWR | os.O_CREAT, 0o644)
+    held.callback(os.close, handle)
+    if lock(handle) is False:
+        by = os.pread(handle, 300, 0).decode("utf-8", "replace").strip() or "another process"
+        raise ValueError(f"{folder} is in use by {by}: wanted that to end, or another --out")
+    os.truncate(handle, 0)
+    os.pwrite(handle, f"process {os.getpid()} of {socket.gethostname()}\n".encode(), 0)
 
 
 def begin(folder: str | os.PathLike, config: Any, *, model: Config, processor: Processor) -> bool:

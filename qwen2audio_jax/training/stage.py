@@ -24,7 +24,7 @@ from qwen2audio_jax import flash, sharding
 from qwen2audio_jax.config import Config
 from qwen2audio_jax.data.batches import added, report
 from qwen2audio_jax.data.feeds import Feeds
-from qwen2audio_jax.data.mixture import Mixture
+from qwen2audio_jax.data.mixture import Mixture, Part
 from qwen2audio_jax.data.sources import on_disk
 from qwen2audio_jax.model import Qwen2Audio
 from qwen2audio_jax.processor import Processor
@@ -71,11 +71,33 @@ def train(settings: Settings) -> int | None:
     placement.check((bucket.tokens for bucket in settings.data.buckets), mesh)
     parts = inputs.training(settings.data, pairs=pairs, words=settings.ctc > 0)
     kept = inputs.held_out(settings.data, settings.evaluation.samples, pairs=pairs)
+    if kept:
+        held_out.check_best(settings.loop.best, kept, pairs=pairs, ctc=settings.ctc > 0)
     start = _apart(settings)
     sizes, processor = model_settings.read(start), Processor.from_pretrained(start)
     _check_fit(sizes, processor, settings)
     if not jax.process_index():
         inputs.tell_tags(settings.data, processor.tokenizer)
+    if not jax.process_index() and settings.from_scratch and huggingface.is_in(start):
+        print(
+            f"random parameters: --model {settings.model} gives sizes and words only; "
+            "--no-from-scratch goes on with its own",
+            flush=True,
+        )
+    with run.alone(settings.out):
+        return _train(settings, mesh, start, parts, kept)
+
+
+def _train(
+    settings: Settings,
+    mesh: Mesh,
+    start: pathlib.Path,
+    parts: tuple[Part, ...],
+    kept: list[inputs.HeldOut],
+) -> int | None:
+    """Begins or goes on in a folder that is this job's alone."""
+    pairs = isinstance(settings, PreferenceSettings)
+    sizes, processor = model_settings.read(start), Processor.from_pretrained(start)
     if run.begin(settings.out, settings, model=sizes, processor=processor):
         settings.optimizer.check_change(run.begun(settings.out).get("optimizer", {}))
         processor = Processor.from_pretrained(settings.out)
@@ -266,10 +288,11 @@ def _run(
             dtype=settings.dtype,
         )
         if signal is None:
-            export.save(settings, learner, processor)
-            best = export.save_best(settings, learner, processor, checkpoints)
-            counts = hosts.counted(batches.counts, placement.groups(learner.mesh))
-            counts = report(added(counts), mixture.sizes)
+            counts = added(hosts.counted(batches.counts, placement.groups(learner.mesh)))
+            heard = max(count["longest"] for count in counts.values())
+            export.save(settings, learner, processor, heard)
+            best = export.save_best(settings, learner, processor, heard, checkpoints)
+            counts = report(counts, mixture.sizes)
             if jax.process_index() == 0:
                 summary.write(folder, log.rows, counts, best, config.best)
     return signal

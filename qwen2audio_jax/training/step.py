@@ -113,13 +113,36 @@ def update(
     norm = optax.tree.norm(cast(grads, jnp.float32))  # a sum in shorter ones stops growing
     finite = jnp.isfinite(norm)
     delta, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    moved = optax.apply_updates(state.params, delta), opt_state
+    moved = _moved(state.params, delta, state.step), opt_state
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), moved, (state.params, state.opt_state)
     )
     skipped = state.skipped + ~finite
     metrics = {**sums.means(), "grad_norm": norm, "skipped": skipped}
     return State(state.step + 1, params, opt_state, skipped), metrics
+
+
+def _moved(params, delta, step):
+    """The parameters after an update.
+
+    Those of bfloat16 are rounded up or down by chance, as often as they are near to either: most
+    updates are less than half of their last bit, and would get lost every time.
+    """
+    leaves, tree = jax.tree.flatten(optax.apply_updates(cast(params, jnp.float32), delta))
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(leaves))
+    rounded = [
+        _rounded(new, key) if old.dtype == jnp.bfloat16 else new.astype(old.dtype)
+        for new, old, key in zip(leaves, jax.tree.leaves(params), keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, rounded)
+
+
+def _rounded(x, key):
+    """A float32 array in bfloat16, right on average: what it loses is what carries in its place."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits += jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    bits &= jnp.uint32(0xFFFF0000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
 
 
 def _gradient(loss, params, batch, parts):

@@ -50,6 +50,11 @@ class Tensor(NamedTuple):
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
 
 
+def is_in(folder: pathlib.Path) -> bool:
+    """Whether a folder holds a checkpoint's tensors, besides its settings."""
+    return any((folder / name).is_file() for name in (SINGLE, INDEX))
+
+
 def shards(folder: pathlib.Path) -> list[pathlib.Path]:
     """The files that hold a checkpoint's tensors, in order; a single file wins over an index.
 
@@ -63,7 +68,8 @@ def shards(folder: pathlib.Path) -> list[pathlib.Path]:
         if missing := [file.name for file in files if not file.is_file()]:
             raise ValueError(f"{path} names shards that are not there: {', '.join(missing)}")
         return files
-    raise ValueError(f"wanted {SINGLE} or {INDEX} in {folder}, got neither")
+    hint = "; that of the run there is in its model/" if (folder / "model").is_dir() else ""
+    raise ValueError(f"wanted {SINGLE} or {INDEX} in {folder}, got neither{hint}")
 
 
 def header(file: pathlib.Path) -> tuple[bytes, dict[str, Any]]:
