@@ -7,7 +7,8 @@
         --data.weights 3 1 --data.tasks "..." "..." --mesh.ici-fsdp-parallelism 64
 
 `words=text` says that the text is what is spoken, word by word: with --ctc, the encoder learns to
-spell it too. Every setting is a flag. The folder --out holds all of a run: the same command goes on
+spell it too; `offset=offset,duration=duration`, that rows are pieces of longer recordings, as
+NeMo's are. Every setting is a flag. The folder --out holds all of a run: the same command goes on
 where it was killed, to the bit (on GPUs if XLA is asked for that: docs/hosts.md).
 """
 

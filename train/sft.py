@@ -10,7 +10,8 @@ A line of chats.jsonl, with clips as paths, relative to it, or URLs:
      {"type": "text", "text": "What is that?"}]}, {"role": "assistant", "content": "A dog."}]}
 
 or, as ms-swift has it, {"messages": [{"role": "user", "content": "<audio>What is that?"}, ...],
-"audios": ["dog.wav"]}.
+"audios": ["dog.wav"]}. A part of a long recording is {"type": "audio", "audio": "call.wav",
+"offset": 12.5, "duration": 4.0}, in seconds.
 
 Every setting is a flag. The folder --out holds all of a run: the same command goes on where it
 was killed, to the bit (on GPUs if XLA is asked for that: docs/hosts.md).

@@ -261,7 +261,8 @@ class Settings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the arithmetic, and of the model that comes out."""
     weight_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the parameters while they are trained."""
+    """Of the parameters while they are trained. Those of bfloat16 are rounded up or down by chance:
+    most steps are less than half of their last bit."""
     remat_policy: Policy = field(default="none", metadata=MAY_CHANGE)
     """What blocks keep for the backward pass: all (none), nothing but their input (full), what
     matrices make (minimal) or some of it; offloaded ones keep it in the host's memory."""
