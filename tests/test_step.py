@@ -238,7 +238,7 @@ def test_the_norm_of_many_short_gradients_is_added_up_in_float32():
 def test_short_parameters_move_by_less_than_their_last_bit():
     """By as much as long ones, on average over many; a step that is done again ends as it did."""
     descent = optax.sgd(1.0)
-    start = {"x": jnp.full((64, 64), 0.02, jnp.bfloat16), "still": jnp.ones(8, jnp.bfloat16)}
+    start = {"x": jnp.full((256, 256), 0.02, jnp.bfloat16), "still": jnp.ones(8, jnp.bfloat16)}
 
     def loss_of(params, batch):
         return Sums(batch * params["x"].astype(jnp.float32).sum(), jnp.ones(()), {})
@@ -251,7 +251,7 @@ def test_short_parameters_move_by_less_than_their_last_bit():
 
     once, often = run(1), run(100)
     assert 0.01 < (once["x"] != once["x"].max()).mean() < 0.04  # a last bit is 1.2e-4 there
-    np.testing.assert_allclose(often["x"].mean(), float(start["x"][0, 0]) - 2e-4, atol=4e-6)
+    np.testing.assert_allclose(often["x"].mean(), float(start["x"][0, 0]) - 2e-4, atol=2e-6)
     np.testing.assert_array_equal(often["still"], 1)
     np.testing.assert_array_equal(often["x"], run(100)["x"])
 

@@ -7,6 +7,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -129,20 +130,40 @@ def _moved(params, delta, step):
     updates are less than half of their last bit, and would get lost every time.
     """
     leaves, tree = jax.tree.flatten(optax.apply_updates(cast(params, jnp.float32), delta))
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(leaves))
-    rounded = [
-        _rounded(new, key) if old.dtype == jnp.bfloat16 else new.astype(old.dtype)
-        for new, old, key in zip(leaves, jax.tree.leaves(params), keys, strict=True)
-    ]
-    return jax.tree.unflatten(tree, rounded)
+    dtypes = [old.dtype for old in jax.tree.leaves(params)]
+    return jax.tree.unflatten(
+        tree,
+        [
+            _rounded(new, step * len(leaves) + i) if dtype == jnp.bfloat16 else new.astype(dtype)
+            for i, (new, dtype) in enumerate(zip(leaves, dtypes, strict=True))
+        ],
+    )
 
 
-def _rounded(x, key):
+def _rounded(x, salt):
     """A float32 array in bfloat16, right on average: what it loses is what carries in its place."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    bits += jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-    bits &= jnp.uint32(0xFFFF0000)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (_noise(x.shape, salt) >> 16)
+    kept = jax.lax.bitcast_convert_type(bits & np.uint32(0xFFFF0000), jnp.float32)
+    return kept.astype(jnp.bfloat16)
+
+
+def _noise(shape, salt):
+    """Numbers below 2**32 for all places of an array, others for another salt.
+
+    Murmur3's finaliser twice, rather than jax.random: of hundreds of arrays that takes minutes to
+    compile. Each device makes those of its own part.
+    """
+    x, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        x += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride & 0xFFFFFFFF)
+        stride *= shape[axis]
+    return _mixed(x + _mixed(jnp.asarray(salt).astype(jnp.uint32) + 1))
+
+
+def _mixed(x):
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def _gradient(loss, params, batch, parts):
