@@ -90,6 +90,8 @@ def test_steps_are_timed_in_pairs(trained):
     assert "1 clips of 1 s | transformers | ours | ratio |" in tables
 
 
+# PEFT's own question to transformers
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["full", "lora"])
 def test_both_sides_train_alike_as_on_gpus(how, tmp_path):
