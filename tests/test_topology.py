@@ -160,7 +160,7 @@ def stacks_gathered(trained, text, devices=8):
         (x.shape[0], x.size // parts): name
         for name, x in placement.by_name(trained).items()
         for parts in (1, 2)
-        if ".blocks." in name and x.ndim > 2
+        if ".blocks." in name and x.ndim > 2 and not x.sharding.is_fully_replicated
     }
     gathers = [
         each
