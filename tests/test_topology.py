@@ -155,7 +155,8 @@ def test_of_three_slices_more_crosses():
 
 def stacks_gathered(trained, text, devices=8):
     """All-gathers, or sums, of which a result has as many values as a stack, `tensor` being split
-    or not: of some sizes on the compiler for TPUs fetches by adding up zeros and a part."""
+    or not: of some sizes on the compiler for TPUs fetches by adding up zeros and a part. (Gradients
+    of what is whole everywhere, as small biases are, are added up at once.)"""
     stacks = {
         (x.shape[0], x.size // parts): name
         for name, x in placement.by_name(trained).items()
