@@ -1,6 +1,7 @@
 """A whole run, in one folder: what is given, trained, measured, saved, and told at the end.
 
 run.json, config.json, tokenizer.json, ...   see run.py
+.in-use                                      locked while a process trains here
 checkpoints/                                 to go on from, the best one among them
 log.jsonl, tensorboard/, profile/            while it runs
 ref_log_probs/                               the reference's, where they are precomputed
