@@ -1,5 +1,6 @@
 """Programs teach their use, refuse mistakes in one line, and the demonstration leaves a model."""
 
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -115,6 +116,22 @@ def test_recordings_may_lie_elsewhere():
     """What is no path stays as it is written."""
     given = tyro.cli(demo.Demo, args=["--manifest", "gs://bucket/rows.jsonl", "a.jsonl"])
     assert given.manifest == ("gs://bucket/rows.jsonl", "a.jsonl")
+
+
+def test_the_full_world_begins_with_voices(tmp_path):
+    """From nothing; each stage begins where the one before it ended. The small one does without."""
+    full = demo.Demo(world="full", out=tmp_path)
+    stages = [*demo.before(full), *demo.plan(full)]
+    assert [each.out.name for each in stages] == ["voices", *demo.STAGES]
+    assert [each.from_scratch for each in stages] == [True, False, False, False]
+    begins = ["start", *(f"{each.out.name}/model" for each in stages[:-1])]
+    assert [each.model for each in stages] == [str(tmp_path / each) for each in begins]
+    assert stages[0].optimizer.steps == stages[1].optimizer.steps // 20
+    short = dataclasses.replace(full, steps=(8, 2, 2))
+    assert demo.before(short)[0].optimizer.steps == 2
+    small = demo.Demo(out=tmp_path)
+    assert not demo.before(small) and demo.plan(small)[0].from_scratch
+    assert demo.plan(small)[0].model == str(tmp_path / "start")
 
 
 def test_longer_recordings_have_batches_of_their_own(tmp_path, chirp):

@@ -4,7 +4,8 @@
     python -m train.demo --world full --manifest digits/manifest.jsonl --out runs/tiny
 
 Pretraining teaches tasks, SFT conversations (written questions and spoken ones), DPO a behaviour
-that SFT left out: to say "I hear no speech." rather than invent words. The world that it is all
+that SFT left out: to say "I hear no speech." rather than invent words. The full world's pretraining
+begins with voices alone: among all else they are learned late. The world that it is all
 about is synthesised, a new room and microphone for every clip; the small one is sixteen words and
 some sounds, the full one (two and a half hours) is described in data/world.py. Recordings of your
 own join pretraining with `--manifest`. A demonstration that was stopped goes on where it was.
@@ -16,6 +17,7 @@ pictures, each stage's own folder (see train.pretrain, train.sft, train.dpo) bes
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import sys
@@ -46,6 +48,7 @@ from train import command
 from train.configs import laptop
 
 STAGES = ("pretrain", "sft", "dpo")
+FIRST, VOICES = "voices", 0.05  # what the full world's pretraining begins with, and its part of it
 VOCABULARY = {"small": 576, "full": 1280}
 STEPS = {"small": (640, 420, 60), "full": (16_000, 4500, 200)}
 # Learning rates: a high one forgets what a longer pretraining has learned.
@@ -92,11 +95,13 @@ def main(demo: Demo) -> int:
     world = World.named(demo.world)
     begin(demo, world)
     told: dict[str, list[Row]] = {}
-    for settings in plan(demo):
+    for settings in [*before(demo), *plan(demo)]:
         name = settings.out.name
         print(f"\n{name}: {settings.optimizer.steps} steps", flush=True)
         if (signal := stage.train(settings)) is not None:
             return 128 + signal
+        if name not in STAGES:
+            continue
         told[name] = score(demo, settings.out)
         print(f"\n{evaluation.compare(told)}", flush=True)
     model, processor = load(demo.out / STAGES[-1])
@@ -114,7 +119,8 @@ def begin(demo: Demo, world: World) -> None:
     for path in demo.manifest:
         _rows(path)  # a mistake is told before anything is written
     folder = demo.out / "start"
-    if run.goes_on(demo.out / STAGES[0]):  # it refuses what it did not begin with
+    first, *_ = *before(demo), _pretraining(demo, ())
+    if run.goes_on(first.out):  # it refuses what it did not begin with
         return
     vocabulary = VOCABULARY[world.name]
     world.write_tokenizer(folder, vocabulary=vocabulary)
@@ -129,11 +135,39 @@ def plan(demo: Demo) -> list[Settings]:
     return [_pretraining(demo, recorded), _conversations(demo, recorded), _preferences(demo)]
 
 
+def before(demo: Demo) -> list[Settings]:
+    """What pretraining begins with in the full world: who speaks and how, beside English.
+
+    It is learned in some hundred steps so, and stays. Among all tasks at once little of it is after
+    eight thousand (benchmarks/results/full-world.md).
+    """
+    if demo.world == "small":
+        return []
+    shares = {"gender": 0.25, "pitch": 0.25, "emotion": 0.2, "recognise en": 0.3}
+    whole = _pretraining(demo, ())
+    steps = max(2, round(VOICES * whole.optimizer.steps))
+    data = dataclasses.replace(
+        whole.data,
+        train=tuple(f"world:{demo.world}/{kind}" for kind in shares),
+        tasks=("",) * len(shares),
+        weights=tuple(shares.values()),
+    )
+    optimizer = dataclasses.replace(
+        whole.optimizer, steps=steps, warmup_steps=steps // 8, schedule_type="constant"
+    )
+    start = {"model": str(demo.out / "start"), "from_scratch": True}
+    return [
+        dataclasses.replace(whole, out=demo.out / FIRST, data=data, optimizer=optimizer, **start)
+    ]
+
+
 def _pretraining(demo: Demo, recorded: tuple[str, ...]) -> Settings:
     made = f"world:{demo.world}"
+    small = demo.world == "small"
+    begins = demo.out / "start" if small else demo.out / FIRST / "model"
     return Settings(
-        **_shared(demo, 0),
-        from_scratch=True,
+        **_shared(demo, 0) | {"model": str(begins)},
+        from_scratch=small,
         ctc=0.3,
         data=DataConfig(
             train=(f"{made}/tasks", f"{made}/recognise en", *recorded),
@@ -184,10 +218,9 @@ def _preferences(demo: Demo) -> Settings:
 def _shared(demo: Demo, number: int) -> dict[str, Any]:
     """What a stage has in common with the others: its place, its start and its optimizer."""
     steps = (demo.steps or STEPS[demo.world])[number]
-    begins = demo.out / STAGES[number - 1] / "model" if number else demo.out / "start"
     return {
         "out": demo.out / STAGES[number],
-        "model": str(begins),
+        "model": str(demo.out / STAGES[number - 1] / "model"),
         "seed": demo.seed,
         "tensorboard": False,
         "loop": LoopConfig(save_every=500, keep=1, best="loss"),
@@ -307,7 +340,9 @@ def finish(
         stage: [row for row in log.read(demo.out / stage / log.LOG) if "loss" in row]
         for stage in STAGES
     }
-    minutes = sum(row["seconds"] for rows in histories.values() for row in rows) / 60
+    first = [row for each in before(demo) for row in log.read(each.out / log.LOG)]
+    rows = itertools.chain(first, *histories.values())
+    minutes = sum(row.get("seconds", 0) for row in rows) / 60
     (demo.out / "README.md").write_text(card(demo, world, model, told, minutes), "utf-8")
     draw.stages(histories, told, demo.out / "stages.png")
     said = [world["recognise en"].sample(number, "test") for number in range(20)]
