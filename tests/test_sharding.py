@@ -135,7 +135,7 @@ def test_a_table_says_what_each_device_holds():
     assert placement.activations(sharding.mesh(fsdp=8)).endswith("clips                     fsdp")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # itself, as devices are: jax keeps meshes by them
 class Chip:
     """What is asked of a device that is not here."""
 
