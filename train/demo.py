@@ -4,11 +4,11 @@
     python -m train.demo --world full --manifest digits/manifest.jsonl --out runs/tiny
 
 Pretraining teaches tasks, SFT conversations (written questions and spoken ones), DPO a behaviour
-that SFT left out: to say "I hear no speech." rather than invent words. The full world's pretraining
-begins with voices alone: among all else they are learned late. The world that it is all
-about is synthesised, a new room and microphone for every clip; the small one is sixteen words and
-some sounds, the full one (two and a half hours) is described in data/world.py. Recordings of your
-own join pretraining with `--manifest`. A demonstration that was stopped goes on where it was.
+that SFT left out: to say "I hear no speech." rather than invent words. The full world begins with
+voices, which are learned late among all else. What it is all about is synthesised, a new room and
+microphone for every clip; the small world is sixteen words and some sounds, the full one (two and a
+half hours) is described in data/world.py. Recordings of your own join pretraining with
+`--manifest`. A demonstration that was stopped goes on where it was.
 
 What comes out is a folder in Hugging Face's format, with the tiny preset's shape, a card and
 pictures, each stage's own folder (see train.pretrain, train.sft, train.dpo) beside it:

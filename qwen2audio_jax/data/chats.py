@@ -13,7 +13,7 @@ from qwen2audio_jax.prompt import CLIPS, HEARD, PIECE, Prompt, parse
 AUDIOS, PLACE = "audios", "<audio>"  # ms-swift's clips beside a conversation, and where each goes
 RESPONSE = "rejected_response"  # ms-swift's, beside messages that end with the chosen one
 DROPPED = ("rejected_audios", "tools")  # ms-swift's, too: both answers hear the same, and call none
-SOUNDS = ("audio", "audio_url", "input_audio", AUDIOS)  # the names of what is to be heard
+SOUNDS = (*HEARD, AUDIOS)  # the names of what is to be heard
 
 
 def from_messages(record: Mapping, processor: Processor) -> Example:
@@ -129,7 +129,7 @@ def _beside(record: Mapping) -> Sequence:
     """The clips beside a conversation."""
     _check_heard({**record, AUDIOS: None}, "the row")
     for name in DROPPED:
-        if record.get(name) not in (None, "", "[]") and len(record[name]):
+        if not _is_nothing(record.get(name)):
             wanted = f"a row without {name!r}, which no answer would depend on"
             raise BadSample("bad conversation", f"wanted {wanted}, got {record[name]!r}")
     return _list([] if record.get(AUDIOS) is None else record[AUDIOS], "clips")
@@ -196,12 +196,15 @@ def _conversation(messages: Any, clips: Sequence = ()) -> list[dict]:
 
 def _check_heard(fields: Mapping, where: str, *, clips: int = 0) -> None:
     """Refuses sound of which nobody would hear anything."""
-    given = {name: fields.get(name) for name in SOUNDS}
-    empty = lambda value: value is None or (isinstance(value, Sequence) and not value)
-    found = [name for name, value in given.items() if not empty(value)]
+    found = [name for name in SOUNDS if not _is_nothing(fields.get(name))]
     if len(found) > clips:
         wanted = f"each clip as a part of its own, or in a row's {AUDIOS!r}"
         raise BadSample("bad conversation", f"{where}: wanted {wanted}, got {found[-1]!r}")
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a column says nothing, as tables fill what is absent."""
+    return value is None or (isinstance(value, Sequence) and (not value or value == "[]"))
 
 
 def _listen(messages: list[dict]) -> list[dict]:

@@ -19,7 +19,7 @@ LOW, HIGH = (0, 12), (88, 100)  # of espeak-ng's pitch: 55 to 80 Hz and 115 to 1
 # Men are few to tell a low voice from a large or a hoarse one: whoever is as deep is among them,
 # each is heard in many sizes, by which low ones stay below 95 Hz and high ones above 100, and half
 # the time with breath in place of much of his voice. Without, a hoarse man's high voice is taken
-# for a low one; of hoarse men alone, pitch is learned late.
+# for a low one.
 SIZES, BREATHS = (0.88, 1.12), ((0.0, 0.0), (0.0, 0.7))
 SPEEDS = {"slow": SLOW, "fast": FAST}
 PITCHES = {"low": LOW, "high": HIGH}

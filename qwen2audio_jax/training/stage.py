@@ -79,18 +79,20 @@ def train(settings: Settings) -> int | None:
     _check_fit(sizes, processor, settings)
     if not jax.process_index():
         inputs.tell_tags(settings.data, processor.tokenizer)
-    if not jax.process_index() and settings.from_scratch and huggingface.is_in(start):
-        print(
-            f"random parameters: --model {settings.model} gives sizes and words only; "
-            "--no-from-scratch goes on with its own",
-            flush=True,
-        )
+        if settings.from_scratch and huggingface.is_in(start):
+            print(
+                f"random parameters: --model {settings.model} gives sizes and words only; "
+                "--no-from-scratch goes on with its own",
+                flush=True,
+            )
     with run.alone(settings.out):
-        return _train(settings, mesh, start, parts, kept)
+        return _train(settings, sizes, processor, mesh, start, parts, kept)
 
 
 def _train(
     settings: Settings,
+    sizes: Config,
+    processor: Processor,
     mesh: Mesh,
     start: pathlib.Path,
     parts: tuple[Part, ...],
@@ -98,7 +100,6 @@ def _train(
 ) -> int | None:
     """Begins or goes on in a folder that is this job's alone."""
     pairs = isinstance(settings, PreferenceSettings)
-    sizes, processor = model_settings.read(start), Processor.from_pretrained(start)
     if run.begin(settings.out, settings, model=sizes, processor=processor):
         settings.optimizer.check_change(run.begun(settings.out).get("optimizer", {}))
         processor = Processor.from_pretrained(settings.out)
